@@ -1,0 +1,96 @@
+"""The small interface behind which attention over the paged KV cache is implemented.
+
+Shapes (packed layout: the tokens of all segments of a forward lie one after the other):
+    T   tokens in this forward            H   query heads        Hkv  key/value heads
+    N   blocks in the cache               S   block size         D    head dimension
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specpool.modeling.paged_kv import SequenceKV
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVStorage:
+    """Keys and values of all layers."""
+
+    keys: Tensor
+    """[layers, N, S, Hkv, D]"""
+    values: Tensor
+    """[layers, N, S, Hkv, D]"""
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVStorage:
+        """Zeroed storage: a masked slot is multiplied by 0, which only a finite number survives."""
+        shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
+        return cls(
+            keys=torch.zeros(shape, dtype=dtype, device=device),
+            values=torch.zeros(shape, dtype=dtype, device=device),
+        )
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copy blocks of every layer; all sources are read before any destination is written."""
+        source = torch.tensor(sources, device=self.keys.device)
+        destination = torch.tensor(destinations, device=self.keys.device)
+        self.keys.index_copy_(1, destination, self.keys.index_select(1, source))
+        self.values.index_copy_(1, destination, self.values.index_select(1, source))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSegment:
+    """Where one segment's queries lie in the packed tokens, and which sequence they attend to."""
+
+    kv: SequenceKV
+    """Has room for the segment's tokens; `kv.length` does not count them yet."""
+    offset: int
+    """Index of the segment's first token among the T packed tokens."""
+    num_tokens: int
+    """Length of the segment."""
+
+    @property
+    def end(self) -> int:
+        """Length of the sequence after this forward."""
+        return self.kv.length + self.num_tokens
+
+
+class AttentionPlan(Protocol):
+    """Masks and indices of one forward, made once and used by every layer."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # [1, H, T, D]
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # [1, T, H, D]
+        """Attention of the packed queries over the cache, which already holds their own keys and values."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Makes plans. Stateless."""
+
+    name: str
+
+    def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
+        """Everything about this forward that does not depend on the layer."""
+        ...

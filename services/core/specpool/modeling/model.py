@@ -1,0 +1,209 @@
+"""Any `transformers` decoder over the paged KV cache.
+
+The model's own code runs unchanged: it is given one packed row of tokens with explicit positions, a `Cache` whose
+`update` writes into the blocks, and an attention implementation that asks the forward's plan. So every linear layer
+sees a single [T, hidden] matrix, however many sequences the tokens belong to.
+
+Shapes: T = packed tokens, V = vocabulary size, Hkv = key/value heads, D = head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, PreTrainedModel
+
+from specpool.errors import InvalidArgument
+from specpool.modeling.attention import AttentionBackend, AttentionPlan, KVStorage, PackedSegment
+from specpool.modeling.interface import Segment, check_segments
+from specpool.modeling.paged_kv import BlockPool, reserve_all
+
+PAGED_ATTENTION = "specpool_paged"
+"""Name under which `transformers` finds our attention. No mask function is registered for it: it builds no masks."""
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    specpool_plan: AttentionPlan | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that `transformers` models call; keys and values are already in the cache."""
+    del key, value, attention_mask
+    if specpool_plan is None:
+        raise unsupported(module, "it does not hand keyword arguments through to its attention")
+    if s_aux is not None:
+        raise unsupported(module, "its attention has sinks")
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return (
+        specpool_plan.attend(layer, query, scaling=scaling, sliding_window=sliding_window, softcap=softcap),
+        None,
+    )
+
+
+AttentionInterface.register(PAGED_ATTENTION, paged_attention)
+
+
+def unsupported(subject: object, why: str) -> InvalidArgument:
+    """The error for a model whose attention the paged cache cannot serve."""
+    return InvalidArgument(
+        f"{type(subject).__name__} is not supported: {why}", reason="MODEL_UNSUPPORTED", metadata={"why": why}
+    )
+
+
+class PagedCache(Cache):
+    """The `Cache` of one forward: `update` writes every layer's keys and values to the packed tokens' slots."""
+
+    def __init__(self, storage: KVStorage, slots: Tensor) -> None:
+        super().__init__(layers=[])
+        self._storage = storage
+        self._slots = slots
+
+    def update(
+        self,
+        key_states: Tensor,  # [1, Hkv, T, D]
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Write, and hand the states back unchanged: attention reads from the blocks."""
+        self._write(self._storage.keys[layer_idx], key_states)
+        self._write(self._storage.values[layer_idx], value_states)
+        return key_states, value_states
+
+    def _write(self, cache: Tensor, states: Tensor) -> None:
+        rows = states.squeeze(0).transpose(0, 1)  # [T, Hkv, D]
+        if rows.shape[1:] != cache.shape[2:]:
+            raise unsupported(
+                self, f"a layer's keys have shape {tuple(rows.shape[1:])}, {tuple(cache.shape[2:])} expected"
+            )
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, self._slots, rows.to(cache.dtype))
+
+
+class TransformersModel:
+    """A `CausalModel` over a `transformers` causal language model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        pool: BlockPool,
+        backend: AttentionBackend,
+        max_context: int | None = None,
+    ) -> None:
+        config: Any = model.config.get_text_config()
+        geometry = KVGeometry.of(config)
+        self.model = model.eval()
+        model.set_attn_implementation(PAGED_ATTENTION)
+        self.pool = pool
+        self.backend = backend
+        self.device = model.device
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = max_context or config.max_position_embeddings
+        self.storage = KVStorage.allocate(
+            num_layers=geometry.num_layers,
+            num_blocks=pool.num_blocks,
+            block_size=pool.block_size,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            dtype=model.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Logits [sum of num_logits, V] float32."""
+        check_segments(segments, max_context=self.max_context, vocab_size=self.vocab_size)
+        reserve_all(self.pool, ((segment.kv, len(segment.tokens)) for segment in segments))
+        sources, destinations = self.pool.take_copies()
+        if destinations:
+            self.storage.copy_blocks(sources, destinations)
+        logits = self._run(segments)
+        for segment in segments:
+            segment.kv.advance(len(segment.tokens))
+        return logits
+
+    def _run(self, segments: Sequence[Segment]) -> Tensor:
+        packed = _pack(segments)
+        plan = self.backend.plan(packed, self.storage)
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [p for segment in packed for p in range(segment.kv.length, segment.end)]
+        output = self.model(
+            input_ids=self._tensor(tokens).unsqueeze(0),
+            position_ids=self._tensor(positions).unsqueeze(0),
+            past_key_values=PagedCache(self.storage, self._tensor(_slots(packed, self.pool.block_size))),
+            logits_to_keep=self._tensor(_logit_rows(segments, packed)),
+            use_cache=True,
+            specpool_plan=plan,
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+class KVGeometry:
+    """Size of one token's keys and values."""
+
+    def __init__(self, *, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
+    @classmethod
+    def of(cls, config: Any) -> KVGeometry:
+        """Read it from a `transformers` text configuration."""
+        heads = getattr(config, "num_attention_heads", None)
+        if heads is None:
+            raise unsupported(config, "its configuration names no attention heads")
+        return cls(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+def _pack(segments: Sequence[Segment]) -> list[PackedSegment]:
+    packed, offset = [], 0
+    for segment in segments:
+        packed.append(PackedSegment(kv=segment.kv, offset=offset, num_tokens=len(segment.tokens)))
+        offset += len(segment.tokens)
+    return packed
+
+
+def _slots(packed: Sequence[PackedSegment], block_size: int) -> list[int]:
+    """Slot of every packed token in the flattened cache."""
+    return [
+        segment.kv.block_ids[position // block_size] * block_size + position % block_size
+        for segment in packed
+        for position in range(segment.kv.length, segment.end)
+    ]
+
+
+def _logit_rows(segments: Sequence[Segment], packed: Sequence[PackedSegment]) -> list[int]:
+    return [
+        row
+        for segment, place in zip(segments, packed, strict=True)
+        for row in range(
+            place.offset + place.num_tokens - segment.num_logits, place.offset + place.num_tokens
+        )
+    ]

@@ -1,0 +1,103 @@
+"""Model specifications: how a model is named on a command line or in a settings file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from specpool.errors import InvalidArgument
+
+ACCEPTED_FORMS = (
+    "a Hugging Face hub id (ORG/NAME), a directory with config.json and *.safetensors, or a .gguf file, "
+    "each optionally followed by #layers=N; random#like=MODEL; toy#vocab=V,seed=S[,agreement=A][,step_ms=M]"
+)
+
+
+class ModelKind(StrEnum):
+    """Where logits come from."""
+
+    TRANSFORMERS = "transformers"
+    RANDOM = "random"
+    TOY = "toy"
+
+
+_OPTIONS: Mapping[ModelKind, frozenset[str]] = {
+    ModelKind.TRANSFORMERS: frozenset({"layers"}),
+    ModelKind.RANDOM: frozenset({"like"}),
+    ModelKind.TOY: frozenset(
+        {"vocab", "seed", "agreement", "draft_seed", "step_ms", "row_ms", "context", "sharpness"}
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A parsed model specification."""
+
+    text: str
+    """As the user wrote it."""
+    kind: ModelKind
+    """Which loader is responsible."""
+    source: str
+    """Hub id or path; for `random` the model whose vocabulary and tokenizer it has."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What followed the `#`."""
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """Parse `SOURCE[#key=value[,key=value...]]`."""
+        source, _, rest = text.partition("#")
+        if not source:
+            raise InvalidArgument(f"empty model specification {text!r}; accepted: {ACCEPTED_FORMS}")
+        kind = ModelKind(source) if source in ("random", "toy") else ModelKind.TRANSFORMERS
+        options = _parse_options(text, rest, kind)
+        if kind is ModelKind.RANDOM:
+            if "like" not in options:
+                raise InvalidArgument(f"{text!r} needs like=MODEL to take vocabulary and tokenizer from")
+            source = options["like"]
+        return cls(text=text, kind=kind, source=source, options=options)
+
+    @property
+    def num_layers(self) -> int | None:
+        """Use only that many layers, if asked for."""
+        return self.integer("layers", None, minimum=1)
+
+    def integer(self, name: str, default: int | None, *, minimum: int = 0) -> int | None:
+        """An integer option."""
+        value = self.options.get(name)
+        if value is None:
+            return default
+        if not value.isdecimal() or int(value) < minimum:
+            raise InvalidArgument(
+                f"option {name!r} of {self.text!r} must be an integer >= {minimum}, got {value!r}"
+            )
+        return int(value)
+
+    def number(self, name: str, default: float, *, maximum: float = float("inf")) -> float:
+        """A non-negative number option."""
+        value = self.options.get(name)
+        try:
+            number = default if value is None else float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= maximum:
+            raise InvalidArgument(
+                f"option {name!r} of {self.text!r} must be a number in [0, {maximum}], got {value!r}"
+            )
+        return number
+
+
+def _parse_options(text: str, rest: str, kind: ModelKind) -> dict[str, str]:
+    options: dict[str, str] = {}
+    if kind is ModelKind.RANDOM and rest.startswith("like="):
+        return {"like": rest.removeprefix("like=")}  # may itself have options
+    for item in filter(None, rest.split(",")):
+        name, separator, value = item.partition("=")
+        if not separator or name not in _OPTIONS[kind]:
+            raise InvalidArgument(
+                f"unknown option {item!r} in model specification {text!r}; "
+                f"a {kind} model accepts {', '.join(sorted(_OPTIONS[kind]))}"
+            )
+        options[name] = value
+    return options
