@@ -1,7 +1,7 @@
 """Every error that SpecPool shows to a user or to a peer.
 
-One root, one class per kind, one table from class to gRPC status code name. Only the RPC interceptors apply the
-table; everything else raises and catches the classes. This module imports neither torch nor gRPC.
+One root, one class per kind, one table from class to gRPC status code name. Only the RPC interceptors apply
+the table; everything else raises and catches the classes. This module imports neither torch nor gRPC.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import ClassVar, Final
 class SpecPoolError(Exception):
     """Root of all SpecPool errors.
 
-    ``reason`` is a stable UPPER_SNAKE word for programs, ``message`` a sentence for people, and ``metadata`` the
-    values the message mentions, as strings (they travel in ``google.rpc.ErrorInfo``).
+    ``reason`` is a stable UPPER_SNAKE word for programs, ``message`` a sentence for people, and
+    ``metadata`` the values the message mentions, as strings (they travel in ``google.rpc.ErrorInfo``).
     """
 
     default_reason: ClassVar[str] = "INTERNAL"

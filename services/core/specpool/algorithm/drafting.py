@@ -1,0 +1,94 @@
+"""What the draft does at each node: the token it drafts, and its guesses for the target's token there.
+
+Shape legend: N nodes (rows), V vocabulary, F ranks, m kept tokens of a sparse distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk
+from specpool.algorithm.saguaro import saguaro_scores
+from specpool.algorithm.verification import SparseDistribution, VerificationMode
+
+DEFAULT_NUM_KEPT: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRanks:
+    """Ranked tokens at N nodes; -1 where fewer are possible."""
+
+    token_ids: Tensor
+    """[N, F]. Rank 0 is the drafted token; the others guess what the target puts there if it rejects it."""
+    bonus_ids: Tensor
+    """[N, F]. Guesses for the target's bonus token if the speculation ends before this node."""
+    distribution: SparseDistribution | None
+    """[N, m], what rank 0 was sampled from (rejection only)."""
+
+
+def draft_ranks(
+    scores: Tensor,
+    mode: VerificationMode,
+    num_ranks: int,
+    *,
+    seed: int | Tensor = 0,
+    positions: Tensor | None = None,
+    saguaro_fan_out: int = 0,
+    saguaro_constant: float = 1.0,
+    num_kept: int = DEFAULT_NUM_KEPT,
+) -> DraftRanks:
+    """Rank the next tokens at N nodes.
+
+    Args:
+        scores: [N, V] processed logits of the draft, with the request's own sampling parameters.
+        mode: how the target will verify.
+        num_ranks: F, at least 1.
+        seed: the request's seed, or int64 [N].
+        positions: [N], index in the whole sequence of the token being drafted; not needed for greedy.
+        saguaro_fan_out: how many guesses the cache holds at such a node (rejection only).
+        saguaro_constant: C of Saguaro sampling, 1 is off (rejection only).
+        num_kept: m, the draft samples from its m most likely tokens (rejection only).
+    """
+    if mode is VerificationMode.GREEDY:
+        return _same_ranks(_top(scores, num_ranks))
+    if positions is None:
+        raise ValueError(f"{mode} drafting needs positions")
+    if mode is VerificationMode.COUPLED:
+        return _same_ranks(gumbel_topk(scores, seed, positions, num_ranks))
+    distribution, drafted = _sample_sparse(
+        scores, seed, positions, saguaro_fan_out, saguaro_constant, max(num_kept, saguaro_fan_out + 1)
+    )
+    likely = _top(scores, num_ranks + 1)
+    return DraftRanks(_moved_to_front(likely, drafted)[:, :num_ranks], likely[:, :num_ranks], distribution)
+
+
+def _same_ranks(token_ids: Tensor) -> DraftRanks:
+    return DraftRanks(token_ids, token_ids, None)
+
+
+def _top(scores: Tensor, num_ranks: int) -> Tensor:
+    """Most likely tokens [N, F], best first, -1 where the row has no more."""
+    best = scores.topk(min(num_ranks, scores.shape[1]), dim=1)
+    tokens = best.indices.masked_fill(best.values == -torch.inf, -1)
+    return torch.nn.functional.pad(tokens, (0, num_ranks - tokens.shape[1]), value=-1)
+
+
+def _sample_sparse(
+    scores: Tensor, seed: int | Tensor, positions: Tensor, fan_out: int, constant: float, num_kept: int
+) -> tuple[SparseDistribution, Tensor]:
+    """Cut to the most likely tokens, apply Saguaro sampling, sample: (distribution, tokens [N])."""
+    kept = scores.topk(min(num_kept, scores.shape[1]), dim=1)
+    changed = saguaro_scores(kept.values, fan_out, constant)
+    choice = gumbel_argmax(changed, seed, positions, Stream.DRAFT)
+    distribution = SparseDistribution(kept.indices, changed.softmax(dim=1))
+    return distribution, kept.indices.gather(1, choice[:, None])[:, 0]
+
+
+def _moved_to_front(tokens: Tensor, first: Tensor) -> Tensor:
+    """``first`` [N], then ``tokens`` [N, F] without it, [N, F]; a stable sort keeps the order."""
+    order = (tokens == first[:, None]).to(torch.int8).argsort(dim=1, stable=True)
+    return torch.cat((first[:, None], tokens.gather(1, order)[:, :-1]), dim=1)

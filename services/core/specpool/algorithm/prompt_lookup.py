@@ -1,0 +1,42 @@
+"""Prompt lookup: the backup that drafts for free by copying what followed the same words before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class PromptLookup:
+    """Incremental index of one sequence: where each n-gram was last followed by something.
+
+    Adding a token and proposing cost O(max_ngram), whatever the length of the sequence.
+    """
+
+    def __init__(self, tokens: Iterable[int] = (), *, max_ngram: int = 3) -> None:
+        if max_ngram < 1:
+            raise ValueError(f"max_ngram must be at least 1, got {max_ngram}")
+        self._max_ngram = max_ngram
+        self._tokens: list[int] = []
+        # n-gram -> index after its latest occurrence that is not the end of the sequence
+        self._after: dict[tuple[int, ...], int] = {}
+        self.extend(tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append committed tokens."""
+        for token in tokens:
+            end = len(self._tokens)
+            for n in range(1, min(self._max_ngram, end) + 1):
+                self._after[tuple(self._tokens[end - n : end])] = end
+            self._tokens.append(token)
+
+    def propose(self, num_tokens: int) -> list[int]:
+        """What followed the latest earlier occurrence of the longest known suffix, up to ``num_tokens``."""
+        for n in range(min(self._max_ngram, len(self._tokens)), 0, -1):
+            start = self._after.get(tuple(self._tokens[-n:]))
+            if start is not None:
+                return self._tokens[start : start + num_tokens]
+        return []
+
+
+def prompt_lookup(tokens: Sequence[int], max_ngram: int, num_tokens: int) -> list[int]:
+    """Propose up to ``num_tokens`` after ``tokens``; empty when no suffix of it occurred before."""
+    return PromptLookup(tokens, max_ngram=max_ngram).propose(num_tokens)
