@@ -65,9 +65,7 @@ def _hub_snapshot(source: str, on_progress: Progress) -> Path:
 
     on_progress("download", 0, 0)
     try:
-        directory = Path(
-            snapshot_download(source, allow_patterns=_HUB_PATTERNS, tqdm_class=_progress_bar(on_progress))
-        )
+        directory = Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS, tqdm_class=_progress_bar(on_progress)))
     except Exception as error:  # the hub client raises many unrelated kinds: HTTP, validation, offline, disk
         detail = str(error).strip().split("\n", 1)[0]
         raise _not_found(
@@ -78,7 +76,7 @@ def _hub_snapshot(source: str, on_progress: Progress) -> Path:
 
 
 def _progress_bar(on_progress: Progress) -> type[Any]:
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
     class CallbackBar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
         """Forwards the byte counts of the hub client's bars; draws nothing."""

@@ -81,9 +81,7 @@ def parse_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise InvalidArgument(f"unknown device {name!r}; accepted: cpu, cuda, cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidArgument(
-            f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices are visible"
-        )
+        raise InvalidArgument(f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices are visible")
     return device
 
 
@@ -156,9 +154,7 @@ def _keep_first_layers(spec: ModelSpec, config: Any) -> None:
         config.layer_types = config.layer_types[: spec.num_layers]
 
 
-def _transformers_model(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_progress: Progress
-) -> Any:
+def _transformers_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_progress: Progress) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

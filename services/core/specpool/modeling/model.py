@@ -64,7 +64,7 @@ def unsupported(subject: object, why: str) -> InvalidArgument:
     )
 
 
-class PagedCache(Cache):
+class PagedCache(Cache):  # type: ignore[misc]
     """The `Cache` of one forward: `update` writes every layer's keys and values to the packed tokens' slots."""
 
     def __init__(self, storage: KVStorage, slots: Tensor) -> None:
@@ -203,7 +203,5 @@ def _logit_rows(segments: Sequence[Segment], packed: Sequence[PackedSegment]) ->
     return [
         row
         for segment, place in zip(segments, packed, strict=True)
-        for row in range(
-            place.offset + place.num_tokens - segment.num_logits, place.offset + place.num_tokens
-        )
+        for row in range(place.offset + place.num_tokens - segment.num_logits, place.offset + place.num_tokens)
     ]

@@ -43,9 +43,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(
-                f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}"
-            )
+            raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_evictions = 0
@@ -221,9 +219,7 @@ class SequenceKV:
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more tokens as written, after a forward wrote them."""
-        assert self.length + num_tokens <= len(self.block_ids) * self.pool.block_size, (
-            "beyond the reserved room"
-        )
+        assert self.length + num_tokens <= len(self.block_ids) * self.pool.block_size, "beyond the reserved room"
         self.length += num_tokens
 
     def truncate(self, length: int) -> None:

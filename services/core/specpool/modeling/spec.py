@@ -25,9 +25,7 @@ class ModelKind(StrEnum):
 _OPTIONS: Mapping[ModelKind, frozenset[str]] = {
     ModelKind.TRANSFORMERS: frozenset({"layers"}),
     ModelKind.RANDOM: frozenset({"like"}),
-    ModelKind.TOY: frozenset(
-        {"vocab", "seed", "agreement", "draft_seed", "step_ms", "row_ms", "context", "sharpness"}
-    ),
+    ModelKind.TOY: frozenset({"vocab", "seed", "agreement", "draft_seed", "step_ms", "row_ms", "context", "sharpness"}),
 }
 
 
@@ -69,9 +67,7 @@ class ModelSpec:
         if value is None:
             return default
         if not value.isdecimal() or int(value) < minimum:
-            raise InvalidArgument(
-                f"option {name!r} of {self.text!r} must be an integer >= {minimum}, got {value!r}"
-            )
+            raise InvalidArgument(f"option {name!r} of {self.text!r} must be an integer >= {minimum}, got {value!r}")
         return int(value)
 
     def number(self, name: str, default: float, *, maximum: float = float("inf")) -> float:
@@ -82,9 +78,7 @@ class ModelSpec:
         except ValueError:
             number = -1.0
         if not 0 <= number <= maximum:
-            raise InvalidArgument(
-                f"option {name!r} of {self.text!r} must be a number in [0, {maximum}], got {value!r}"
-            )
+            raise InvalidArgument(f"option {name!r} of {self.text!r} must be a number in [0, {maximum}], got {value!r}")
         return number
 
 

@@ -60,7 +60,7 @@ class DraftTable(ToyTable):
         pair = (before, last)
         if pair not in self._rows:
             agrees = torch.rand((), generator=_generator(self.seed, *pair, 1)).item() < self.agreement
-            self._rows[pair] = (self.target if agrees else super()).logits(before, last)
+            self._rows[pair] = self.target.logits(before, last) if agrees else super().logits(before, last)
         return self._rows[pair]
 
 

@@ -202,9 +202,7 @@ class _Batch:
         return gathered.view(self._num_groups, -1, *cache.shape[2:]).transpose(1, 2)
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
-) -> Tensor:
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float) -> Tensor:
     """Attention whose scores are squashed into (-softcap, softcap) before the mask."""
     scores = torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap)) * softcap + mask
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
