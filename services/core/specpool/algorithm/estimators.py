@@ -22,9 +22,7 @@ _EXPONENT_RANGE: Final = (0.1, 4.0)
 class AcceptanceEstimator:
     """Probability that a drafted token is accepted, given that those before it were."""
 
-    def __init__(
-        self, prior: float = DEFAULT_ACCEPTANCE, *, prior_weight: float = 8.0, decay: float = 0.995
-    ) -> None:
+    def __init__(self, prior: float = DEFAULT_ACCEPTANCE, *, prior_weight: float = 8.0, decay: float = 0.995) -> None:
         self._accepted = 0.0
         self._trials = 0.0
         self._prior = prior

@@ -80,9 +80,7 @@ def uniform(seed: int | Tensor, positions: Tensor, stream: Stream = Stream.ACCEP
     return _unit(_bits(keys, torch.zeros_like(keys)))
 
 
-def gumbel_argmax(
-    scores: Tensor, seed: int | Tensor, positions: Tensor, stream: Stream = Stream.TARGET
-) -> Tensor:
+def gumbel_argmax(scores: Tensor, seed: int | Tensor, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
     """Sample a token per row, distributed as softmax(scores): argmax(scores + noise), int64 [N]."""
     return gumbel_topk(scores, seed, positions, 1, stream)[:, 0]
 

@@ -56,9 +56,7 @@ class SpeculationCache:
             if len(tokens) >= len(table.get(outcome, ())):
                 table[outcome] = tuple(tokens)
 
-    def lookup(
-        self, round_: int, num_accepted: int, bonus_token: int, *, lookahead: int | None = None
-    ) -> Lookup:
+    def lookup(self, round_: int, num_accepted: int, bonus_token: int, *, lookahead: int | None = None) -> Lookup:
         """What was drafted for the outcome of ``round_``, at most ``lookahead`` tokens; ends the round."""
         lookahead = self._lookahead if lookahead is None else lookahead
         table = self._tables.get(round_)

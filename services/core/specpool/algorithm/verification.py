@@ -153,9 +153,7 @@ def verify_greedy(scores: Tensor, draft_tokens: Sequence[int]) -> VerificationOu
     return _match_one(scores.argmax(dim=1), draft_tokens)
 
 
-def verify_coupled(
-    scores: Tensor, draft_tokens: Sequence[int], *, seed: int, position: int
-) -> VerificationOutcome:
+def verify_coupled(scores: Tensor, draft_tokens: Sequence[int], *, seed: int, position: int) -> VerificationOutcome:
     """Accept while the drafted token is the target's own sample. ``scores`` [K + 1, V]."""
     return _match_one(gumbel_argmax(scores, seed, _positions(scores, position)), draft_tokens)
 

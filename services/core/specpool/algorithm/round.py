@@ -1,0 +1,121 @@
+"""The whole SSD round, in one function, over interfaces that a test can fake.
+
+This is the reference: every engine and every fast path must give what it gives. The lines marked
+"meanwhile" happen at the same time on different hardware; here they are written one after the other,
+because nothing in them depends on the other's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from specpool.algorithm.speculation_cache import Lookup, LookupKind, Outcome, SpeculationCache
+from specpool.algorithm.verification import DraftDistribution, VerificationMode, VerificationOutcome, verify
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Tokens in flight."""
+
+    tokens: tuple[int, ...] = ()
+    """What the target verifies; may be empty."""
+    distribution: DraftDistribution | None = None
+    """What they were sampled from; None unless rejection needs it, or when it did not arrive in time."""
+
+
+class Target(Protocol):
+    """The large model."""
+
+    def score(self, committed: Sequence[int], draft_tokens: Sequence[int]) -> Tensor:
+        """Processed logits [K + 1, V] after ``committed + draft_tokens[:j]``, j = 0..K."""
+        ...
+
+
+class Speculator(Protocol):
+    """The draft model."""
+
+    def speculate(self, committed: Sequence[int]) -> Speculation:
+        """Draft tokens after ``committed``."""
+        ...
+
+    def predict(self, committed: Sequence[int], in_flight: Speculation) -> Mapping[Outcome, Sequence[int]]:
+        """Guess outcomes of verifying ``in_flight`` and draft after each."""
+        ...
+
+    def distribution(self, committed: Sequence[int], tokens: Sequence[int]) -> DraftDistribution | None:
+        """What ``tokens``, drafted after ``committed``, were sampled from."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoundState:
+    """Between two rounds of one sequence."""
+
+    committed: tuple[int, ...]
+    """Prompt and output so far."""
+    speculation: Speculation = Speculation()
+    """What the next round verifies."""
+    round: int = 0
+    """Number of the next round."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """After one round."""
+
+    state: RoundState
+    """For the next round."""
+    outcome: VerificationOutcome
+    """Of this round."""
+    lookup: Lookup
+    """What the cache had for it."""
+
+
+def speculative_round(
+    state: RoundState,
+    target: Target,
+    speculator: Speculator,
+    cache: SpeculationCache,
+    *,
+    mode: VerificationMode,
+    seed: int = 0,
+    fallback: Callable[[Sequence[int]], Speculation] = lambda committed: Speculation(),
+) -> RoundResult:
+    """Verify what is in flight; meanwhile prepare for its outcome; take the next speculation from the cache.
+
+    Args:
+        state: of the sequence.
+        target: verifies.
+        speculator: guesses.
+        cache: of this sequence.
+        mode: of the request.
+        seed: of the request.
+        fallback: what to verify next when the cache has nothing: a backup, or ``speculator.speculate``.
+    """
+    committed, in_flight = state.committed, state.speculation
+
+    # meanwhile, on the speculator: guess (accepted length, bonus token) and draft for each guess
+    cache.update(state.round, speculator.predict(committed, in_flight))
+
+    # meanwhile, on the target: one forward over all drafted tokens
+    scores = target.score(committed, in_flight.tokens)
+    outcome = verify(
+        mode,
+        scores,
+        in_flight.tokens,
+        seed=seed,
+        position=len(committed),
+        draft=in_flight.distribution,
+    )
+
+    committed = (*committed, *outcome.committed(in_flight.tokens))
+    lookup = cache.lookup(state.round, outcome.num_accepted, outcome.bonus_token)
+    if lookup.kind in (LookupKind.HIT, LookupKind.PARTIAL):
+        following = Speculation(lookup.tokens, speculator.distribution(committed, lookup.tokens))
+    else:
+        following = fallback(committed)
+    return RoundResult(RoundState(committed, following, state.round + 1), outcome, lookup)
