@@ -1,0 +1,76 @@
+"""Requests of the bench, and what is kept of each answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specpool.client import Client, Completion
+from specpool.models.prompts import Prompt
+from specpool.v1 import inference_pb2, types_pb2
+
+MODE_VALUES = {
+    "ssd": types_pb2.SPECULATION_MODE_SSD,
+    "sd": types_pb2.SPECULATION_MODE_SD,
+    "off": types_pb2.SPECULATION_MODE_OFF,
+}
+VERIFICATION_VALUES = {
+    "coupled": types_pb2.VERIFICATION_MODE_COUPLED,
+    "rejection": types_pb2.VERIFICATION_MODE_REJECTION,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way of generating, to be compared with others on the same prompts."""
+
+    mode: str
+    temperature: float
+    lookahead: int
+    verification: str = "coupled"
+    layout: str = "own cores"
+    """Which cores target and speculator had."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One prompt under one setting."""
+
+    setting: Setting
+    prompt_id: str
+    source: str
+    token_ids: tuple[int, ...]
+    stats: types_pb2.GenerationStats
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens after the first, which the prefill gives."""
+        return len(self.token_ids) - 1
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds from the first token to the last, by the target's clock."""
+        return self.stats.seconds - self.stats.seconds_to_first_token
+
+
+def chat_request(prompt: Prompt, setting: Setting, *, max_tokens: int, seed: int) -> inference_pb2.GenerateRequest:
+    """The request that sends `prompt` as a user's message."""
+    return inference_pb2.GenerateRequest(
+        chat=inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content=prompt.text)]),
+        sampling=types_pb2.SamplingParams(temperature=setting.temperature, max_tokens=max_tokens, seed=seed),
+        mode=MODE_VALUES[setting.mode],
+        verification=VERIFICATION_VALUES[setting.verification],
+        max_lookahead=setting.lookahead,
+    )
+
+
+async def measure(client: Client, prompt: Prompt, setting: Setting, *, max_tokens: int, seed: int) -> Measurement:
+    """Generate once and keep what the report needs."""
+    request = chat_request(prompt, setting, max_tokens=max_tokens, seed=seed)
+    completion: Completion = await client.complete(request)
+    return Measurement(
+        setting=setting,
+        prompt_id=prompt.id,
+        source=prompt.source,
+        token_ids=tuple(completion.token_ids),
+        stats=completion.stats,
+    )
