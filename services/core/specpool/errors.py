@@ -64,6 +64,12 @@ class ModelNotFound(SpecPoolError):
     default_reason = "MODEL_NOT_FOUND"
 
 
+class DataCorrupt(SpecPoolError):
+    """Downloaded bytes are not what they must be (checksum)."""
+
+    default_reason = "CHECKSUM_MISMATCH"
+
+
 class SessionNotFound(SpecPoolError):
     """The session to cancel or resume is not known."""
 
@@ -167,6 +173,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     ContextLengthExceeded: "INVALID_ARGUMENT",
     ModelNotFound: "NOT_FOUND",
     SessionNotFound: "NOT_FOUND",
+    DataCorrupt: "DATA_LOSS",
     KVCacheFull: "RESOURCE_EXHAUSTED",
     QuotaExceeded: "RESOURCE_EXHAUSTED",
     TokenizerMismatch: "FAILED_PRECONDITION",

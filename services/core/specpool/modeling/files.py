@@ -115,7 +115,7 @@ def _converted_gguf(path: Path, on_progress: Progress) -> Path:
     # Convert beside the destination and rename, so that a killed conversion leaves nothing that looks complete.
     work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
-        _convert_gguf(path, work, on_progress)
+        convert_gguf(path, work, on_progress)
         work.rename(target)
     except OSError:
         if not (target / "config.json").is_file():  # else another process was faster
@@ -125,7 +125,8 @@ def _converted_gguf(path: Path, on_progress: Progress) -> Path:
     return target
 
 
-def _convert_gguf(path: Path, destination: Path, on_progress: Progress) -> None:
+def convert_gguf(path: Path, destination: Path, on_progress: Progress) -> None:
+    """Dequantise a GGUF file to bfloat16 safetensors in `destination`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
