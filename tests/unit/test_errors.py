@@ -7,7 +7,6 @@ import sys
 
 import grpc
 import pytest
-
 from specpool import errors
 
 
