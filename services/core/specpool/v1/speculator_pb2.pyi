@@ -243,6 +243,7 @@ class OpenSequence(_message.Message):
     MAX_LOOKAHEAD_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     tenant: _builtins.str
     tenant_weight: _builtins.float
@@ -252,6 +253,8 @@ class OpenSequence(_message.Message):
     mode: _types_pb2.SpeculationMode.ValueType
     max_lookahead: _builtins.int
     round: _builtins.int
+    traceparent: _builtins.str
+    """W3C trace context of the request, empty when it is not traced."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt and committed output, in order."""
@@ -275,10 +278,11 @@ class OpenSequence(_message.Message):
         max_lookahead: _builtins.int = ...,
         round: _builtins.int = ...,
         draft_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "draft_tokens", b"draft_tokens", "max_lookahead", b"max_lookahead", "mode", b"mode", "num_prompt_tokens", b"num_prompt_tokens", "round", b"round", "sampling", b"sampling", "sequence_id", b"sequence_id", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "token_ids", b"token_ids", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "draft_tokens", b"draft_tokens", "max_lookahead", b"max_lookahead", "mode", b"mode", "num_prompt_tokens", b"num_prompt_tokens", "round", b"round", "sampling", b"sampling", "sequence_id", b"sequence_id", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "token_ids", b"token_ids", "traceparent", b"traceparent", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
