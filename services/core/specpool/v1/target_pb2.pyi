@@ -30,6 +30,7 @@ class RunSequenceRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     SPECULATOR_ENDPOINT_FIELD_NUMBER: _builtins.int
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NUM_TEXT_CHARS_SENT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """From verified credentials, by the router."""
     tenant_weight: _builtins.float
@@ -38,11 +39,16 @@ class RunSequenceRequest(_message.Message):
     """Salt of this tenant's prefix cache."""
     speculator_endpoint: _builtins.str
     """Endpoint of the speculator this sequence was given; empty: none."""
+    num_text_chars_sent: _builtins.int
+    """Characters (Unicode code points) of the completion's text that the client already has."""
     @_builtins.property
     def request(self) -> _inference_pb2.GenerateRequest: ...
     @_builtins.property
     def committed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Continuation of a stream another target began: its completion so far. The seed must be set."""
+        """Continuation of a stream another target began: its completion so far. The seed must be set. No delta repeats these
+        tokens; the text of committed tokens beyond `num_text_chars_sent` characters is emitted again in the first delta.
+        Usage counts the committed tokens as completion tokens.
+        """
 
     def __init__(
         self,
@@ -53,10 +59,11 @@ class RunSequenceRequest(_message.Message):
         cache_salt: _builtins.bytes = ...,
         speculator_endpoint: _builtins.str = ...,
         committed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_text_chars_sent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
