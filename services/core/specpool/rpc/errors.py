@@ -1,0 +1,110 @@
+"""Errors on the wire: `SpecPoolError` to ``google.rpc.Status`` with rich details, and back to the same type.
+
+Details sent: ``ErrorInfo`` (reason, domain "specpool", metadata) and, for an invalid argument that names its field,
+``BadRequest`` with one field violation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from specpool import errors
+from specpool.errors import SpecPoolError
+
+DOMAIN: Final = "specpool"
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+# Trailing metadata that outgrows the peer's header limit turns any error into RESOURCE_EXHAUSTED.
+_MAX_MESSAGE_CHARS: Final = 1500
+_MAX_VALUE_CHARS: Final = 300
+
+_KIND_BY_CODE: Final[Mapping[grpc.StatusCode, type[SpecPoolError]]] = {
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgument,
+    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgument,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.QuotaExceeded,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.ProtocolMismatch,
+    grpc.StatusCode.UNIMPLEMENTED: errors.ProtocolMismatch,
+    grpc.StatusCode.NOT_FOUND: errors.SessionNotFound,
+    grpc.StatusCode.INTERNAL: errors.Internal,
+}
+
+
+def to_status(error: SpecPoolError) -> status_pb2.Status:
+    """The ``google.rpc.Status`` that carries ``error``."""
+    code = grpc.StatusCode[error.status_code_name]
+    status = status_pb2.Status(code=code.value[0], message=_shorten(error.message, _MAX_MESSAGE_CHARS))
+    metadata = {key: _shorten(value, _MAX_VALUE_CHARS) for key, value in error.metadata.items()}
+    _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    if isinstance(error, errors.InvalidArgument) and "field" in error.metadata:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.metadata["field"], description=status.message
+        )
+        _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
+    return status
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: SpecPoolError) -> None:
+    """End the call with the status of ``error``. Always raises (`grpc.aio.AbortError`)."""
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+def from_rpc_error(
+    error: grpc.aio.AioRpcError, *, unavailable: type[SpecPoolError] = errors.TargetUnavailable
+) -> SpecPoolError:
+    """The typed error behind a failed call, rebuilt from its ErrorInfo; without one, chosen by the status code.
+
+    Args:
+        error: of the failed call.
+        unavailable: what a peer that cannot be reached is called here.
+    """
+    code = error.code()
+    info = _error_info(error)
+    message = error.details() or code.name
+    by_code = unavailable if code is grpc.StatusCode.UNAVAILABLE else _KIND_BY_CODE.get(code, errors.Internal)
+    if info is None:
+        return by_code(message, reason=_reason_of_bare_status(code, by_code))
+    typed = errors.error_from_reason(info.reason, message, info.metadata)
+    # A reason of its own ("EMPTY_PROMPT") names no class: keep the reason, and the status it came with.
+    return typed if type(typed) is not SpecPoolError else by_code(message, reason=info.reason, metadata=info.metadata)
+
+
+def _reason_of_bare_status(code: grpc.StatusCode, kind: type[SpecPoolError]) -> str:
+    """Codes that gRPC itself sends must not read as one of our own reasons where that would mislead."""
+    own = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION}
+    return code.name if code in own else kind.default_reason
+
+
+def _error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            return _decode_error_info(value)
+    return None
+
+
+def _decode_error_info(encoded: bytes) -> error_details_pb2.ErrorInfo | None:
+    info = error_details_pb2.ErrorInfo()
+    try:
+        for detail in status_pb2.Status.FromString(encoded).details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                return info
+    except DecodeError:  # a proxy's, not ours
+        return None
+    return None
+
+
+def _pack(status: status_pb2.Status, detail: Message) -> None:
+    status.details.add().Pack(detail)
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

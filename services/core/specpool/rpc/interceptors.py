@@ -1,0 +1,120 @@
+"""Server interceptors: each runs every call inside an asynchronous scope.
+
+Whatever shape a handler has (unary or streaming, coroutine or asynchronous generator), it is called inside the scope,
+and a generator is closed before the scope is left: when a client cancels, the generator's ``finally`` runs at once, not
+when the garbage collector comes by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from specpool.errors import Internal, SpecPoolError
+from specpool.rpc.errors import abort, from_rpc_error
+
+_logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+Behavior = Callable[[Any, Context], Any]
+Scope = Callable[[Context], AbstractAsyncContextManager[None]]
+
+
+class ScopeInterceptor(grpc.aio.ServerInterceptor):
+    """Base of interceptors that run calls inside `scope`."""
+
+    def scope(self, details: grpc.HandlerCallDetails, handler: Handler, context: Context) -> Any:
+        """The asynchronous context manager one call runs in."""
+        raise NotImplementedError
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the handler that was found; None (no such method) is passed on."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        return _wrap(handler, lambda context: self.scope(handler_call_details, handler, context))
+
+
+class ErrorInterceptor(ScopeInterceptor):
+    """The only place where errors become gRPC statuses.
+
+    A `SpecPoolError` is sent as it is; a failed call to another service as the typed error behind it. Anything else is
+    a defect: it is logged with its traceback under a random id, and the peer is told the id and nothing more.
+    """
+
+    def scope(
+        self, details: grpc.HandlerCallDetails, handler: Handler, context: Context
+    ) -> AbstractAsyncContextManager[None]:
+        """Errors leave as statuses."""
+        return _errors_as_status(str(details.method), context)
+
+
+@asynccontextmanager
+async def _errors_as_status(method: str, context: Context) -> AsyncIterator[None]:
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except SpecPoolError as error:
+        if isinstance(error, Internal):
+            _logger.error("%s failed: %s", method, error, exc_info=error)
+        await abort(context, error)
+    except grpc.aio.AioRpcError as error:
+        await abort(context, from_rpc_error(error))
+    except Exception as error:
+        if context.cancelled():  # writing to a call that is gone
+            raise asyncio.CancelledError from error
+        error_id = secrets.token_hex(4)
+        _logger.exception("%s failed unexpectedly (error id %s)", method, error_id)
+        await abort(context, Internal(f"internal error {error_id}; see the log", metadata={"error_id": error_id}))
+
+
+def _wrap(handler: Handler, scope: Scope) -> Handler:
+    attribute = _attribute(handler)
+    behavior = getattr(handler, attribute)
+    if inspect.isasyncgenfunction(behavior):
+        wrapped = _scoped_generator(behavior, scope)
+    elif inspect.iscoroutinefunction(behavior):
+        wrapped = _scoped_coroutine(behavior, scope)
+    else:
+        raise TypeError(f"handler {behavior!r} must be a coroutine function or an asynchronous generator function")
+    make = getattr(grpc, f"{attribute}_rpc_method_handler")
+    wrapped_handler: Handler = make(wrapped, handler.request_deserializer, handler.response_serializer)
+    return wrapped_handler
+
+
+def _attribute(handler: Handler) -> str:
+    """Name of the attribute that holds the behaviour: unary_unary, unary_stream, stream_unary or stream_stream."""
+    request = "stream" if handler.request_streaming else "unary"
+    response = "stream" if handler.response_streaming else "unary"
+    return f"{request}_{response}"
+
+
+def _scoped_coroutine(behavior: Behavior, scope: Scope) -> Behavior:
+    async def call(request: Any, context: Context) -> Any:
+        async with scope(context):
+            return await behavior(request, context)
+
+    return call
+
+
+def _scoped_generator(behavior: Behavior, scope: Scope) -> Behavior:
+    async def call(request: Any, context: Context) -> None:
+        async with scope(context), aclosing(behavior(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return call

@@ -1,0 +1,71 @@
+"""What engines measure each step: plain numbers, known to no exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True, slots=True)
+class StepStats:
+    """One step of a target engine, all sequences together."""
+
+    num_running: int = 0
+    """Sequences in the batch."""
+    num_waiting: int = 0
+    """Sequences not admitted yet, or preempted."""
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+    waiting_s: float = 0.0
+    """Waiting for speculations."""
+    forward_s: float = 0.0
+    """The model's forward."""
+    verify_s: float = 0.0
+    """Sampling and verification."""
+    other_s: float = 0.0
+    """Everything else."""
+    num_drafts: int = 0
+    """Sequences verified with at least one draft token."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_hits: int = 0
+    """Lookups that found the full lookahead."""
+    num_partial: int = 0
+    """Lookups that found fewer tokens than the lookahead, at least one."""
+    num_late: int = 0
+    """Lookups that found the outcome without a single token yet."""
+    num_misses: int = 0
+    """Lookups that did not find the outcome (late ones not counted)."""
+    num_prompt_tokens: int = 0
+    """Prompt tokens prefilled."""
+    num_generation_tokens: int = 0
+    """Tokens committed."""
+    num_preemptions: int = 0
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Rounds that fell back, by reason (see `specpool.telemetry.metrics.FALLBACK_REASONS`)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DraftStepStats:
+    """One step of a speculator engine, all sequences together."""
+
+    num_rows: int = 0
+    """Rows of the forward."""
+    num_sequences: int = 0
+    """Sequences held."""
+    num_targets: int = 0
+    """Targets connected."""
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+    forward_s: float = 0.0
+    """The model's forward."""
+    step_s: float = 0.0
+    """The whole step."""
+    num_draft_tokens: int = 0
+    """Tokens drafted."""
+    num_table_entries: int = 0
+    """Entries pushed."""
+    num_dropped_branches: int = 0
+    """Branches that an outcome ruled out before they were used."""
+    num_stale_messages: int = 0
+    """Messages about an incarnation, sequence or round that has passed."""
