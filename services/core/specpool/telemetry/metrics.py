@@ -119,7 +119,7 @@ class TargetMetrics:
         )
         self._fallbacks = _children(
             Counter("specpool_fallback", "Rounds that fell back, by reason.", ["reason"], registry=self.registry),
-            FALLBACK_REASONS,
+            (*FALLBACK_REASONS, OTHER),
         )
         self._stale = Counter(
             "specpool_stale_messages",
@@ -157,7 +157,7 @@ class TargetMetrics:
         ):
             _add(self._lookups[outcome], count)
         for reason, count in step.fallbacks.items():
-            _add(self._fallbacks[reason], count)
+            _add(self._fallbacks.get(reason, self._fallbacks[OTHER]), count)
 
     def set_queue(self, *, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
         """Between steps: when the batch empties, no step reports it."""
