@@ -1,0 +1,167 @@
+"""The counter-based noise: pinned bits, good statistics, and a fast path equal to the exact one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, gumbel_r, kstest
+from specpool.algorithm import noise
+from specpool.algorithm.noise import Stream, gumbel, gumbel_argmax, gumbel_topk, uniform
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+
+
+def oracle_bits(seed: int, position: int, token: int, stream: int) -> int:
+    """The hash once more, with Python's own integers."""
+
+    def mix(state: int) -> int:
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+        return state ^ (state >> 31)
+
+    key = mix((seed + 0x9E3779B97F4A7C15) & MASK)
+    key = mix((key + (stream + 1) * 0x8CB92BA72F3D8DD7) & MASK)
+    key = mix((key + position * 0xD1B54A32D192ED03) & MASK)
+    return mix((key + (token + 1) * 0x9E3779B97F4A7C15) & MASK) >> 12
+
+
+# never to change: they are what makes a seed mean the same text on every machine and in every release
+GOLDEN = {
+    (0, 0, 0, Stream.TARGET): "0x1.7376cbd88d707p-4",
+    (1, 17, 151_935, Stream.TARGET): "-0x1.7cf2e7a85f8d5p-2",
+    (-5, 4096, 1000, Stream.DRAFT): "-0x1.646f9af104d63p-2",
+    (2**63 + 11, 2, 7, Stream.RECOVER): "0x1.fc8fb3544e9c9p-2",
+    (123456789, 131_071, 32_000, Stream.ACCEPT): "-0x1.8de1746582708p-1",
+}
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_golden_values(key: tuple[int, int, int, Stream], device: str) -> None:
+    seed, position, token, stream = key
+    positions = torch.tensor([position], device=device)
+    value = gumbel(seed, positions, torch.tensor([token], device=device), stream)
+    assert float(value).hex() == GOLDEN[key]
+
+
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_golden_values_are_gumbel_noise_of_the_hash(key: tuple[int, int, int, Stream]) -> None:
+    numerator = 2 * oracle_bits(*key) + 1
+    small = numerator / 2**53
+    expected = -math.log(-math.log1p(-small))
+    assert float.fromhex(GOLDEN[key]) == pytest.approx(expected, rel=1e-14, abs=1e-14)
+
+
+def test_own_logarithm_is_within_two_units_in_the_last_place() -> None:
+    x = torch.cat((torch.rand(100_000, dtype=torch.float64), torch.logspace(-16, 2, 10_000, dtype=torch.float64)))
+    x = torch.cat((x, 1 - torch.logspace(-16, -1, 1000, dtype=torch.float64)))
+    x = x[(x > 0) & (x != 1)]
+    expected = torch.tensor([math.log(value) for value in x.tolist()], dtype=torch.float64)
+    assert float(((noise._log(x) - expected) / expected).abs().max()) < 2 * 2.0**-52
+
+
+def test_the_approximation_stays_within_half_the_margin_at_the_extremes() -> None:
+    powers = [2**j for j in range(52)]
+    bits = torch.tensor([0, *powers, *(2**52 - power for power in powers)])
+    error = noise._exact_gumbel(bits) + noise._approximate_negative_gumbel(bits).double()
+    assert float(error.max()) < 0.1  # underestimates: the true winner may look this much worse
+    assert float(-error.min()) < 0.85  # overestimates: the threshold may be this much too high
+    assert 0.1 + 0.85 < noise._MARGIN
+
+
+@pytest.mark.parametrize(
+    "vary",
+    [
+        lambda i: (3, i, 5, 0),
+        lambda i: (3, 5, i, 0),
+        lambda i: (i, 5, 3, 0),
+        lambda i: (7, i // 256, i % 256, 3),
+        lambda i: (i, i, i, 1),
+        lambda i: (-i, i, 255 - i % 256, 2),
+    ],
+    ids=["positions", "tokens", "seeds", "positions-and-tokens", "diagonal", "antidiagonal"],
+)
+def test_neighbours_are_independent_and_gumbel(vary: object) -> None:
+    keys = torch.tensor([vary(i) for i in range(65_536)])  # type: ignore[operator]
+    stream = Stream(int(keys[0, 3]))
+    values = gumbel(keys[:, 0], keys[:, 1], keys[:, 2:3], stream)[:, 0]
+    assert kstest(values.numpy(), gumbel_r.cdf).pvalue > 1e-3
+    ranks = values.argsort().argsort().double()
+    for lag in (1, 2, 256):
+        correlation = torch.corrcoef(torch.stack((ranks[:-lag], ranks[lag:])))[0, 1]
+        assert abs(float(correlation)) < 4 / math.sqrt(len(ranks))
+
+
+def test_streams_are_independent() -> None:
+    positions = torch.arange(65_536)
+    values = torch.stack([uniform(9, positions, stream) for stream in Stream])
+    off_diagonal = torch.corrcoef(values) - torch.eye(len(Stream), dtype=torch.float64)
+    assert float(off_diagonal.abs().max()) < 4 / math.sqrt(len(positions))
+
+
+def test_uniform_is_uniform() -> None:
+    counts = torch.histc(uniform(1, torch.arange(100_000)).float(), bins=64, min=0, max=1)
+    assert chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("k", [1, 3, 16])
+def test_fast_selection_equals_the_exact_one(spread: float, k: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(64, 5_000, generator=generator) * spread
+    scores[:, ::7] = -torch.inf
+    positions = torch.arange(64)
+    exact = (scores.double() + gumbel(11, positions, 5_000)).topk(k, dim=1).indices
+    assert gumbel_topk(scores, 11, positions, k).equal(exact)
+
+
+def test_fast_selection_equals_the_exact_one_on_a_large_vocabulary() -> None:
+    scores = torch.randn(3, 151_936, generator=torch.Generator().manual_seed(2)) * 4
+    seeds, positions = torch.tensor([5, 5, -9]), torch.tensor([0, 1, 1])
+    exact = (scores.double() + gumbel(seeds, positions, 151_936)).argmax(dim=1)
+    assert gumbel_argmax(scores, seeds, positions).equal(exact)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scores=st.lists(st.one_of(st.floats(-1e4, 1e4, width=32), st.just(-math.inf)), min_size=1, max_size=12).filter(
+        lambda row: max(row) > -math.inf
+    ),
+    seed=st.integers(-(2**63), 2**64 - 1),
+    k=st.integers(1, 14),
+)
+def test_ranks_of_any_row(scores: list[float], seed: int, k: int) -> None:
+    row, positions = torch.tensor([scores]), torch.tensor([3])
+    exact = (row.double() + gumbel(seed, positions, len(scores)))[0].tolist()
+    order = sorted((t for t in range(len(scores)) if scores[t] > -math.inf), key=lambda t: -exact[t])
+    expected = (order + [-1] * k)[:k]
+    assert gumbel_topk(row, seed, positions, k)[0].tolist() == expected
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    scores = torch.randn(9, 1_000, generator=torch.Generator().manual_seed(3))
+    seeds, positions = torch.arange(9) * 1_000_003, torch.arange(9) + 40
+    together = gumbel_topk(scores, seeds, positions, 5)
+    for row in range(9):
+        alone = gumbel_topk(scores[row : row + 1], int(seeds[row]), positions[row : row + 1], 5)
+        assert alone[0].equal(together[row])
+
+
+def test_unsigned_and_signed_seeds_of_the_same_bits_agree() -> None:
+    positions = torch.arange(4)
+    assert gumbel(2**64 - 1, positions, 8).equal(gumbel(-1, positions, 8))
+
+
+def test_samples_follow_softmax() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    scores = probabilities.float().log().expand(100_000, 4)
+    counts: Tensor = torch.bincount(gumbel_argmax(scores, 2, torch.arange(100_000)), minlength=4)
+    assert chisquare(counts.numpy(), (probabilities * 100_000).numpy()).pvalue > 1e-3
