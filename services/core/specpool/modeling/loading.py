@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,6 +12,7 @@ from specpool.errors import InvalidArgument
 from specpool.modeling.attention import AttentionBackend, get_backend
 from specpool.modeling.files import Progress, no_progress, resolve_model_directory
 from specpool.modeling.interface import CausalModel
+from specpool.modeling.linear import check_weight_format, convert_linears
 from specpool.modeling.model import KVGeometry, TransformersModel
 from specpool.modeling.paged_kv import BlockPool
 from specpool.modeling.spec import ModelKind, ModelSpec
@@ -27,8 +28,6 @@ GPU_KV_CACHE_SHARE = 0.85
 """Of the memory that is free after the weights are loaded."""
 TOY_NUM_BLOCKS = 4096
 
-WeightsFormat = Literal["plain"]
-
 
 def load_model(
     spec: ModelSpec | str,
@@ -39,17 +38,23 @@ def load_model(
     kv_cache_bytes: int | None = None,
     block_size: int = 16,
     attention_backend: str = "sdpa",
+    weights: str = "plain",
     on_progress: Progress = no_progress,
 ) -> CausalModel:
-    """Load a model and allocate its KV cache of `num_blocks`, or of `kv_cache_bytes`, or of the default size."""
+    """Load a model and allocate its KV cache of `num_blocks`, or of `kv_cache_bytes`, or of the default size.
+
+    `weights` is a format of `specpool.modeling.linear`; toy and random models have no weights and ignore it.
+    """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
     backend = get_backend(attention_backend)
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    check_weight_format(weights, dtype=torch_dtype, device=torch_device)
     if spec.kind is ModelKind.TOY:
         return _toy(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size))
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
     model = _transformers_model(spec, torch_dtype, torch_device, on_progress)
+    convert_linears(model, weights, on_progress)
     on_progress("allocate", 0, 1)
     if num_blocks is None:
         geometry = KVGeometry.of(model.config.get_text_config())

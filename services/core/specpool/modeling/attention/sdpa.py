@@ -6,7 +6,8 @@ similar size are computed as one batch. Query heads that share a key/value head 
 head, so keys and values are never repeated.
 
 Shapes, besides those of `interface`:
-    G  groups in a batch     Q  queries of a group (padded)     M  blocks of a group (padded)     R = H / Hkv
+    G  groups in a batch     Q  queries of a group (padded)     K  slots of a group (padded)
+    M  blocks of a group     R = H / Hkv
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from specpool.modeling.attention.interface import AttentionPlan, KVStorage, PackedSegment
 from specpool.modeling.paged_kv import num_blocks_for
 
 MIN_SHARED_FRACTION = 0.5
+_UNSEEN = 1 << 40
+"""Position of a padding slot: later than every query."""
 
 
 class SdpaBackend:
@@ -74,15 +78,20 @@ class _Group:
         self.segments: list[PackedSegment] = []
         self.columns: dict[int, int] = {}  # block id -> column among the group's blocks
         self.block_positions: list[int] = []  # index of the block in its sequence, per column
+        self.block_lengths: list[int] = []  # slots of the block that any segment uses, per column
         self.columns_of: list[list[int]] = []  # per segment
 
-    def add(self, segment: PackedSegment, blocks: Sequence[int]) -> None:
+    def add(self, segment: PackedSegment, blocks: Sequence[int], block_size: int) -> None:
         columns = []
         for index, block in enumerate(blocks):
             if block not in self.columns:
                 self.columns[block] = len(self.columns)
                 self.block_positions.append(index)
-            columns.append(self.columns[block])
+                self.block_lengths.append(0)
+            column = self.columns[block]
+            used = min(block_size, segment.end - index * block_size)
+            self.block_lengths[column] = max(self.block_lengths[column], used)
+            columns.append(column)
         self.segments.append(segment)
         self.columns_of.append(columns)
 
@@ -110,60 +119,64 @@ def _group_segments(segments: Sequence[PackedSegment], block_size: int) -> list[
         if group is None:
             group = _Group()
             groups.append(group)
-        group.add(segment, blocks)
+        group.add(segment, blocks, block_size)
     return [group for groups in groups_of_root.values() for group in groups]
 
 
 class _Batch:
-    """Groups of one bucket, padded to [G, Q] queries and [G, M] blocks."""
+    """Groups of one bucket, padded to [G, Q] queries and [G, K] slots."""
 
     def __init__(self, groups: Sequence[_Group], storage: KVStorage, num_tokens: int) -> None:
         self._num_groups = len(groups)
-        self._block_size = storage.keys.shape[2]
         self._num_queries = max(group.num_queries for group in groups)
-        self._num_blocks = max(len(group.columns) for group in groups)
         self._dtype = storage.keys.dtype
         self._masks: dict[int | None, Tensor] = {}
-        self._build(groups, storage.keys.device)
-        whole = self._query_index.shape[0] == num_tokens == self.tokens.shape[0]
-        self.is_whole = whole and self.tokens.tolist() == list(range(num_tokens))
+        device = storage.keys.device
+        self._place_keys(groups, storage.keys.shape[2], device)
+        self._place_queries(groups, device)
+        self.is_whole = self.tokens.tolist() == list(range(num_tokens)) == self._query_index.tolist()
 
-    def _build(self, groups: Sequence[_Group], device: torch.device) -> None:
+    def _place_keys(self, groups: Sequence[_Group], block_size: int, device: torch.device) -> None:
+        """Slots to gather; a slot of padding repeats slot 0 and is seen by nobody."""
+        slots, positions, columns = [], [], []
+        offsets = torch.arange(block_size)
+        for group in groups:
+            used = offsets < torch.tensor(group.block_lengths).unsqueeze(1)
+            slots.append((torch.tensor(list(group.columns)).unsqueeze(1) * block_size + offsets)[used])
+            positions.append((torch.tensor(group.block_positions).unsqueeze(1) * block_size + offsets)[used])
+            columns.append(used.nonzero()[:, 0])
+        self._slots = pad_sequence(slots, batch_first=True).flatten().to(device)
+        self._key_positions = pad_sequence(positions, batch_first=True, padding_value=_UNSEEN).to(device)
+        self._key_columns = pad_sequence(columns, batch_first=True).to(device)
+
+    def _place_queries(self, groups: Sequence[_Group], device: torch.device) -> None:
         shape = (len(groups), self._num_queries)
-        blocks = torch.zeros(len(groups), self._num_blocks, dtype=torch.long)
         query_index = torch.zeros(shape, dtype=torch.long)
         query_positions = torch.full(shape, -1, dtype=torch.long)
-        key_positions = torch.full((len(groups), self._num_blocks), -1, dtype=torch.long)
-        visible = torch.zeros(*shape, self._num_blocks, dtype=torch.bool)
-        valid = torch.zeros(shape, dtype=torch.bool)
+        sees = torch.zeros(*shape, max(len(group.columns) for group in groups), dtype=torch.bool)
         for g, group in enumerate(groups):
-            blocks[g, : len(group.columns)] = torch.tensor(list(group.columns))
-            key_positions[g, : len(group.columns)] = torch.tensor(group.block_positions)
             row = 0
             for segment, columns in zip(group.segments, group.columns_of, strict=True):
                 rows = slice(row, row + segment.num_tokens)
                 query_index[g, rows] = torch.arange(segment.offset, segment.offset + segment.num_tokens)
                 query_positions[g, rows] = torch.arange(segment.kv.length, segment.end)
-                visible[g, rows][:, columns] = True
-                valid[g, rows] = True
+                sees[g, rows][:, columns] = True
                 row += segment.num_tokens
-        offsets = torch.arange(self._block_size)
-        self._key_positions = (key_positions.unsqueeze(-1) * self._block_size + offsets).flatten(1).to(device)
-        self._query_positions = query_positions.to(device)
-        self._visible = visible.repeat_interleave(self._block_size, dim=-1).to(device)  # [G, Q, M*S]
-        self._blocks = blocks.flatten().to(device)
         self._query_index = query_index.flatten().to(device)
-        self._valid = valid.flatten().nonzero().flatten().to(device)
+        self._query_positions = query_positions.to(device)
+        self._sees_column = sees.to(device)  # [G, Q, M]
+        self._valid = (query_positions.flatten() >= 0).nonzero().flatten().to(device)
         self.tokens = self._query_index[self._valid]  # packed tokens this batch answers for
 
     def _mask(self, sliding_window: int | None, repeats: int) -> Tensor:
-        """Additive mask [G, 1, R*Q, M*S]; the rows of padding queries see the whole first block."""
+        """Additive mask [G, 1, R*Q, K], made once per window."""
         if sliding_window not in self._masks:
             query, key = self._query_positions.unsqueeze(-1), self._key_positions.unsqueeze(1)
-            seen = self._visible & (key <= query)
+            columns = self._key_columns.unsqueeze(1).expand(-1, self._num_queries, -1)
+            seen = self._sees_column.gather(2, columns) & (key <= query)  # [G, Q, K]
             if sliding_window is not None:
                 seen &= key > query - sliding_window
-            seen[..., : self._block_size] |= query < 0
+            seen[..., 0] |= query[..., 0] < 0  # queries of padding see something, to stay finite
             mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device)
             mask.masked_fill_(~seen, torch.finfo(self._dtype).min)
             self._masks[sliding_window] = mask.unsqueeze(1).repeat(1, 1, repeats, 1)
@@ -197,8 +210,8 @@ class _Batch:
         return output if self.is_whole else output.index_select(1, self._valid)
 
     def _gather(self, cache: Tensor) -> Tensor:
-        """[N, S, Hkv, D] -> [G, Hkv, M*S, D] (a strided view of the gathered blocks)."""
-        gathered = cache.index_select(0, self._blocks)
+        """[N, S, Hkv, D] -> [G, Hkv, K, D] (a strided view of the gathered slots)."""
+        gathered = cache.flatten(0, 1).index_select(0, self._slots)
         return gathered.view(self._num_groups, -1, *cache.shape[2:]).transpose(1, 2)
 
 

@@ -1,0 +1,132 @@
+"""Linear layers with weights laid out for the CPU: most of a decoding step is reading weights.
+
+Formats:
+    plain      as `transformers` made them
+    prepacked  same numbers and data type, reordered once into oneDNN's blocked layout
+    int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
+
+Shapes: M = rows, I = input features, O = output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specpool.errors import InvalidArgument
+from specpool.modeling.files import Progress, no_progress
+
+_PACKING_ROWS = 8
+"""Rows that oneDNN chooses the blocked layout for; the layout then serves any number of rows."""
+
+MIN_ROWS = 4
+"""oneDNN is slower for one to three rows than for four: fewer rows are padded. It also makes one token and the few
+tokens of a verification go through one kernel, so that they round alike."""
+
+
+class PrepackedLinear(nn.Module):
+    """`nn.Linear` through oneDNN with the weight in its blocked layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKING_ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        """The same product."""
+        rows = x.reshape(-1, self.in_features)
+        num_rows = rows.shape[0]
+        if num_rows < MIN_ROWS:
+            rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self.bias, "none", [], "")
+        return output[:num_rows].view(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` with int8 weights and inputs through FBGEMM."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127.0
+        zero_points = torch.zeros(self.out_features, dtype=torch.long)
+        quantised = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self.bias = bias
+        self._weight = torch.ops.quantized.linear_prepack(quantised, None)
+        # Without VNNI instructions FBGEMM saturates 16-bit sums unless the inputs have 7 bits.
+        self._reduce_range = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        """The product, approximately."""
+        rows = x.float()
+        # FBGEMM quantises all rows with one scale: bring every row to the same range first, or one row with large
+        # values would take the precision of all others.
+        scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+        output: Tensor = torch.ops.quantized.linear_dynamic(rows / scale, self._weight, self._reduce_range)
+        output = output * scale
+        if self.bias is not None:
+            output = output + self.bias
+        return output.to(x.dtype)
+
+
+WEIGHT_FORMATS: Mapping[str, Callable[[Any], nn.Module] | None] = {
+    "plain": None,
+    "prepacked": PrepackedLinear,
+    "int8": Int8Linear,
+}
+
+
+def check_weight_format(name: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a format that is unknown or that this machine cannot run."""
+    if name not in WEIGHT_FORMATS:
+        raise _refused(name, f"accepted: {', '.join(WEIGHT_FORMATS)}")
+    if name == "plain":
+        return
+    if device.type != "cpu":
+        raise _refused(name, f"it is for the CPU only, and the device is {device}")
+    if name == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise _refused(name, "this build of torch has no FBGEMM")
+    if name == "prepacked" and not _can_prepack(dtype):
+        raise _refused(name, f"oneDNN of this build of torch or this CPU cannot do {dtype}")
+
+
+def convert_linears(model: nn.Module, name: str, on_progress: Progress = no_progress) -> None:
+    """Replace every linear layer of `model` in place; the old weights are freed one by one."""
+    convert = WEIGHT_FORMATS[name]
+    if convert is None:
+        return
+    previous_engine = torch.backends.quantized.engine
+    if name == "int8":
+        torch.backends.quantized.engine = "fbgemm"
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    try:
+        for done, path in enumerate(names, start=1):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, convert(model.get_submodule(path)))
+            on_progress("pack weights", done, len(names))
+    finally:
+        torch.backends.quantized.engine = previous_engine
+
+
+def _can_prepack(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported: Mapping[torch.dtype, Callable[[], Any]] = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return bool(supported[dtype]())
+
+
+def _refused(name: str, why: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"weights format {name!r} cannot be used: {why}", metadata={"field": "weights", "value": name}
+    )
