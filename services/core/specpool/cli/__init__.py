@@ -1,0 +1,1 @@
+"""The `specpool` command line."""

