@@ -1,0 +1,95 @@
+"""Settings of the speculator service."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from typing import Literal
+
+from specpool.errors import ConfigError
+
+FanOutPolicy = Literal["geometric", "uniform"]
+
+
+def _default_id() -> str:
+    return f"{socket.gethostname()}-speculator"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculatorConfig:
+    """One speculator process."""
+
+    model: str
+    """Draft model: hub id, directory, GGUF file, optionally with #layers=N."""
+    id: str = field(default_factory=_default_id)
+    """Stable name of this process; default: host name and role."""
+    listen: str = "127.0.0.1:0"
+    """host:port to listen on; port 0 takes any free one."""
+    advertise: str = ""
+    """Endpoint that others dial; empty for the bound one."""
+    metrics_port: int | None = None
+    """Port of the Prometheus endpoint; 0 takes any free one, unset is off."""
+    otlp_endpoint: str = ""
+    """OTLP collector for traces; empty is off."""
+    trace_sampling_ratio: float = 1.0
+    """Share of traces started here that are recorded; a parent's decision wins."""
+    drain_grace_s: float = 30.0
+    """How long a graceful stop waits for targets to move their sequences."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+    model_name: str = ""
+    """Name shown in status; empty for the last part of `model`."""
+    dtype: str = "bfloat16"
+    """float32, bfloat16 or float16."""
+    device: str = "cpu"
+    """Torch device."""
+    weights: Literal["plain", "prepacked", "int8"] = "plain"
+    """How linear layers hold their weights."""
+    attention_backend: str = "sdpa"
+    """Attention over the paged cache."""
+    kv_cache_bytes: int = 0
+    """Size of the KV cache; 0 takes the default of the device."""
+    num_kv_blocks: int = 0
+    """Size of the KV cache in blocks; 0 computes it from the bytes."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    max_lookahead: int = 8
+    """Largest K: draft tokens per round."""
+    row_budget: int = 16
+    """Branch rows per draft step, shared by all sequences."""
+    fan_out_budget: int = 12
+    """Guesses of the verification outcome per sequence and round (B)."""
+    fan_out_policy: FanOutPolicy = "geometric"
+    """How the guesses are spread over accepted lengths."""
+    saguaro_constant: float = 1.0
+    """C of Saguaro sampling for rejection verification, 0 to 1; 1 is off."""
+    distribution_top_m: int = 64
+    """Rejection verification: the draft samples from its m most likely tokens."""
+    max_prefill_tokens: int = 512
+    """Prompt and catch-up tokens per draft step."""
+    max_sequences: int = 256
+    """Sequences held at once; more are not speculated for."""
+    num_threads: int = 0
+    """Compute threads; 0 leaves torch's default."""
+    cpu_affinity: tuple[int, ...] = ()
+    """Cores the engine's threads are bound to; empty for all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that can never work."""
+        for name in ("max_lookahead", "row_budget", "fan_out_budget", "distribution_top_m", "max_prefill_tokens"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("max_sequences", self.max_sequences >= 1, "at least 1")
+        self._check("block_size", self.block_size >= 1, "at least 1")
+        self._check("saguaro_constant", 0 <= self.saguaro_constant <= 1, "between 0 and 1")
+        self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
+        self._check("drain_grace_s", self.drain_grace_s >= 0, "at least 0")
+        self._check("fan_out_policy", self.fan_out_policy in ("geometric", "uniform"), "geometric or uniform")
+        self._check("weights", self.weights in ("plain", "prepacked", "int8"), "plain, prepacked or int8")
+
+    def _check(self, name: str, is_good: bool, accepted: str) -> None:
+        if not is_good:
+            value = getattr(self, name)
+            raise ConfigError(
+                f"{name} must be {accepted}, got {value}",
+                metadata={"field": name, "value": value, "accepted": accepted},
+            )

@@ -1,0 +1,188 @@
+"""The engine thread: owns the draft model and runs the loop.
+
+    receive -> apply outcomes -> plan rows -> forward -> extend branches -> push tables
+
+There is at most one forward between receiving an outcome and acting on it. With nothing to draft the thread blocks
+on its queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from specpool.algorithm.verification import VerificationMode
+from specpool.errors import EngineFailed
+from specpool.telemetry.metrics import SpeculatorMetrics
+from specpool.v1 import speculator_pb2
+from specpool_speculator.drafter import Drafter
+
+_logger = logging.getLogger(__name__)
+_SMOOTHING = 0.1
+"""Weight of the newest step in the averages that are reported as load."""
+
+Command = Callable[[], None]
+
+
+class Receiver(Protocol):
+    """Where the responses of one stream go; called from the engine thread."""
+
+    def deliver(self, responses: Sequence[speculator_pb2.SpeculateResponse]) -> None:
+        """Must not block."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What others may know about the engine, replaced as a whole after every change."""
+
+    num_sequences: int = 0
+    num_targets: int = 0
+    num_kv_blocks: int = 0
+    num_free_kv_blocks: int = 0
+    rows_per_step: float = 0.0
+    step_ms: float = 0.0
+    acceptance_rate: float = 0.0
+    miss_power_law: tuple[float, ...] = ()
+    """c, r after a rejection; c, r after everything was accepted."""
+
+
+class EngineThread:
+    """Runs a `Drafter` on its own thread."""
+
+    def __init__(
+        self,
+        make_drafter: Callable[[], Drafter],
+        metrics: SpeculatorMetrics,
+        *,
+        num_kv_blocks: int,
+        num_free_kv_blocks: Callable[[], int],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.snapshot = EngineSnapshot(num_kv_blocks=num_kv_blocks, num_free_kv_blocks=num_kv_blocks)
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._receivers: dict[int, Receiver] = {}
+        self._metrics = metrics
+        self._drafter = make_drafter()
+        self._num_free_kv_blocks = num_free_kv_blocks
+        self._on_failure = on_failure
+        self._averages = (0.0, 0.0)
+        self._seen_counters = (0, 0, 0, 0)
+        self._thread = threading.Thread(target=self._main, name="speculator-engine", daemon=True)
+
+    # ---- from any thread ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the running step and wait for it."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def connect(self, connection: int, vocab_size: int, receiver: Receiver) -> None:
+        """A target's stream was acknowledged."""
+
+        def command() -> None:
+            self._receivers[connection] = receiver
+            self._drafter.connect(connection, vocab_size)
+
+        self._commands.put(command)
+
+    def submit(self, connection: int, request: speculator_pb2.SpeculateRequest) -> None:
+        """A target said something."""
+        received_s = time.monotonic()
+        self._commands.put(lambda: self._drafter.apply(connection, request, received_s))
+
+    def disconnect(self, connection: int) -> None:
+        """A target's stream ended."""
+
+        def command() -> None:
+            self._receivers.pop(connection, None)
+            self._drafter.disconnect(connection)
+
+        self._commands.put(command)
+
+    # ---- the thread -----------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            _logger.critical("the engine failed", exc_info=error)
+            self._on_failure(EngineFailed(f"the speculator's engine failed: {error!r}"))
+
+    def _loop(self) -> None:
+        worked = False
+        while self._receive(wait=not worked):
+            self._answer()
+            worked = self._drafter.step()
+            if worked:
+                self._answer()
+                self._report_step()
+            self._update_snapshot()
+
+    def _receive(self, *, wait: bool) -> bool:
+        """Apply all commands there are; with `wait`, first block until there is one or a deadline passes."""
+        try:
+            command = self._commands.get(wait, self._timeout_s() if wait else None)
+            while command is not None:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _timeout_s(self) -> float | None:
+        deadline_s = self._drafter.next_deadline_s()
+        return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+
+    def _answer(self) -> None:
+        self._drafter.answer(time.monotonic())
+        for connection, responses in self._drafter.outbox.take().items():
+            receiver = self._receivers.get(connection)
+            if receiver is not None:
+                receiver.deliver(responses)
+
+    def _report_step(self) -> None:
+        step, counters = self._drafter.last_step, self._drafter.counters
+        seen = (
+            counters.num_table_entries, counters.num_dropped_branches, counters.num_stale, counters.num_resyncs,
+        )  # fmt: skip
+        gained = [now - before for now, before in zip(seen, self._seen_counters, strict=True)]
+        self._seen_counters = seen
+        step.num_table_entries, step.num_dropped_branches, step.num_stale_messages, num_resyncs = gained
+        self._metrics.observe_step(step)
+        for _ in range(num_resyncs):
+            self._metrics.resync()
+        rows, step_ms = self._averages
+        self._averages = (
+            rows + _SMOOTHING * (step.num_rows - rows),
+            step_ms + _SMOOTHING * (step.step_s * 1e3 - step_ms),
+        )
+
+    def _update_snapshot(self) -> None:
+        estimates = self._drafter.estimates[VerificationMode.GREEDY]
+        old = self.snapshot
+        if old.num_sequences != self._drafter.num_sequences or not old.miss_power_law:
+            laws = estimates.miss_laws
+            law = tuple(value for fitted in laws for value in (fitted.constant, fitted.exponent))
+        else:
+            law = old.miss_power_law
+        num_free = self._num_free_kv_blocks()
+        self.snapshot = EngineSnapshot(
+            num_sequences=self._drafter.num_sequences,
+            num_targets=self._drafter.num_targets,
+            num_kv_blocks=old.num_kv_blocks,
+            num_free_kv_blocks=num_free,
+            rows_per_step=self._averages[0],
+            step_ms=self._averages[1],
+            acceptance_rate=estimates.acceptance,
+            miss_power_law=law,
+        )

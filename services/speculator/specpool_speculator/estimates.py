@@ -1,0 +1,92 @@
+"""What outcomes taught about guessing: how many guesses to make, and how likely each is to be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specpool.algorithm.estimators import AcceptanceEstimator, MissPowerLawEstimator
+from specpool.algorithm.fan_out import (
+    DEFAULT_MISS_AFTER_ACCEPTANCE,
+    PowerLaw,
+    geometric_fan_out,
+    outcome_probabilities,
+    uniform_fan_out,
+)
+from specpool_speculator.config import FanOutPolicy
+
+_REFIT_EVERY = 16
+"""Outcomes between two fits: a fit costs more than a round can spare, and estimates move slowly."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuessPlan:
+    """How one round's outcome is guessed, for a lookahead of d tokens."""
+
+    fan_out: tuple[int, ...]
+    """Guesses per accepted length 0 .. d."""
+    probabilities: tuple[tuple[float, ...], ...]
+    """[d + 1][fan_out[k]]: how likely guess i after k accepted tokens is the outcome."""
+    acceptance: float
+    """Probability that the next drafted token is accepted, given those before it were."""
+
+
+@dataclass(slots=True)
+class Estimates:
+    """Online estimates for the sequences of one verification mode."""
+
+    policy: FanOutPolicy
+    """How guesses are spread."""
+    budget: int
+    """Guesses per round."""
+    _acceptance: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
+    _after_rejection: MissPowerLawEstimator = field(default_factory=MissPowerLawEstimator)
+    _after_acceptance: MissPowerLawEstimator = field(
+        default_factory=lambda: MissPowerLawEstimator(DEFAULT_MISS_AFTER_ACCEPTANCE)
+    )
+    _plans: dict[int, GuessPlan] = field(default_factory=dict)
+    _num_outcomes: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Acceptance rate per token."""
+        return self._acceptance.value
+
+    @property
+    def miss_laws(self) -> tuple[PowerLaw, PowerLaw]:
+        """Miss rate of F guesses after a rejection, and after everything was accepted."""
+        return self._after_rejection.value, self._after_acceptance.value
+
+    def observe(self, num_accepted: int, num_draft: int, guesses: Sequence[int] | None, bonus_token: int) -> None:
+        """One outcome; `guesses` are the ranked ones at its accepted length, None if there were none yet."""
+        self._acceptance.observe(num_accepted, num_draft)
+        if guesses is not None:
+            rank = guesses.index(bonus_token) if bonus_token in guesses else None
+            law = self._after_acceptance if num_accepted == num_draft else self._after_rejection
+            law.observe(rank, len(guesses))
+        self._num_outcomes += 1
+        if self._num_outcomes % _REFIT_EVERY == 0:
+            self._plans.clear()
+
+    def plan(self, lookahead: int) -> GuessPlan:
+        """How to guess the outcome of verifying `lookahead` draft tokens."""
+        plan = self._plans.get(lookahead)
+        if plan is None:
+            plan = self._plans[lookahead] = self._fit(lookahead)
+        return plan
+
+    def _fit(self, lookahead: int) -> GuessPlan:
+        acceptance, laws = self.acceptance, self.miss_laws
+        if self.policy == "uniform":
+            fan_out = uniform_fan_out(self.budget, lookahead)
+        else:
+            fan_out = geometric_fan_out(self.budget, lookahead, acceptance, *laws)
+        law_of = [laws[0]] * lookahead + [laws[1]]
+        return GuessPlan(
+            fan_out,
+            tuple(
+                tuple(p * (law.miss_rate(i) - law.miss_rate(i + 1)) for i in range(count))
+                for p, law, count in zip(outcome_probabilities(lookahead, acceptance), law_of, fan_out, strict=True)
+            ),
+            acceptance,
+        )

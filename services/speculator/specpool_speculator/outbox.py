@@ -1,0 +1,61 @@
+"""Responses of one engine step, collected per target stream: one hand-over to the event loop, one table message."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from specpool.v1 import speculator_pb2
+from specpool_speculator.draft_tree import TokenDistribution
+from specpool_speculator.sequence import Outcome, SequenceState
+
+
+class Outbox:
+    """Responses by connection, in order, tables last."""
+
+    def __init__(self) -> None:
+        self._responses: dict[int, list[speculator_pb2.SpeculateResponse]] = defaultdict(list)
+        self._tables: dict[int, speculator_pb2.Tables] = defaultdict(speculator_pb2.Tables)
+
+    def speculation(self, connection: int, sequence_id: str, round_: int, draft_tokens: Iterable[int]) -> None:
+        """Answer `speculate_now`."""
+        answer = speculator_pb2.Speculation(sequence_id=sequence_id, round=round_, draft_tokens=draft_tokens)
+        self._responses[connection].append(speculator_pb2.SpeculateResponse(speculation=answer))
+
+    def distributions(self, sequence: SequenceState, found: Iterable[TokenDistribution]) -> None:
+        """What the draft tokens in flight were sampled from."""
+        connection, sequence_id = sequence.key
+        message = speculator_pb2.DraftDistributions(
+            sequence_id=sequence_id,
+            round=sequence.tree.round,
+            draft_tokens=sequence.tree.draft_tokens,
+            distributions=[
+                speculator_pb2.SparseDistribution(token_ids=d.token_ids, probabilities=d.probabilities) for d in found
+            ],
+        )
+        self._responses[connection].append(speculator_pb2.SpeculateResponse(draft_distributions=message))
+
+    def resync(self, connection: int, sequence_id: str, reason: str) -> None:
+        """Ask for the sequence again."""
+        message = speculator_pb2.Resync(sequence_id=sequence_id, reason=reason)
+        self._responses[connection].append(speculator_pb2.SpeculateResponse(resync=message))
+
+    def table(self, sequence: SequenceState, entries: Mapping[Outcome, Iterable[int]]) -> None:
+        """New or longer entries of the running round."""
+        connection, sequence_id = sequence.key
+        table = self._tables[connection].tables.add(sequence_id=sequence_id, round=sequence.tree.round)
+        for (num_accepted, bonus_token), tokens in entries.items():
+            table.entries.add(num_accepted=num_accepted, bonus_token=bonus_token, draft_tokens=tokens)
+
+    def drop(self, connection: int) -> None:
+        """The stream is gone."""
+        self._responses.pop(connection, None)
+        self._tables.pop(connection, None)
+
+    def take(self) -> dict[int, list[speculator_pb2.SpeculateResponse]]:
+        """Everything since the last call."""
+        taken = self._responses
+        for connection, tables in self._tables.items():
+            taken[connection].append(speculator_pb2.SpeculateResponse(tables=tables))
+        self._responses, self._tables = defaultdict(list), defaultdict(speculator_pb2.Tables)
+        return taken
