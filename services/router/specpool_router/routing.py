@@ -1,0 +1,86 @@
+"""Which target and which speculator a request gets: pure functions of what is known of the pods."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from specpool.errors import ModelNotFound, TargetUnavailable
+
+_AFFINITY_SLACK = 4
+"""A session's own target may be busier than the least busy one by this many sequences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """What routing needs to know of a target or speculator."""
+
+    endpoint: str
+    model: str
+    tokenizer_fingerprint: str
+    num_sequences: int
+    """Running and waiting."""
+    available: bool
+    """Reachable, serving, not draining."""
+
+
+def choose_target(
+    candidates: Sequence[Candidate], *, model: str, session_id: str = "", exclude: Collection[str] = ()
+) -> Candidate:
+    """The target for a request.
+
+    Args:
+        candidates: all targets known, those that are away included.
+        model: name wanted; empty: the only one served.
+        session_id: requests of one session prefer the same target.
+        exclude: endpoints not to use.
+    """
+    model = resolve_model(candidates, model)
+    usable = [c for c in candidates if c.model == model and c.available and c.endpoint not in exclude]
+    if not usable:
+        raise TargetUnavailable(
+            f"no target for model {model!r} can be reached now", metadata={"model": model, "num_known": len(candidates)}
+        )
+    return _preferred(usable, session_id) if session_id else _least_busy(usable)
+
+
+def choose_speculator(
+    candidates: Sequence[Candidate], target: Candidate, *, exclude: Collection[str] = ()
+) -> Candidate | None:
+    """The speculator for a sequence of this target, if there is one with its tokenizer.
+
+    A target keeps to one speculator while that is not much busier than others: fewer streams between pods.
+    """
+    usable = [
+        c
+        for c in candidates
+        if c.available and c.endpoint not in exclude and c.tokenizer_fingerprint == target.tokenizer_fingerprint
+    ]
+    return _preferred(usable, target.endpoint) if usable else None
+
+
+def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
+    """The model's name; ModelNotFound tells what is served."""
+    served = sorted({c.model for c in candidates if c.model})
+    if not served:
+        raise TargetUnavailable("no target is known to serve any model yet", metadata={"model": model})
+    if model in served:
+        return model
+    if not model and len(served) == 1:
+        return served[0]
+    problem = f"model {model!r} is not served here" if model else "the request names no model and several are served"
+    raise ModelNotFound(
+        f"{problem}; served: {', '.join(served)}", metadata={"field": "model", "value": model, "accepted": ", ".join(served)}
+    )
+
+
+def _preferred(usable: Sequence[Candidate], key: str) -> Candidate:
+    """The one with the highest hash of (key, endpoint), so that a pod that comes or goes moves only its own keys."""
+    favourite = max(usable, key=lambda c: hashlib.sha256(f"{key}\0{c.endpoint}".encode()).digest())
+    least_busy = _least_busy(usable)
+    return favourite if favourite.num_sequences <= least_busy.num_sequences + _AFFINITY_SLACK else least_busy
+
+
+def _least_busy(usable: Sequence[Candidate]) -> Candidate:
+    return min(usable, key=lambda c: (c.num_sequences, c.endpoint))
