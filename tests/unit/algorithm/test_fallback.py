@@ -1,0 +1,104 @@
+"""Expected speed, b* and the choice after a miss."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from specpool.algorithm.fallback import (
+    FallbackChoice,
+    MissCosts,
+    TimeTable,
+    batch_size_threshold,
+    choose_fallback,
+    expected_speed,
+    expected_tokens,
+)
+
+
+def test_expected_tokens() -> None:
+    assert expected_tokens(0, 0.9) == 1
+    assert expected_tokens(3, 0.5) == 1.875
+    assert expected_tokens(4, 1.0) == 5
+
+
+def test_expected_speed_is_the_formula() -> None:
+    speed = expected_speed(hit_rate=0.8, tokens_on_hit=4.0, tokens_on_miss=3.0, predict_time=0.7, backup_time=0.5)
+    assert speed == pytest.approx((0.8 * 4 + 0.2 * 3) / (0.8 * 1 + 0.2 * 1.5))
+
+
+def test_drafting_longer_than_a_verification_is_not_hidden() -> None:
+    arguments = {"hit_rate": 1.0, "tokens_on_hit": 4.0, "tokens_on_miss": 1.0, "backup_time": 0.0}
+    assert expected_speed(**arguments, predict_time=1.0) == 4
+    assert expected_speed(**arguments, predict_time=2.0) == 2
+
+
+COSTS = MissCosts(hit_rate=0.85, tokens_on_hit=4.0, tokens_just_in_time=3.5, tokens_backup=1.2, lookahead=4)
+
+
+def threshold(costs: MissCosts = COSTS, *, draft_step_s: float = 0.01, max_batch_size: int = 64) -> int:
+    return batch_size_threshold(
+        costs, verify_s=lambda b: 0.1, draft_step_s=lambda b: draft_step_s, max_batch_size=max_batch_size
+    )
+
+
+def test_small_batches_draft_just_in_time_and_large_ones_do_not_wait() -> None:
+    # both sides by hand: tokens / time, with all of b sequences hitting with probability .85^b
+    def speed(tokens_on_miss: float, backup_time: float, b: int) -> float:
+        all_hit = 0.85**b
+        return (0.85 * 4 + 0.15 * tokens_on_miss) / (all_hit + (1 - all_hit) * (1 + backup_time))
+
+    expected = next(b for b in range(1, 65) if speed(1.2, 0.0, b) >= speed(3.5, 0.4, b))
+    assert threshold() == expected
+    assert 1 < expected < 64
+
+
+def test_a_slower_draft_lowers_the_threshold() -> None:
+    values = [threshold(draft_step_s=step) for step in (0.001, 0.01, 0.02, 0.1)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == 65  # a nearly free draft is always worth waiting for
+    assert values[-1] == 1
+
+
+def test_a_time_table_interpolates_and_never_extrapolates() -> None:
+    table = TimeTable({1: 0.1, 8: 0.17, 16: 0.33})
+    assert [table(b) for b in (1, 8, 16, 64)] == pytest.approx([0.1, 0.17, 0.33, 0.33])
+    assert table(12) == pytest.approx(0.25)
+    assert TimeTable({4: 0.2})(1) == 0.2
+
+
+CHOICE = {"lookahead": 4, "acceptance": 0.8}
+
+
+def test_a_fast_draft_is_waited_for_to_full_depth() -> None:
+    choice = choose_fallback(**CHOICE, draft_step_s=0.001, steady_tokens_per_s=20)
+    assert choice.depth == 4
+    assert choice.gain == pytest.approx(0.8 + 0.64 + 0.512 + 0.4096 - 4 * 0.001 * 20)
+
+
+def test_depth_stops_where_a_token_costs_more_than_it_brings() -> None:
+    # the third token brings .512 and costs .6
+    assert choose_fallback(**CHOICE, draft_step_s=0.03, steady_tokens_per_s=20).depth == 2
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"draft_step_s": 0.05},
+        {"round_trip_s": 1.0},
+        {"num_waiting": 50},
+        {"tokens_backup": 3.5},
+        {"acceptance": 0.01},
+    ],
+    ids=str,
+)
+def test_otherwise_the_backup_is_taken_at_once(worse: dict[str, float]) -> None:
+    arguments = {**CHOICE, "draft_step_s": 0.01, "steady_tokens_per_s": 20, **worse}
+    assert choose_fallback(**arguments) == FallbackChoice(0, 0.0)  # type: ignore[arg-type]
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 100), st.integers(0, 12))
+def test_a_choice_is_never_worse_than_the_backup(acceptance: float, step: float, rate: float, lookahead: int) -> None:
+    choice = choose_fallback(lookahead=lookahead, acceptance=acceptance, draft_step_s=step, steady_tokens_per_s=rate)
+    assert 0 <= choice.depth <= lookahead
+    assert choice.gain >= 0
