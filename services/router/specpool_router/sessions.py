@@ -1,0 +1,275 @@
+"""Sessions of this router: writes journals behind the streams, keeps leases, and lives through an outage of the store.
+
+While the store is away running streams go on and their journals wait in memory; quotas are this router's own. When it is
+back, sessions that it forgot are written again in full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from specpool.errors import InvalidArgument, QuotaExceeded, SessionStoreUnavailable
+from specpool.telemetry.metrics import RouterMetrics
+from specpool_router.session_store import (
+    LeaseState,
+    MemorySessionStore,
+    Session,
+    SessionState,
+    SessionStore,
+)
+from specpool_router.tenants import Tenant
+
+_logger = logging.getLogger(__name__)
+_FLUSH_S: Final = 0.05
+_RENEW_S: Final = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A session that this router runs."""
+
+    session: Session
+    tenant: Tenant
+    stop: Callable[[SessionState], None]
+    """Called when the session was cancelled elsewhere (CANCELLED) or another stream took it over (FAILED)."""
+    journal: list[bytes] = field(default_factory=list)
+    num_written: int = 0
+    num_tokens_uncounted: int = 0
+    ended: tuple[SessionState, bytes] | None = None
+
+
+class Sessions:
+    """All sessions of this router."""
+
+    def __init__(self, store: SessionStore, metrics: RouterMetrics) -> None:
+        self.store = store
+        self._metrics = metrics
+        self._local = MemorySessionStore()
+        self._up = True
+        self._leases: dict[str, Lease] = {}
+        self._dirty: dict[Lease, None] = {}
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the store answered last time."""
+        return self._up
+
+    async def start(self) -> None:
+        """Connect to the store; fails if it is not there."""
+        await self.store.start()
+        self._metrics.set_session_store_up(True)
+        self._tasks = [asyncio.create_task(self._write_behind()), asyncio.create_task(self._renew())]
+
+    async def close(self) -> None:
+        """Write what is left, if the store is there."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(SessionStoreUnavailable, TimeoutError):
+            async with asyncio.timeout(2.0):
+                await self._flush()
+        await self.store.close()
+
+    async def admit(self, tenant: Tenant, request_id: str) -> None:
+        """Take a place in the tenant's quota: this router's, then everybody's."""
+        refusal = await self._local.acquire(tenant.name, request_id, tenant.limits)
+        if refusal is None and self._up:
+            try:
+                refusal = await self.store.acquire(tenant.name, request_id, tenant.limits)
+            except SessionStoreUnavailable as error:
+                self._set_up(False, error)
+            if refusal is not None:
+                await self._local.release(tenant.name, request_id)
+        if refusal is not None:
+            self._metrics.quota_refused(tenant.name)
+            raise QuotaExceeded(
+                f"tenant {tenant.name!r} is at its limit: {refusal.limit_name} is {refusal.limit}, "
+                f"{refusal.used} in use; retry in {refusal.retry_after_s:.0f} s",
+                metadata={
+                    "limit": refusal.limit_name,
+                    "value": refusal.limit,
+                    "used": refusal.used,
+                    "retry_after_s": f"{refusal.retry_after_s:.1f}",
+                },
+            )
+
+    async def release(self, tenant: Tenant, request_id: str) -> None:
+        """Give the place back."""
+        await self._local.release(tenant.name, request_id)
+        if self._up:
+            try:
+                await self.store.release(tenant.name, request_id)
+            except SessionStoreUnavailable as error:  # the lease runs out by itself
+                self._set_up(False, error)
+
+    async def open(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
+        """Begin a session. Its id must be new."""
+        created = session.request_id not in self._leases
+        if created and self._up:
+            try:
+                created = await self.store.create(session)
+            except SessionStoreUnavailable as error:
+                self._set_up(False, error)
+        if not created:
+            raise InvalidArgument(
+                f"request_id {session.request_id!r} is in use; choose another, or call Resume",
+                reason="REQUEST_ID_IN_USE",
+                metadata={"field": "request_id", "value": session.request_id, "accepted": "an id not used before"},
+            )
+        return self._hold(Lease(session, tenant, stop))
+
+    async def reopen(
+        self, session: Session, journal: list[bytes], tenant: Tenant, stop: Callable[[SessionState], None]
+    ) -> Lease:
+        """Own a session that exists."""
+        await self.store.take_over(session.request_id, session.owner)
+        return self._hold(Lease(session, tenant, stop, journal, len(journal)))
+
+    def pair(self, lease: Lease, target: str, speculator: str) -> None:
+        """Note where it runs. Does not wait."""
+        from dataclasses import replace
+
+        lease.session = replace(lease.session, target=target, speculator=speculator)
+        task = asyncio.create_task(self._pair(lease))
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+    def append(self, lease: Lease, entry: bytes, num_tokens: int) -> None:
+        """Journal a delta. Does not wait."""
+        lease.journal.append(entry)
+        lease.num_tokens_uncounted += num_tokens
+        self._mark(lease)
+
+    def count_tokens(self, lease: Lease, num_tokens: int) -> None:
+        """Count tokens (the prompt's) against the quota. Does not wait."""
+        lease.num_tokens_uncounted += num_tokens
+        self._mark(lease)
+
+    def finish(self, lease: Lease, state: SessionState, ending: bytes) -> None:
+        """The session ended. Does not wait."""
+        lease.ended = (state, ending)
+        if self._leases.get(lease.session.request_id) is lease:
+            del self._leases[lease.session.request_id]
+        self._mark(lease)
+
+    async def detach(self, lease: Lease) -> None:
+        """The client is gone: the session stays in the store, to be resumed or to expire."""
+        if self._leases.get(lease.session.request_id) is lease:
+            del self._leases[lease.session.request_id]
+        self._mark(lease)
+
+    async def flushed(self, request_id: str) -> None:
+        """Wait until this router's own writes of a session are done."""
+        while self._up and any(lease.session.request_id == request_id for lease in self._dirty):
+            await asyncio.sleep(_FLUSH_S / 5)
+
+    async def cancel(self, request_id: str, tenant: Tenant) -> bool:
+        """Cancel a running session, here or on another router."""
+        lease = self._leases.get(request_id)
+        if lease is not None:
+            if lease.tenant.name != tenant.name:
+                return False
+            lease.stop(SessionState.CANCELLED)
+            return True
+        return await self.store.request_cancel(request_id, tenant.name)
+
+    def take_from_here(self, request_id: str) -> None:
+        """If a stream of this router runs the session, stop it: another one takes it over."""
+        if lease := self._leases.get(request_id):
+            lease.stop(SessionState.FAILED)
+
+    def _hold(self, lease: Lease) -> Lease:
+        self._leases[lease.session.request_id] = lease
+        return lease
+
+    def _mark(self, lease: Lease) -> None:
+        self._dirty[lease] = None
+        self._wake.set()
+
+    async def _pair(self, lease: Lease) -> None:
+        session = lease.session
+        if self._up:
+            try:
+                await self.store.pair(session.request_id, session.owner, session.target, session.speculator)
+            except SessionStoreUnavailable as error:
+                self._set_up(False, error)
+
+    async def _write_behind(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(_FLUSH_S)  # gathers the deltas of a few steps into one write
+            self._wake.clear()
+            if not self._up:
+                continue
+            try:
+                await self._flush()
+            except SessionStoreUnavailable as error:
+                self._set_up(False, error)
+
+    async def _flush(self) -> None:
+        for lease in list(self._dirty):
+            await self._write(lease)
+            if lease.num_written == len(lease.journal) and not lease.num_tokens_uncounted:
+                self._dirty.pop(lease, None)
+
+    async def _write(self, lease: Lease) -> None:
+        session, store = lease.session, self.store
+        if num_tokens := lease.num_tokens_uncounted:
+            await self._local.add_tokens(lease.tenant.name, num_tokens)
+            await store.add_tokens(lease.tenant.name, num_tokens)
+            lease.num_tokens_uncounted -= num_tokens
+        ended = lease.ended
+        end = len(lease.journal)
+        state = await store.append(
+            session.request_id, session.owner, lease.num_written, lease.journal[lease.num_written : end]
+        )
+        if state is LeaseState.UNKNOWN:  # the store lost it, or never had it
+            await store.create(session)
+            state = await store.append(session.request_id, session.owner, 0, lease.journal[:end])
+        if state is LeaseState.LOST:
+            lease.stop(SessionState.FAILED)
+        lease.num_written = end
+        if ended is not None:
+            await store.finish(session.request_id, session.owner, *ended)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            try:
+                if not self._up:
+                    await self.store.ping()
+                    self._set_up(True)
+                await self._renew_leases()
+                await self.store.ping()
+            except SessionStoreUnavailable as error:
+                self._set_up(False, error)
+
+    async def _renew_leases(self) -> None:
+        for lease in list(self._leases.values()):
+            session = lease.session
+            await self._local.renew(session.request_id, session.owner, lease.tenant.name)
+            state = await self.store.renew(session.request_id, session.owner, lease.tenant.name)
+            if state is LeaseState.CANCEL_REQUESTED:
+                lease.stop(SessionState.CANCELLED)
+            elif state is LeaseState.LOST:
+                lease.stop(SessionState.FAILED)
+            elif state is LeaseState.UNKNOWN:
+                self._mark(lease)
+
+    def _set_up(self, up: bool, error: Exception | None = None) -> None:
+        if up == self._up:
+            return
+        self._up = up
+        self._metrics.set_session_store_up(up)
+        if up:
+            _logger.info("the session store is back")
+            self._wake.set()
+        else:
+            _logger.warning("going on without the session store, with this router's own limits: %s", error)
