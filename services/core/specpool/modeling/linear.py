@@ -10,6 +10,7 @@ Shapes: M = rows, I = input features, O = output features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,7 +57,10 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127.0
         zero_points = torch.zeros(self.out_features, dtype=torch.long)
-        quantised = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
+        with warnings.catch_warnings():
+            # torch deprecates quantised tensors, yet FBGEMM's prepacking, its fastest kernel here, takes nothing else.
+            warnings.simplefilter("ignore", UserWarning)
+            quantised = torch.quantize_per_channel(weight, scales, zero_points, 0, torch.qint8)
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.bias = bias
         self._weight = torch.ops.quantized.linear_prepack(quantised, None)

@@ -54,7 +54,9 @@ class ModelSpec:
             if "like" not in options:
                 raise InvalidArgument(f"{text!r} needs like=MODEL to take vocabulary and tokenizer from")
             source = options["like"]
-        return cls(text=text, kind=kind, source=source, options=options)
+        spec = cls(text=text, kind=kind, source=source, options=options)
+        _ = spec.num_layers  # refused here rather than after a download
+        return spec
 
     @property
     def num_layers(self) -> int | None:
