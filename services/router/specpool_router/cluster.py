@@ -11,11 +11,11 @@ from typing import Any, Final, Generic, TypeVar
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.telemetry.metrics import RouterMetrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
+
 from specpool_router.discovery import Discovery, Endpoint
 from specpool_router.routing import Candidate
 
@@ -62,7 +62,7 @@ class Pods(Generic[_Status]):
     ) -> None:
         self._role = role
         self._discovery = discovery
-        self._fetch = fetch
+        self._fetch: _FetchStatus[_Status] = fetch
         self._metrics = metrics
         self._interval_s = interval_s
         self._pods: dict[str, Pod[_Status]] = {}
@@ -151,9 +151,7 @@ class Pods(Generic[_Status]):
 
     def _notify(self) -> None:
         num_reachable = sum(pod.reachable for pod in self._pods.values())
-        self._metrics.set_pods(
-            self._role, num_reachable=num_reachable, num_unreachable=len(self._pods) - num_reachable
-        )
+        self._metrics.set_pods(self._role, num_reachable=num_reachable, num_unreachable=len(self._pods) - num_reachable)
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -55,7 +55,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if self.kubernetes_namespace and (self.targets or self.speculators):
-            raise _invalid("kubernetes_namespace", self.kubernetes_namespace, "empty when targets or speculators are set")
+            raise _invalid(
+                "kubernetes_namespace", self.kubernetes_namespace, "empty when targets or speculators are set"
+            )
         if self.kubernetes_namespace and not self.target_selector:
             raise _invalid("target_selector", "", "a label selector, because kubernetes_namespace is set")
         if not self.kubernetes_namespace and (self.target_selector or self.speculator_selector):

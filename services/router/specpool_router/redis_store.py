@@ -14,11 +14,13 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-
 from specpool.errors import ConfigError, SessionStoreUnavailable
+
 from specpool_router.session_store import (
-    _LEASE_S,
+    LEASE_S,
     WINDOW_S,
     LeaseState,
     QuotaLimits,
@@ -34,7 +36,9 @@ _TIMEOUT_S: Final = 1.0
 _T = TypeVar("_T")
 
 _CREATE: Final = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local state = redis.call('HGET', KEYS[1], 'state')
+if state and state ~= 'failed' then return 0 end
+redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1
@@ -82,7 +86,7 @@ return 'held'
 # Time is the server's, so that replicas whose clocks differ agree.
 _RENEW_LEASE: Final = """
 local now = redis.call('TIME')
-redis.call('ZADD', KEYS[1], 'XX', now[1] + now[2] / 1e6 + ARGV[2], ARGV[1])
+redis.call('ZADD', KEYS[1], now[1] + now[2] / 1e6 + ARGV[2], ARGV[1])
 redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[2] * 2000))
 return 1
 """
@@ -123,10 +127,9 @@ class RedisSessionStore(SessionStore):
         self._url = without_password(url)
         self._ttl_ms = int(session_ttl_s * 1000)
         self._prefix = prefix
-        self._reachable = True
         try:
             self._redis: Any = redis.Redis.from_url(
-                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, decode_responses=False
+                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 1)
             )
         except ValueError as error:
             raise ConfigError(
@@ -134,10 +137,10 @@ class RedisSessionStore(SessionStore):
                 metadata={"field": "session_store", "value": self._url, "accepted": "redis://HOST:PORT or memory://"},
             ) from error
 
-    @property
-    def reachable(self) -> bool:
-        """Whether the last operation was answered."""
-        return self._reachable
+    async def start(self) -> None:
+        """Connect, and learn which of the two it is."""
+        info = await self._call(lambda: self._redis.info("server"))
+        self.kind = "valkey" if "valkey_version" in info else "redis"
 
     async def ping(self) -> None:
         """See `SessionStore`."""
@@ -150,7 +153,7 @@ class RedisSessionStore(SessionStore):
     async def create(self, session: Session) -> bool:
         """See `SessionStore`."""
         fields = [item for pair in _to_fields(session).items() for item in pair]
-        return bool(await self._eval(_CREATE, [self._keys(session.request_id)[0]], [self._ttl_ms, *fields]))
+        return bool(await self._eval(_CREATE, self._keys(session.request_id), [self._ttl_ms, *fields]))
 
     async def load(self, request_id: str) -> Session | None:
         """See `SessionStore`."""
@@ -183,7 +186,7 @@ class RedisSessionStore(SessionStore):
 
     async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
         """See `SessionStore`."""
-        await self._eval(_RENEW_LEASE, [self._quota_key(tenant, "leases")], [request_id, _LEASE_S])
+        await self._eval(_RENEW_LEASE, [self._quota_key(tenant, "leases")], [request_id, LEASE_S])
         return LeaseState((await self._eval(_RENEW, self._keys(request_id), [owner, self._ttl_ms])).decode())
 
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
@@ -193,7 +196,7 @@ class RedisSessionStore(SessionStore):
     async def acquire(self, tenant: str, request_id: str, limits: QuotaLimits) -> QuotaRefusal | None:
         """See `SessionStore`."""
         keys = [self._quota_key(tenant, "leases"), self._quota_key(tenant, "")]
-        wanted = [request_id, limits.max_concurrent_requests, limits.tokens_per_minute, _LEASE_S, WINDOW_S]
+        wanted = [request_id, limits.max_concurrent_requests, limits.tokens_per_minute, LEASE_S, WINDOW_S]
         refused, used, now = await self._eval(_ACQUIRE, keys, wanted)
         if refused == 1:
             return concurrency_refusal(limits, used)
@@ -219,16 +222,13 @@ class RedisSessionStore(SessionStore):
 
     async def _call(self, operation: Callable[[], Awaitable[_T]]) -> _T:
         try:
-            result = await operation()
+            return await operation()
         except (RedisError, OSError) as error:
-            self._reachable = False
             raise SessionStoreUnavailable(
                 f"session store {self._url} cannot be used: {error}. Start it, correct session_store, or set "
                 "memory:// to run one router without it",
                 metadata={"url": self._url},
             ) from error
-        self._reachable = True
-        return result
 
 
 def without_password(url: str) -> str:

@@ -71,7 +71,8 @@ def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
         return served[0]
     problem = f"model {model!r} is not served here" if model else "the request names no model and several are served"
     raise ModelNotFound(
-        f"{problem}; served: {', '.join(served)}", metadata={"field": "model", "value": model, "accepted": ", ".join(served)}
+        f"{problem}; served: {', '.join(served)}",
+        metadata={"field": "model", "value": model, "accepted": ", ".join(served)},
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-_LEASE_S = 15.0
+LEASE_S = 15.0
 """A lease that is not renewed this long is void: its router died."""
 WINDOW_S = 60
 
@@ -22,6 +22,8 @@ class SessionState(Enum):
     """Where a session stands."""
 
     RUNNING = "running"
+    DETACHED = "detached"
+    """Its client is gone; it can be resumed."""
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -79,11 +81,6 @@ class SessionStore(ABC):
     kind: str
     """redis or memory."""
 
-    @property
-    def reachable(self) -> bool:
-        """Whether the last operation was answered."""
-        return True
-
     async def start(self) -> None:
         """Connect; fails if the store cannot be reached."""
         await self.ping()
@@ -98,7 +95,7 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def create(self, session: Session) -> bool:
-        """Add a session; False if its id is in use."""
+        """Add a session; False if its id is in use. A failed session's id is free again."""
 
     @abstractmethod
     async def load(self, request_id: str) -> Session | None:
@@ -174,7 +171,8 @@ class MemorySessionStore(SessionStore):
     async def create(self, session: Session) -> bool:
         """See `SessionStore`."""
         self._expire()
-        if session.request_id in self._records:
+        record = self._records.get(session.request_id)
+        if record and record.session.state is not SessionState.FAILED:
             return False
         self._records[session.request_id] = _Record(session, self._clock() + self._ttl_s)
         return True
@@ -225,8 +223,7 @@ class MemorySessionStore(SessionStore):
 
     async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
         """See `SessionStore`."""
-        if request_id in self._leases.get(tenant, {}):
-            self._leases[tenant][request_id] = self._clock() + _LEASE_S
+        self._leases.setdefault(tenant, {})[request_id] = self._clock() + LEASE_S
         record = self._get(request_id)
         if record is None:
             return LeaseState.UNKNOWN
@@ -253,7 +250,7 @@ class MemorySessionStore(SessionStore):
         window, used = self._tokens.get(tenant, (0, 0))
         if limits.tokens_per_minute and window == int(now) // WINDOW_S and used >= limits.tokens_per_minute:
             return token_refusal(limits, used, now)
-        leases[request_id] = now + _LEASE_S
+        leases[request_id] = now + LEASE_S
         return None
 
     async def release(self, tenant: str, request_id: str) -> None:
@@ -262,6 +259,10 @@ class MemorySessionStore(SessionStore):
 
     async def add_tokens(self, tenant: str, num_tokens: int) -> None:
         """See `SessionStore`."""
+        self.count(tenant, num_tokens)
+
+    def count(self, tenant: str, num_tokens: int) -> None:
+        """`add_tokens` without waiting."""
         current = int(self._clock()) // WINDOW_S
         window, used = self._tokens.get(tenant, (current, 0))
         self._tokens[tenant] = (current, num_tokens + (used if window == current else 0))

@@ -1,7 +1,7 @@
-"""Sessions of this router: writes journals behind the streams, keeps leases, and lives through an outage of the store.
+"""Sessions of this router: journals written behind the streams, leases, and life without the store.
 
-While the store is away running streams go on and their journals wait in memory; quotas are this router's own. When it is
-back, sessions that it forgot are written again in full.
+While the store is away running streams go on and their journals wait in memory; quotas are this router's own. When it
+is back, sessions that it forgot are written again in full.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from specpool.errors import InvalidArgument, QuotaExceeded, SessionStoreUnavailable
 from specpool.telemetry.metrics import RouterMetrics
+
 from specpool_router.session_store import (
     LeaseState,
     MemorySessionStore,
@@ -27,6 +28,7 @@ from specpool_router.tenants import Tenant
 _logger = logging.getLogger(__name__)
 _FLUSH_S: Final = 0.05
 _RENEW_S: Final = 1.0
+_MAX_UNWRITTEN: Final = 10_000
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +43,13 @@ class Lease:
     num_written: int = 0
     num_tokens_uncounted: int = 0
     ended: tuple[SessionState, bytes] | None = None
+    end_written: bool = False
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether the store lacks something."""
+        journal = self.num_written < len(self.journal) or self.num_tokens_uncounted > 0
+        return journal or (self.ended is not None and not self.end_written)
 
 
 class Sessions:
@@ -55,6 +64,7 @@ class Sessions:
         self._dirty: dict[Lease, None] = {}
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._pairings: set[asyncio.Task[None]] = set()
 
     @property
     def reachable(self) -> bool:
@@ -134,33 +144,25 @@ class Sessions:
 
     def pair(self, lease: Lease, target: str, speculator: str) -> None:
         """Note where it runs. Does not wait."""
-        from dataclasses import replace
-
         lease.session = replace(lease.session, target=target, speculator=speculator)
         task = asyncio.create_task(self._pair(lease))
-        self._tasks.append(task)
-        task.add_done_callback(self._tasks.remove)
+        self._pairings.add(task)
+        task.add_done_callback(self._pairings.discard)
 
     def append(self, lease: Lease, entry: bytes, num_tokens: int) -> None:
         """Journal a delta. Does not wait."""
         lease.journal.append(entry)
-        lease.num_tokens_uncounted += num_tokens
-        self._mark(lease)
+        self.count_tokens(lease, num_tokens)
 
     def count_tokens(self, lease: Lease, num_tokens: int) -> None:
         """Count tokens (the prompt's) against the quota. Does not wait."""
         lease.num_tokens_uncounted += num_tokens
+        self._local.count(lease.tenant.name, num_tokens)
         self._mark(lease)
 
     def finish(self, lease: Lease, state: SessionState, ending: bytes) -> None:
         """The session ended. Does not wait."""
         lease.ended = (state, ending)
-        if self._leases.get(lease.session.request_id) is lease:
-            del self._leases[lease.session.request_id]
-        self._mark(lease)
-
-    async def detach(self, lease: Lease) -> None:
-        """The client is gone: the session stays in the store, to be resumed or to expire."""
         if self._leases.get(lease.session.request_id) is lease:
             del self._leases[lease.session.request_id]
         self._mark(lease)
@@ -180,10 +182,12 @@ class Sessions:
             return True
         return await self.store.request_cancel(request_id, tenant.name)
 
-    def take_from_here(self, request_id: str) -> None:
-        """If a stream of this router runs the session, stop it: another one takes it over."""
-        if lease := self._leases.get(request_id):
+    def take_from_here(self, request_id: str, tenant: Tenant) -> None:
+        """If a stream of this router runs the tenant's session, stop it: another one takes it over."""
+        lease = self._leases.get(request_id)
+        if lease is not None and lease.tenant.name == tenant.name:
             lease.stop(SessionState.FAILED)
+            del self._leases[request_id]
 
     def _hold(self, lease: Lease) -> Lease:
         self._leases[lease.session.request_id] = lease
@@ -191,6 +195,10 @@ class Sessions:
 
     def _mark(self, lease: Lease) -> None:
         self._dirty[lease] = None
+        if len(self._dirty) > _MAX_UNWRITTEN:  # the store is away for long: ended sessions cannot be resumed then
+            oldest = next((lease for lease in self._dirty if lease.ended), None)
+            if oldest is not None:
+                del self._dirty[oldest]
         self._wake.set()
 
     async def _pair(self, lease: Lease) -> None:
@@ -216,13 +224,12 @@ class Sessions:
     async def _flush(self) -> None:
         for lease in list(self._dirty):
             await self._write(lease)
-            if lease.num_written == len(lease.journal) and not lease.num_tokens_uncounted:
+            if not lease.is_unwritten:
                 self._dirty.pop(lease, None)
 
     async def _write(self, lease: Lease) -> None:
         session, store = lease.session, self.store
         if num_tokens := lease.num_tokens_uncounted:
-            await self._local.add_tokens(lease.tenant.name, num_tokens)
             await store.add_tokens(lease.tenant.name, num_tokens)
             lease.num_tokens_uncounted -= num_tokens
         ended = lease.ended
@@ -238,10 +245,13 @@ class Sessions:
         lease.num_written = end
         if ended is not None:
             await store.finish(session.request_id, session.owner, *ended)
+            lease.end_written = True
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(_RENEW_S)
+            for lease in self._leases.values():
+                await self._local.renew(lease.session.request_id, lease.session.owner, lease.tenant.name)
             try:
                 if not self._up:
                     await self.store.ping()
@@ -254,7 +264,6 @@ class Sessions:
     async def _renew_leases(self) -> None:
         for lease in list(self._leases.values()):
             session = lease.session
-            await self._local.renew(session.request_id, session.owner, lease.tenant.name)
             state = await self.store.renew(session.request_id, session.owner, lease.tenant.name)
             if state is LeaseState.CANCEL_REQUESTED:
                 lease.stop(SessionState.CANCELLED)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
 import grpc.aio
-
 from specpool.errors import Draining, EngineFailed, SpecPoolError, TargetUnavailable
 from specpool.rpc.errors import from_rpc_error
 from specpool.telemetry.metrics import RouterMetrics
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
+
 from specpool_router.cluster import Cluster, Pod
 from specpool_router.routing import Candidate, choose_speculator, choose_target
 from specpool_router.session_store import SessionState
@@ -82,25 +83,30 @@ class Stream:
         self._held_text = ""
 
     def stop(self, state: SessionState) -> None:
-        """Stop it from outside: CANCELLED ends the client's stream politely, FAILED means another stream has taken over."""
+        """Stop it from outside: CANCELLED ends the client's stream politely, FAILED means another has taken over."""
         self._stopped = self._stopped or state
         if self._call is not None:
             self._call.cancel()
 
-    async def events(self) -> AsyncIterator[Event]:
+    @property
+    def _is_stopped(self) -> bool:
+        return self._stopped is not None
+
+    async def events(self) -> AsyncGenerator[Event, None]:
         """`started`, deltas, `finished`: from as many targets as it takes."""
         lost: set[str] = set()
         num_fruitless, wait_s = 0, 0.0
-        while self._stopped is None:
+        while not self._is_stopped:
             pod, speculator = await self._choose(lost, wait_s)
             num_tokens = len(self._progress.token_ids)
             try:
-                async for event in self._run_on(pod, speculator):
-                    yield event
-                    if event.HasField("finished"):
-                        return
+                async with aclosing(self._run_on(pod, speculator)) as events:
+                    async for event in events:
+                        yield event
+                        if event.HasField("finished"):
+                            return
             except _TargetLost as error:
-                if self._stopped is not None:
+                if self._is_stopped:
                     break
                 _logger.warning("%s lost its target %s: %s", self.request.request_id, pod.endpoint.address, error)
                 num_fruitless = 0 if len(self._progress.token_ids) > num_tokens else num_fruitless + 1
@@ -108,6 +114,8 @@ class Stream:
                     raise TargetUnavailable(f"the request lost its target {num_fruitless} times: {error}") from error
                 self._metrics.failover()
                 lost, wait_s = {pod.endpoint.address}, self._failover_wait_s
+        for event in self._rest_of_text():
+            yield event
         yield self._finished_early()
 
     async def _choose(self, lost: set[str], wait_s: float) -> tuple[_Target, str]:
@@ -119,7 +127,7 @@ class Stream:
             try:
                 chosen = self._choose_now(targets.candidates(), lost)
             except TargetUnavailable:
-                if remaining_s <= 0 or self._stopped is not None:
+                if remaining_s <= 0 or self._is_stopped:
                     raise
                 await targets.wait_for_change(min(remaining_s, 0.25))
                 lost = set()  # it may be the only one, and be back: it is unreachable until it answers again
@@ -129,9 +137,7 @@ class Stream:
             return pod, self._speculator_for(chosen)
 
     def _choose_now(self, candidates: list[Candidate], lost: set[str]) -> Candidate:
-        return choose_target(
-            candidates, model=self.request.model, session_id=self.request.session_id, exclude=lost
-        )
+        return choose_target(candidates, model=self.request.model, session_id=self.request.session_id, exclude=lost)
 
     def _speculator_for(self, target: Candidate) -> str:
         if self.request.mode == types_pb2.SPECULATION_MODE_OFF:
@@ -139,7 +145,7 @@ class Stream:
         speculator = choose_speculator(self._cluster.speculators.candidates(), target)
         return speculator.endpoint if speculator else ""
 
-    async def _run_on(self, pod: _Target, speculator: str) -> AsyncIterator[Event]:
+    async def _run_on(self, pod: _Target, speculator: str) -> AsyncGenerator[Event, None]:
         """Events of one target, without what the client has already."""
         assert self.lease is not None
         self._sessions.pair(self.lease, pod.endpoint.address, speculator)
@@ -149,8 +155,7 @@ class Stream:
         pod.num_streams += 1
         try:
             while (event := await self._read(call, pod)) is not grpc.aio.EOF:
-                shown = self._take_in(event)
-                if shown is not None:
+                for shown in self._take_in(event):
                     yield shown
             raise self._lost(pod, "it ended the stream early")
         finally:
@@ -166,12 +171,12 @@ class Stream:
                 raise typed from error
             raise self._lost(pod, str(typed)) from error
         except asyncio.CancelledError:
-            if self._stopped is None:
+            if not self._is_stopped:
                 raise
             raise _TargetLost("stopped") from None
 
     def _lost(self, pod: _Target, why: str) -> _TargetLost:
-        if self._stopped is None:
+        if not self._is_stopped:
             self._cluster.targets.mark_lost(pod, why)
         return _TargetLost(why)
 
@@ -188,21 +193,36 @@ class Stream:
             num_text_chars_sent=self._progress.num_chars,
         )
 
-    def _take_in(self, event: Event) -> Event | None:
-        """Note what came; None if the client must not see it."""
+    def _take_in(self, event: Event) -> Iterator[Event]:
+        """Note what came; gives what the client sees of it."""
         assert self.lease is not None
         progress = self._progress
         if event.HasField("started"):
-            first, progress.started = not progress.started, True
-            if not first:
-                return None
-            progress.num_prompt_tokens = event.started.num_prompt_tokens
-            self._sessions.count_tokens(self.lease, progress.num_prompt_tokens)
+            if not progress.started:
+                progress.num_prompt_tokens = event.started.num_prompt_tokens
+                self._sessions.count_tokens(self.lease, progress.num_prompt_tokens)
+                progress.started = True
+                yield event
         elif event.HasField("delta"):
             progress.add(event.delta)
-            self._sessions.append(self.lease, event.delta.SerializeToString(), len(event.delta.token_ids))
+            # Text without tokens travels with the next token, so that a count of tokens says what text a client has.
+            event.delta.text = self._held_text + event.delta.text
+            self._held_text = "" if event.delta.token_ids else event.delta.text
+            if event.delta.token_ids:
+                yield self._journaled(event)
         elif event.HasField("finished"):
+            yield from self._rest_of_text()
             event.finished.usage.num_completion_tokens = len(progress.token_ids)
+            yield event
+
+    def _rest_of_text(self) -> Iterator[Event]:
+        if self._held_text:
+            yield self._journaled(Event(delta=inference_pb2.GenerationDelta(text=self._held_text)))
+            self._held_text = ""
+
+    def _journaled(self, event: Event) -> Event:
+        assert self.lease is not None
+        self._sessions.append(self.lease, event.delta.SerializeToString(), len(event.delta.token_ids))
         return event
 
     def _finished_early(self) -> Event:

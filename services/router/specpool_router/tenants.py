@@ -9,6 +9,7 @@ Tenants file (YAML); the key itself is never stored::
         max_concurrent_requests: 8      # optional, 0: no limit
         tokens_per_minute: 100000       # optional, 0: no limit
         cache_salt: any text            # optional; default: the name
+        operator: true                  # optional; may drain the router
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from specpool.errors import ConfigError, Unauthenticated
+
 from specpool_router.session_store import QuotaLimits
 
-_KEYS = {"name", "key_sha256", "weight", "max_concurrent_requests", "tokens_per_minute", "cache_salt"}
+_KEYS = {"name", "key_sha256", "weight", "max_concurrent_requests", "tokens_per_minute", "cache_salt", "operator"}
 _SHA256_HEX_DIGITS = 64
 
 
@@ -38,9 +39,11 @@ class Tenant:
     limits: QuotaLimits = field(default_factory=QuotaLimits)
     cache_salt: bytes = b""
     """Keeps its prefix cache apart."""
+    operator: bool = False
+    """Whether it may drain the router."""
 
 
-DEFAULT_TENANT = Tenant(name="default")
+DEFAULT_TENANT = Tenant(name="default", operator=True)
 
 
 class Tenants:
@@ -103,8 +106,11 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
     weight = _number(path, entry, "weight", 1.0)
     if weight == 0:
         raise _invalid(path, f"weight of tenant {name!r} must be more than 0")
+    operator = entry.get("operator", False)
+    if not isinstance(operator, bool):
+        raise _invalid(path, f"operator of tenant {name!r} must be true or false")
     salt = str(entry.get("cache_salt", name)).encode()
-    return key_hash, Tenant(name=name, weight=weight, limits=limits, cache_salt=salt)
+    return key_hash, Tenant(name=name, weight=weight, limits=limits, cache_salt=salt, operator=operator)
 
 
 def _number(path: str, entry: dict[str, Any], key: str, default: float) -> float:

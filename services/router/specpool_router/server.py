@@ -1,0 +1,103 @@
+"""The router process. Never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+
+from specpool.process import parse_address
+from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
+from specpool.telemetry import tracing
+from specpool.telemetry.metrics import RouterMetrics, serve_metrics
+from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
+
+from specpool_router.cluster import Cluster
+from specpool_router.config import RouterConfig
+from specpool_router.discovery import Discovery, StaticDiscovery
+from specpool_router.operations import RouterService
+from specpool_router.redis_store import RedisSessionStore
+from specpool_router.service import InferenceService
+from specpool_router.session_store import MemorySessionStore, SessionStore
+from specpool_router.sessions import Sessions
+from specpool_router.tenants import load_tenants
+
+
+async def serve(
+    config: RouterConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    stop: asyncio.Event | None = None,
+    metrics: RouterMetrics | None = None,
+) -> None:
+    """Run a router until SIGTERM, SIGINT or ``stop``. ``on_ready`` gets the real host:port."""
+    metrics = metrics or RouterMetrics()
+    stop = stop or asyncio.Event()
+    tenants = load_tenants(config.tenants_file)
+    traces = tracing.setup("specpool-router", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
+    sessions = Sessions(make_store(config), metrics)
+    cluster = Cluster(*make_discoveries(config), metrics, poll_interval_s=config.poll_interval_s)
+    server = create_server()
+    try:
+        await sessions.start()
+        await cluster.start()
+        endpoint = bind(server, config.listen)
+        inference = InferenceService(
+            cluster=cluster,
+            sessions=sessions,
+            tenants=tenants,
+            metrics=metrics,
+            failover_wait_s=config.failover_wait_s,
+        )
+        health = add_standard_services(server, inference_pb2.DESCRIPTOR, router_pb2.DESCRIPTOR)
+
+        async def drain() -> None:
+            inference.start_draining()
+            await health.set_serving(False)
+            await inference.wait_until_idle()
+
+        peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(64), endpoint=config.advertise or endpoint)
+        operations = RouterService(
+            peer=peer,
+            cluster=cluster,
+            sessions=sessions,
+            tenants=tenants,
+            inference=inference,
+            drain=drain,
+            stop=stop,
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(operations, server)
+        await server.start()
+        if config.metrics_port is not None:
+            serve_metrics(metrics.registry, config.metrics_port)
+        await health.set_serving()
+        if on_ready is not None:
+            on_ready(endpoint)
+        await run_until_stopped(server, drain, health=health, grace_s=config.drain_grace_s, stop=stop)
+    finally:
+        await server.stop(None)
+        await cluster.close()
+        await sessions.close()
+        await traces.aclose()
+
+
+def make_store(config: RouterConfig) -> SessionStore:
+    """The store that the URL names."""
+    if config.session_store.startswith("memory:"):
+        return MemorySessionStore(session_ttl_s=config.session_ttl_s)
+    return RedisSessionStore(config.session_store, session_ttl_s=config.session_ttl_s)
+
+
+def make_discoveries(config: RouterConfig) -> tuple[Discovery, Discovery]:
+    """For targets and for speculators."""
+    if config.kubernetes_namespace:
+        from specpool_router.kubernetes_discovery import KubernetesDiscovery
+
+        targets = KubernetesDiscovery(config.kubernetes_namespace, config.target_selector)
+        if not config.speculator_selector:
+            return targets, StaticDiscovery(())
+        return targets, KubernetesDiscovery(config.kubernetes_namespace, config.speculator_selector)
+    for address in (*config.targets, *config.speculators):
+        parse_address(address)
+    return StaticDiscovery(config.targets), StaticDiscovery(config.speculators)
