@@ -120,7 +120,7 @@ def convert_linears(model: nn.Module, name: str, on_progress: Progress = no_prog
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call, unused-ignore]
         return False
     supported: Mapping[torch.dtype, Callable[[], Any]] = {
         torch.float32: lambda: True,
