@@ -1,0 +1,72 @@
+"""Routers and real session stores."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shutil
+
+# Under --import-mode=importlib a folder of tests is no package: its helper module is loaded by path.
+if "router_fakes" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location("router_fakes", Path(__file__).with_name("fakes.py"))
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["router_fakes"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["router_fakes"])
+
+from specpool_router.config import RouterConfig
+from specpool_router.embedded import EmbeddedValkey, find_binary
+from specpool_router.server import serve
+
+StartRouter = Callable[..., Awaitable[str]]
+
+
+@asynccontextmanager
+async def _router(**settings: Any) -> AsyncIterator[str]:
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    config = RouterConfig(**{"poll_interval_s": 0.1, "failover_wait_s": 5.0, "drain_grace_s": 1.0, **settings})
+    task = asyncio.create_task(serve(config, on_ready=ready.set_result, stop=stop))
+    await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        await task
+    try:
+        yield await ready
+    finally:
+        stop.set()
+        await task
+
+
+@pytest.fixture
+async def start_router() -> AsyncIterator[StartRouter]:
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings: Any) -> str:
+            return await stack.enter_async_context(_router(**settings))
+
+        yield start
+
+
+@pytest.fixture
+async def valkey() -> AsyncIterator[EmbeddedValkey]:
+    async with EmbeddedValkey(binary=find_binary()) as server:
+        yield server
+
+
+@pytest.fixture(params=["valkey", "redis-server"])
+async def any_server(request: pytest.FixtureRequest) -> AsyncIterator[EmbeddedValkey]:
+    if request.param == "redis-server":
+        binary = shutil.which("redis-server")
+        if binary is None:
+            pytest.skip("redis-server is not on PATH")
+        path = Path(binary)
+    else:
+        path = find_binary()
+    async with EmbeddedValkey(binary=path) as server:
+        yield server

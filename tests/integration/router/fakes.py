@@ -1,0 +1,131 @@
+"""A fake target and speculator over real gRPC: the completion is a known function of seed and position."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from specpool.errors import SpecPoolError
+from specpool.rpc.server import Health, add_standard_services, bind, create_server
+from specpool.v1 import (
+    inference_pb2,
+    speculator_pb2,
+    speculator_pb2_grpc,
+    target_pb2,
+    target_pb2_grpc,
+    types_pb2,
+)
+
+NUM_TOKENS = 40
+TEXT_LAG = 3
+
+
+def tokens_of(seed: int, num_tokens: int = NUM_TOKENS) -> list[int]:
+    return [(seed * 31 + position * 7) % 90 + 33 for position in range(num_tokens)]
+
+
+def text_of(seed: int, num_tokens: int = NUM_TOKENS) -> str:
+    """One non-BMP character and one letter a token: characters are neither bytes nor UTF-16 units."""
+    return "".join("\N{GRINNING FACE}" + chr(token) for token in tokens_of(seed, num_tokens))
+
+
+class FakeTarget(target_pb2_grpc.TargetServiceServicer):
+    """Emits tokens one by one, text `TEXT_LAG` characters behind, as a target with stop strings does."""
+
+    def __init__(self, *, model: str = "m", delay_s: float = 0.01) -> None:
+        self.model = model
+        self.delay_s = delay_s
+        self.state: Any = types_pb2.SERVING_STATE_SERVING
+        self.error: SpecPoolError | None = None
+        self.requests: list[target_pb2.RunSequenceRequest] = []
+        self.num_running = 0
+        self.num_reported = 0
+        self.endpoint = ""
+        self.server: Any = None
+        self.fail_at: int | None = None
+
+    async def RunSequence(self, request: Any, context: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+        self.num_running += 1
+        try:
+            async for event in self._run(request):
+                yield event
+        finally:
+            self.num_running -= 1
+
+    async def _run(self, request: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
+        sampling = request.request.sampling
+        num_tokens = sampling.max_tokens or NUM_TOKENS
+        tokens, text = tokens_of(sampling.seed, num_tokens), text_of(sampling.seed, num_tokens)
+        started = inference_pb2.GenerationStarted(
+            request_id=request.request.request_id, model=self.model, seed=sampling.seed, num_prompt_tokens=5
+        )
+        yield target_pb2.RunSequenceResponse(started=started)
+        num_done, num_chars = len(request.committed_token_ids), request.num_text_chars_sent
+        assert list(request.committed_token_ids) == tokens[:num_done]
+        for position in range(num_done, num_tokens):
+            if position == self.fail_at:
+                self.fail_at = None
+                await self.server.stop(None)
+            await asyncio.sleep(self.delay_s)
+            end = max(num_chars, 2 * (position + 1) - TEXT_LAG)
+            delta = inference_pb2.GenerationDelta(token_ids=[tokens[position]], text=text[num_chars:end])
+            num_chars = end
+            yield target_pb2.RunSequenceResponse(delta=delta)
+        yield target_pb2.RunSequenceResponse(delta=inference_pb2.GenerationDelta(text=text[num_chars:]))
+        usage = types_pb2.Usage(num_prompt_tokens=5, num_completion_tokens=num_tokens - num_done)
+        yield target_pb2.RunSequenceResponse(
+            finished=inference_pb2.GenerationFinished(finish_reason=types_pb2.FINISH_REASON_LENGTH, usage=usage)
+        )
+
+    async def GetTargetStatus(self, request: Any, context: Any) -> target_pb2.GetTargetStatusResponse:
+        return target_pb2.GetTargetStatusResponse(
+            state=self.state,
+            model=types_pb2.ModelInfo(name=self.model, tokenizer_fingerprint="f"),
+            load=types_pb2.Load(num_sequences_running=self.num_reported),
+        )
+
+
+class FakeSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
+    def __init__(self, fingerprint: str = "f") -> None:
+        self.fingerprint = fingerprint
+
+    async def Speculate(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
+        for response in ():
+            yield response
+
+    async def GetSpeculatorStatus(self, request: Any, context: Any) -> speculator_pb2.GetSpeculatorStatusResponse:
+        return speculator_pb2.GetSpeculatorStatusResponse(
+            state=types_pb2.SERVING_STATE_SERVING,
+            model=types_pb2.ModelInfo(name="d", tokenizer_fingerprint=self.fingerprint),
+        )
+
+
+async def start(service: FakeTarget | FakeSpeculator, listen: str = "127.0.0.1:0") -> tuple[Any, str, Health]:
+    server = create_server()
+    if isinstance(service, FakeTarget):
+        target_pb2_grpc.add_TargetServiceServicer_to_server(service, server)
+        health = add_standard_services(server, target_pb2.DESCRIPTOR)
+    else:
+        speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server(service, server)
+        health = add_standard_services(server, speculator_pb2.DESCRIPTOR)
+    endpoint = bind(server, listen)
+    await server.start()
+    await health.set_serving()
+    if isinstance(service, FakeTarget):
+        service.server, service.endpoint = server, endpoint
+    return server, endpoint, health
+
+
+@asynccontextmanager
+async def running(*services: FakeTarget | FakeSpeculator) -> AsyncIterator[list[str]]:
+    started = [await start(service) for service in services]
+    try:
+        yield [endpoint for _, endpoint, _ in started]
+    finally:
+        for server, _, _ in started:
+            await server.stop(None)
