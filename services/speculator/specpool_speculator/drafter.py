@@ -15,6 +15,7 @@ from specpool.errors import InvalidArgument, KVCacheFull
 from specpool.modeling.interface import CausalModel, Segment
 from specpool.telemetry.step_stats import DraftStepStats
 from specpool.v1 import speculator_pb2
+
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.draft_tree import DraftTree
 from specpool_speculator.estimates import Estimates
@@ -65,9 +66,7 @@ class Drafter:
             max_lookahead=config.max_lookahead,
             end_tokens=end_tokens,
         )
-        self._estimates = {
-            mode: Estimates(config.fan_out_policy, config.fan_out_budget) for mode in VerificationMode
-        }
+        self._estimates = {mode: Estimates(config.fan_out_policy, config.fan_out_budget) for mode in VerificationMode}
         self._ranker = Ranker(
             num_ranks=min(config.fan_out_budget + 1, _MAX_RANKS),
             saguaro_constant=config.saguaro_constant,
@@ -275,9 +274,7 @@ class Drafter:
 
     def _run(self, planned: Sequence[PlannedWork]) -> float:
         """Forward, rank, extend; returns the forward's seconds."""
-        segments = [
-            Segment(kv=p.work.kv, tokens=p.work.tokens, num_logits=len(p.work.nodes)) for p in planned
-        ]
+        segments = [Segment(kv=p.work.kv, tokens=p.work.tokens, num_logits=len(p.work.nodes)) for p in planned]
         started_s = time.monotonic()
         try:
             logits = self._model.forward(segments)

@@ -1,0 +1,57 @@
+"""One target's stream: responses from the engine thread on their way to the network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from specpool.v1 import speculator_pb2, types_pb2
+
+_MAX_WAITING_TABLES: Final = 256
+"""Tables are advice: beyond this a target that does not read gets no more of them."""
+
+
+class Connection:
+    """Queue of responses to one target. `deliver` may be called from any thread, the rest from the event loop."""
+
+    def __init__(self, target: types_pb2.Peer) -> None:
+        self.target = target
+        """Who is at the other end."""
+        self.num_dropped_tables = 0
+        """Not sent because the target did not read."""
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[speculator_pb2.SpeculateResponse] = deque()
+        self._wake = asyncio.Event()
+        self._is_closed = False
+
+    def deliver(self, responses: Sequence[speculator_pb2.SpeculateResponse]) -> None:
+        """Hand responses over to the event loop, in order."""
+        try:
+            self._loop.call_soon_threadsafe(self.send, *responses)
+        except RuntimeError:  # the loop is closed: the process is ending
+            return
+
+    def send(self, *responses: speculator_pb2.SpeculateResponse) -> None:
+        """Queue responses."""
+        for response in responses:
+            if len(self._waiting) >= _MAX_WAITING_TABLES and response.HasField("tables"):
+                self.num_dropped_tables += 1
+            else:
+                self._waiting.append(response)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Nothing follows what is queued."""
+        self._is_closed = True
+        self._wake.set()
+
+    async def next_response(self) -> speculator_pb2.SpeculateResponse | None:
+        """The next one to send; None at the end."""
+        while not self._waiting:
+            if self._is_closed:
+                return None
+            self._wake.clear()
+            await self._wake.wait()
+        return self._waiting.popleft()

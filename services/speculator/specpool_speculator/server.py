@@ -1,0 +1,157 @@
+"""The speculator process: load the draft model, serve, stop gracefully."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from specpool.errors import SpecPoolError
+from specpool.modeling.files import Progress, no_progress
+from specpool.modeling.interface import CausalModel, Segment
+from specpool.modeling.loading import load_model
+from specpool.modeling.paged_kv import SequenceKV
+from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
+from specpool.process import set_cpu_affinity, set_num_threads
+from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
+from specpool.telemetry import tracing
+from specpool.telemetry.metrics import SpeculatorMetrics, serve_metrics
+from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+
+from specpool_speculator.config import SpeculatorConfig
+from specpool_speculator.drafter import Drafter
+from specpool_speculator.engine import EngineThread
+from specpool_speculator.service import SpeculatorIdentity, SpeculatorService
+
+_logger = logging.getLogger(__name__)
+
+
+async def serve(
+    config: SpeculatorConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    on_progress: Progress = no_progress,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run until SIGTERM, SIGINT or `stop`.
+
+    Args:
+        config: of this process.
+        on_ready: called with the bound host:port once it serves.
+        on_progress: told about download and load.
+        stop: another way to end.
+    """
+    set_cpu_affinity(config.cpu_affinity)
+    set_num_threads(config.num_threads)
+    model, tokenizer = await asyncio.to_thread(_load, config, on_progress)
+    traces = tracing.setup("specpool-speculator", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
+    metrics = SpeculatorMetrics(served_name(config))
+    metrics.set_engine(attention_backend=config.attention_backend, dtype=config.dtype, device=config.device)
+    metrics.set_transports(("grpc",))
+    if config.metrics_port is not None:
+        _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
+
+    stopping, failure = stop or asyncio.Event(), asyncio.get_running_loop().create_future()
+    engine = make_engine(config, model, tokenizer, metrics, _failing(stopping, failure))
+    server = create_server()
+    endpoint = bind(server, config.listen)
+    service = SpeculatorService(engine, _identity(config, model, tokenizer, endpoint), config)
+    speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server(service, server)
+    health = add_standard_services(server, speculator_pb2.DESCRIPTOR)
+    engine.start()
+    try:
+        await server.start()
+        await health.set_serving()
+        _logger.info("speculator %s serves %s on %s", config.id, served_name(config), endpoint)
+        if on_ready is not None:
+            on_ready(endpoint)
+        await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
+    finally:
+        await asyncio.to_thread(engine.stop)
+        await traces.aclose()
+    if failure.done():
+        raise failure.result()
+
+
+def served_name(config: SpeculatorConfig) -> str:
+    """Name of the draft model in status and metrics."""
+    return config.model_name or config.model.rstrip("/").rpartition("/")[2]
+
+
+def make_engine(
+    config: SpeculatorConfig,
+    model: CausalModel,
+    tokenizer: Any,
+    metrics: SpeculatorMetrics,
+    on_failure: Callable[[BaseException], None],
+) -> EngineThread:
+    """The engine over a loaded model, not started."""
+    end_tokens = frozenset(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    return EngineThread(
+        lambda: Drafter(model, config, end_tokens=end_tokens, on_draft=metrics.tenant_tokens),
+        metrics,
+        num_kv_blocks=model.pool.num_blocks,
+        num_free_kv_blocks=lambda: model.pool.num_free,
+        on_failure=on_failure,
+    )
+
+
+def _load(config: SpeculatorConfig, on_progress: Progress) -> tuple[CausalModel, Any]:
+    tokenizer = load_tokenizer(config.model, on_progress=on_progress)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        num_blocks=config.num_kv_blocks or None,
+        kv_cache_bytes=config.kv_cache_bytes or None,
+        block_size=config.block_size,
+        attention_backend=config.attention_backend,
+        weights=config.weights,
+        on_progress=on_progress,
+    )
+    _warm_up(model, config.row_budget)
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def _warm_up(model: CausalModel, num_rows: int) -> None:
+    """First forwards allocate and compile: do that before a target waits for one."""
+    kvs = [SequenceKV(model.pool) for _ in range(min(num_rows, model.pool.num_blocks))]
+    for kv in kvs[:1], kvs:
+        model.forward([Segment(kv=one, tokens=[0]) for one in kv])
+        for one in kv:
+            one.free()
+
+
+def _identity(config: SpeculatorConfig, model: CausalModel, tokenizer: Any, endpoint: str) -> SpeculatorIdentity:
+    return SpeculatorIdentity(
+        peer=types_pb2.Peer(id=config.id, incarnation=secrets.randbits(64), endpoint=config.advertise or endpoint),
+        model=types_pb2.ModelInfo(
+            name=served_name(config),
+            vocab_size=model.vocab_size,
+            max_context=model.max_context,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            dtype=config.dtype,
+            attention_backend=config.attention_backend,
+            device=config.device,
+        ),
+        num_tokens=len(tokenizer),
+    )
+
+
+def _failing(stopping: asyncio.Event, failure: asyncio.Future[SpecPoolError]) -> Callable[[BaseException], None]:
+    """Ends the process when the engine dies: a server without its engine must not look alive."""
+    loop = asyncio.get_running_loop()
+
+    def on_loop(error: BaseException) -> None:
+        if not failure.done() and isinstance(error, SpecPoolError):
+            failure.set_result(error)
+        stopping.set()
+
+    def on_engine_thread(error: BaseException) -> None:
+        loop.call_soon_threadsafe(on_loop, error)
+
+    return on_engine_thread

@@ -1,0 +1,166 @@
+"""The gRPC service: streams of targets, status, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc.aio
+from specpool.errors import Draining, ProtocolMismatch
+from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+
+from specpool_speculator.config import SpeculatorConfig
+from specpool_speculator.connection import Connection
+from specpool_speculator.engine import EngineThread
+from specpool_speculator.handshake import acknowledge, check_hello
+
+_logger = logging.getLogger(__name__)
+_LOAD_PERIOD_S: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculatorIdentity:
+    """What peers learn about this process."""
+
+    peer: types_pb2.Peer
+    """Id, incarnation, endpoint."""
+    model: types_pb2.ModelInfo
+    """The draft model."""
+    num_tokens: int
+    """Of its tokenizer."""
+
+
+class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
+    """Connects target streams to the engine."""
+
+    def __init__(self, engine: EngineThread, identity: SpeculatorIdentity, config: SpeculatorConfig) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._config = config
+        self._connections: dict[int, Connection] = {}
+        self._numbers = itertools.count(1)
+        self._is_draining = False
+        self._no_streams = asyncio.Event()
+        self._no_streams.set()
+
+    # ---- calls ----------------------------------------------------------------------------------------------
+
+    async def Speculate(
+        self,
+        request_iterator: AsyncIterator[speculator_pb2.SpeculateRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[speculator_pb2.SpeculateResponse]:
+        """One target's stream; see the service comment in the proto file."""
+        if self._is_draining:
+            raise Draining(f"speculator {self._identity.peer.id!r} is draining")
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            return
+        check_hello(first, self._identity.model, self._identity.num_tokens)
+        number, connection = next(self._numbers), Connection(first.hello.target)
+        yield acknowledge(
+            first.hello, self._identity.peer, self._identity.model, self._config.max_lookahead, self._config.row_budget
+        )
+        self._open(number, connection, first.hello.model.vocab_size)
+        reader = asyncio.create_task(self._read(number, connection, request_iterator))
+        reporter = asyncio.create_task(self._report_load(connection))
+        try:
+            while (response := await connection.next_response()) is not None:
+                yield response
+            await reader  # raises what ended the stream
+        finally:
+            self._close(number)
+            for task in (reader, reporter):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def GetSpeculatorStatus(
+        self, request: speculator_pb2.GetSpeculatorStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> speculator_pb2.GetSpeculatorStatusResponse:
+        """What this speculator is and does now."""
+        snapshot = self._engine.snapshot
+        return speculator_pb2.GetSpeculatorStatusResponse(
+            speculator=self._identity.peer,
+            state=types_pb2.SERVING_STATE_DRAINING if self._is_draining else types_pb2.SERVING_STATE_SERVING,
+            model=self._identity.model,
+            load=self._load(),
+            row_budget=self._config.row_budget,
+            max_lookahead=self._config.max_lookahead,
+            targets=[connection.target for connection in self._connections.values()],
+            acceptance_rate=snapshot.acceptance_rate,
+            miss_power_law=snapshot.miss_power_law,
+            fan_out_policy=self._config.fan_out_policy,
+        )
+
+    async def DrainSpeculator(
+        self, request: speculator_pb2.DrainSpeculatorRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> speculator_pb2.DrainSpeculatorResponse:
+        """Ask every target to move its sequences; refuse new streams. Waits for the streams to end."""
+        self.start_draining("drain was asked for")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._no_streams.wait(), request.grace_seconds)
+        return speculator_pb2.DrainSpeculatorResponse(num_sequences_running=self._engine.snapshot.num_sequences)
+
+    # ---- draining -------------------------------------------------------------------------------------------
+
+    def start_draining(self, reason: str) -> None:
+        """Send go_away on every stream."""
+        if self._is_draining:
+            return
+        self._is_draining = True
+        for connection in self._connections.values():
+            connection.send(speculator_pb2.SpeculateResponse(go_away=speculator_pb2.GoAway(reason=reason)))
+
+    async def drain(self) -> None:
+        """Start draining and wait until every target has ended its stream."""
+        self.start_draining("shutting down")
+        await self._no_streams.wait()
+
+    # ---- streams --------------------------------------------------------------------------------------------
+
+    def _open(self, number: int, connection: Connection, vocab_size: int) -> None:
+        self._connections[number] = connection
+        self._no_streams.clear()
+        self._engine.connect(number, vocab_size, connection)
+        _logger.info("target %s connected", connection.target.id)
+
+    def _close(self, number: int) -> None:
+        self._engine.disconnect(number)
+        connection = self._connections.pop(number)
+        if not self._connections:
+            self._no_streams.set()
+        _logger.info("target %s disconnected", connection.target.id)
+
+    async def _read(
+        self, number: int, connection: Connection, requests: AsyncIterator[speculator_pb2.SpeculateRequest]
+    ) -> None:
+        try:
+            async for request in requests:
+                kind = request.WhichOneof("message")
+                if kind in (None, "hello"):
+                    raise ProtocolMismatch(f"unexpected message after the acknowledgement: {kind}")
+                self._engine.submit(number, request)
+        finally:
+            connection.close()
+
+    async def _report_load(self, connection: Connection) -> None:
+        while True:
+            report = speculator_pb2.LoadReport(load=self._load())
+            connection.send(speculator_pb2.SpeculateResponse(load=report))
+            await asyncio.sleep(_LOAD_PERIOD_S)
+
+    def _load(self) -> types_pb2.Load:
+        snapshot = self._engine.snapshot
+        return types_pb2.Load(
+            num_sequences_running=snapshot.num_sequences,
+            num_kv_blocks=snapshot.num_kv_blocks,
+            num_free_kv_blocks=snapshot.num_free_kv_blocks,
+            rows_per_step=snapshot.rows_per_step,
+            step_ms=snapshot.step_ms,
+        )
