@@ -122,10 +122,11 @@ readinessProbe:
   timeoutSeconds: 2
   failureThreshold: 2
 livenessProbe:
-  grpc: {port: {{ .root.Values.grpcPort }}, service: liveness}
+  # A draining server is not serving: only one that stays so for longer than a drain takes is restarted.
+  grpc: {port: {{ .root.Values.grpcPort }}}
   periodSeconds: 10
   timeoutSeconds: 5
-  failureThreshold: 6
+  failureThreshold: {{ div (add .root.Values.drain.graceSeconds 39) 10 }}
 lifecycle:
   preStop:
     sleep:

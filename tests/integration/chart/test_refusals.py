@@ -1,0 +1,129 @@
+"""Values that contradict each other, or cannot be, are refused with a message that names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"target": {"gpu": {"count": 0}}},
+        "target.device is cuda but target.gpu.count is 0: set the count to 1, or the device to cpu",
+    ),
+    (
+        {"speculator": {"device": "cpu"}},
+        "speculator.device is cpu but speculator.gpu.count is 1: the GPU would stand idle; set the count to 0",
+    ),
+    (
+        {"target": {"gpu": {"count": 8}}},
+        "target.device is cuda but target.gpu.count is 8: an engine uses one device; raise target.replicas instead",
+    ),
+    (
+        {"target": {"device": "cpu", "dtype": "float16", "gpu": {"count": 0}}},
+        "target.dtype is float16 but target.device is cpu: use bfloat16 or float32 there",
+    ),
+    (
+        {"speculation": {"fanOut": 16, "rowBudget": 8}},
+        "speculation.rowBudget is 8 but speculation.fanOut is 16: "
+        "the rows of one step must hold the guesses of one sequence",
+    ),
+    (
+        {"fabric": {"profile": "infiniband"}},
+        "fabric.profile is infiniband but fabric.rdmaResource is empty: name the device plugin's resource",
+    ),
+    (
+        {"fabric": {"rdmaResource": "rdma/ib"}},
+        "fabric.rdmaResource is rdma/ib but fabric.profile is none, which uses no RDMA device",
+    ),
+    (
+        {"fabric": {"topologyKey": "example.com/rack"}},
+        "fabric.topologyKey is example.com/rack but fabric.profile is none, which places pods anywhere",
+    ),
+    (
+        {"fabric": {"profile": "same-node", "topologyKey": "example.com/rack"}},
+        "fabric.topologyKey is example.com/rack but fabric.profile is same-node: leave the key empty",
+    ),
+    (
+        {"fabric": {"profile": "same-node"}, "speculator": {"replicas": 0}},
+        "fabric.profile is same-node but speculator.replicas is 0: there is no speculator to place",
+    ),
+    (
+        {"redis": {"enabled": False}},
+        "redis.enabled is false but redis.external.url and redis.external.existingSecret are empty: "
+        "routers need a session store",
+    ),
+    (
+        {"redis": {"external": {"url": "redis://elsewhere:6379"}}},
+        "redis.enabled is true but redis.external.url is redis://elsewhere:6379: choose one session store",
+    ),
+    (
+        {"redis": {"external": {"existingSecret": "sessions"}}},
+        "redis.enabled is true but redis.external.existingSecret is sessions: choose one session store",
+    ),
+    (
+        {"redis": {"enabled": False, "external": {"url": "redis://elsewhere:6379", "existingSecret": "sessions"}}},
+        "redis.external.url is redis://elsewhere:6379 but redis.external.existingSecret is sessions: "
+        "give the URL once",
+    ),
+    (
+        {"redis": {"enabled": False, "storage": "1Gi", "external": {"url": "redis://elsewhere:6379"}}},
+        "redis.storage is 1Gi but redis.enabled is false: there is no volume to size",
+    ),
+    (
+        {"tenants": {"inline": {"tenants": []}, "existingSecret": "tenants"}},
+        "tenants.inline is set but tenants.existingSecret is tenants: keep the tenants in one place",
+    ),
+    (
+        {"helmTest": {"apiKeySecret": "key"}},
+        "helmTest.apiKeySecret is key but tenants.inline and tenants.existingSecret are empty: no key is asked for",
+    ),
+    (
+        {"modelCache": {"existingClaim": "models", "sizeLimit": "10Gi"}},
+        "modelCache.existingClaim is models but modelCache.sizeLimit is 10Gi: the claim has its own size",
+    ),
+    (
+        {"grpcPort": 9100},
+        "grpcPort is 9100 but telemetry.metricsPort is 9100: they must differ",
+    ),
+    (
+        {"telemetry": {"podMonitor": {"labels": {"release": "prometheus"}}}},
+        "telemetry.podMonitor.labels is set but telemetry.scrape is annotations: there is no PodMonitor to label",
+    ),
+]
+
+OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
+    ({"target": {"modle": "x"}}, "at '/target': additional properties 'modle' not allowed"),
+    ({"extra": 1}, "at '': additional properties 'extra' not allowed"),
+    ({"target": {"model": ""}}, "at '/target/model': minLength: got 0, want 1"),
+    ({"target": {"replicas": 0}}, "at '/target/replicas': minimum: got 0, want 1"),
+    ({"speculation": {"lookahead": 0}}, "at '/speculation/lookahead': minimum: got 0, want 1"),
+    ({"telemetry": {"samplingRatio": 1.5}}, "at '/telemetry/samplingRatio': maximum: got 1.5, want 1"),
+    (
+        {"fabric": {"profile": "nvlink"}},
+        "at '/fabric/profile': value must be one of 'none', 'same-node', 'infiniband', 'ethernet-rdma', 'efa'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CONTRADICTIONS, ids=lambda case: None)
+def test_contradictions_are_refused_naming_both_values(template, values: dict[str, Any], message: str) -> None:
+    finished = template(values)
+    assert finished.returncode != 0
+    assert _listed(finished.stderr) == [message]
+
+
+def test_all_contradictions_are_named_at_once(template) -> None:
+    finished = template({"grpcPort": 9100, "redis": {"enabled": False}})
+    assert len(_listed(finished.stderr)) == 2
+
+
+@pytest.mark.parametrize(("values", "message"), OUT_OF_RANGE, ids=lambda case: None)
+def test_single_values_out_of_range_are_refused_by_the_schema(template, values: dict[str, Any], message: str) -> None:
+    finished = template(values)
+    assert finished.returncode != 0
+    assert _listed(finished.stderr) == [message]
+
+
+def _listed(stderr: str) -> list[str]:
+    return [line.removeprefix("- ") for line in stderr.splitlines() if line.startswith("- ")]

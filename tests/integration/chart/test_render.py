@@ -1,0 +1,250 @@
+"""What the chart renders: accepted by helm and by Kubernetes, and placed, named and stopped as documented."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+CHART = ROOT / "helm" / "specpool"
+KUBERNETES_VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
+CI_VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
+VALUE_SETS = [{}, *(yaml.safe_load(path.read_text()) for path in CI_VALUES)]
+VALUE_IDS = ["default", *(path.name.removesuffix("-values.yaml") for path in CI_VALUES)]
+OUR_COMPONENTS = ("target", "speculator", "router")
+
+value_sets = pytest.mark.parametrize("values", VALUE_SETS, ids=VALUE_IDS)
+
+
+def find(manifests: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    """The one manifest of this kind and name."""
+    found = [each for each in manifests if each["kind"] == kind and each["metadata"]["name"] == name]
+    assert len(found) == 1, [(each["kind"], each["metadata"]["name"]) for each in manifests]
+    return found[0]
+
+
+def workloads(manifests: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Pod spec by component."""
+    return {
+        each["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]: each["spec"]["template"]["spec"]
+        for each in manifests
+        if each["kind"] in ("Deployment", "StatefulSet")
+    }
+
+
+@pytest.mark.parametrize("path", [None, *CI_VALUES], ids=VALUE_IDS)
+def test_lint_strict(helm, path: Path | None) -> None:
+    finished = helm("lint", "--strict", str(CHART), *(["--values", str(path)] if path else []))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@value_sets
+def test_every_manifest_fits_the_kubernetes_schema(render, values: dict[str, Any], version: str) -> None:
+    checked = [each for each in render(values) if each["kind"] != "PodMonitor"]  # a custom resource
+    assert len(checked) >= 13
+    for manifest in checked:
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+def test_the_schema_check_can_fail(render) -> None:
+    target = find(render(), "StatefulSet", "pool-specpool-target")
+    target["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(target, KUBERNETES_VERSIONS[0], strict=True)
+
+
+@value_sets
+def test_selectors_match_pods_and_nothing_else(render, values: dict[str, Any]) -> None:
+    manifests = render(values)
+    pods = {
+        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
+        for each in manifests
+        if each["kind"] in ("Deployment", "StatefulSet")
+    }
+    for each in manifests:
+        if each["kind"] == "Service":
+            selector = each["spec"]["selector"]
+        elif each["kind"] in ("PodDisruptionBudget", "PodMonitor"):
+            selector = each["spec"]["selector"]["matchLabels"]
+        elif each["kind"] == "NetworkPolicy":
+            selector = each["spec"]["podSelector"]["matchLabels"]
+        else:
+            continue
+        matching = [name for name, labels in pods.items() if selector.items() <= labels.items()]
+        assert matching == [each["metadata"]["name"]]
+
+
+@value_sets
+def test_the_router_watches_the_labels_the_engines_have(render, values: dict[str, Any]) -> None:
+    manifests = render(values)
+    router = workloads(manifests)["router"]["containers"][0]
+    environment = {each["name"]: each.get("value") for each in router["env"]}
+    for component in ("target", "speculator"):
+        selector = dict(part.split("=") for part in environment[f"SPECPOOL_ROUTER_{component.upper()}_SELECTOR"].split(","))
+        kind = {"target": "StatefulSet", "speculator": "Deployment"}[component]
+        labels = find(manifests, kind, f"pool-specpool-{component}")["spec"]["template"]["metadata"]["labels"]
+        assert selector.items() <= labels.items()
+        assert selector["app.kubernetes.io/component"] == component
+    role = find(manifests, "Role", "pool-specpool-router")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
+
+
+@value_sets
+def test_pods_are_unprivileged_probed_and_given_time_to_drain(render, values: dict[str, Any]) -> None:
+    pods = workloads(render(values))
+    for component in OUR_COMPONENTS:
+        spec, container = pods[component], pods[component]["containers"][0]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        port = next(each["containerPort"] for each in container["ports"] if each["name"] == "grpc")
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container[probe]["grpc"]["port"] == port
+        environment = {each["name"]: each.get("value") for each in container["env"]}
+        drain_s = float(environment[f"SPECPOOL_{component.upper()}_DRAIN_GRACE_S"])
+        pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert spec["terminationGracePeriodSeconds"] > drain_s + pause_s
+        liveness = container["livenessProbe"]
+        assert liveness["periodSeconds"] * liveness["failureThreshold"] > drain_s
+    assert spec.get("automountServiceAccountToken", True)  # the router's; engines have none
+    assert pods["target"]["automountServiceAccountToken"] is False
+
+
+def test_the_termination_grace_period_follows_the_drain(render) -> None:
+    pods = workloads(render({"drain": {"graceSeconds": 600, "preStopSeconds": 20}}))
+    assert {pods[each]["terminationGracePeriodSeconds"] for each in OUR_COMPONENTS} == {635}
+
+
+def test_no_fabric_places_pods_anywhere(render) -> None:
+    assert "affinity" not in workloads(render())["speculator"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "topology_key"),
+    [
+        ("same-node", "kubernetes.io/hostname"),
+        ("infiniband", "topology.kubernetes.io/zone"),
+        ("ethernet-rdma", "topology.kubernetes.io/zone"),
+        ("efa", "topology.kubernetes.io/zone"),
+    ],
+)
+def test_a_fabric_sets_the_sign_of_the_placement(render, profile: str, topology_key: str) -> None:
+    resource = "" if profile == "same-node" else "example.com/rdma"
+    pods = workloads(render({"fabric": {"profile": profile, "rdmaResource": resource}}))
+    affinity = pods["speculator"]["affinity"]
+    (near,) = affinity["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert near["podAffinityTerm"]["topologyKey"] == topology_key
+    if profile == "efa":
+        (apart,) = affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert apart["topologyKey"] == "kubernetes.io/hostname"
+        assert apart["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "target"
+    else:
+        assert "podAntiAffinity" not in affinity
+    assert "affinity" not in pods["target"]
+    expected = {"nvidia.com/gpu": 1} | ({resource: 1} if resource else {})
+    for component in ("target", "speculator"):
+        assert pods[component]["containers"][0]["resources"]["limits"] == expected
+
+
+def test_cpu_engines_ask_for_no_gpu_and_keep_their_limits(render) -> None:
+    values = yaml.safe_load((CHART / "ci" / "cpu-values.yaml").read_text())
+    values["target"]["resources"] = {"limits": {"memory": "9Gi"}}
+    resources = workloads(render(values))["target"]["containers"][0]["resources"]
+    assert resources["limits"] == {"memory": "9Gi"}
+
+
+@pytest.mark.parametrize("release", ["r", "specpool", "a" * 53])
+def test_names_fit_kubernetes(render, release: str) -> None:
+    for manifest in render({}, release):
+        name = manifest["metadata"]["name"]
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
+        # A StatefulSet's pods carry the label <name>-<hash of 10>.
+        assert len(name) <= (52 if manifest["kind"] == "StatefulSet" else 63)
+
+
+def test_shortened_names_stay_apart(render) -> None:
+    names = [
+        {manifest["metadata"]["name"] for manifest in render({"fullnameOverride": "x" * 50 + end})} for end in "ab"
+    ]
+    assert names[0].isdisjoint(names[1])
+
+
+@value_sets
+def test_everything_named_exists_in_the_release(render, values: dict[str, Any]) -> None:
+    """Service accounts, the roles bound, the session store and the test's endpoint are what the chart installs."""
+    manifests = render(values)
+    router = workloads(manifests)["router"]
+    find(manifests, "ServiceAccount", router["serviceAccountName"])
+    binding = find(manifests, "RoleBinding", "pool-specpool-router")
+    find(manifests, "Role", binding["roleRef"]["name"])
+    for each in manifests:
+        if each["kind"] == "StatefulSet":
+            find(manifests, "Service", each["spec"]["serviceName"])
+    (test_pod,) = [each for each in manifests if each["kind"] == "Pod"]
+    endpoint = test_pod["spec"]["containers"][0]["args"][0].removeprefix("--endpoint=")
+    service = find(manifests, "Service", endpoint.split(":")[0])
+    assert service["spec"]["ports"][0]["port"] == int(endpoint.split(":")[1])
+    environment = {each["name"]: each for each in router["containers"][0]["env"]}
+    store = environment["SPECPOOL_ROUTER_SESSION_STORE"]
+    if "value" in store:
+        find(manifests, "Service", store["value"].removeprefix("redis://").split(":")[0])
+    else:
+        assert store["valueFrom"]["secretKeyRef"] == {"name": "sessions", "key": "url"}
+
+
+def test_inline_tenants_reach_the_router_as_a_file(render) -> None:
+    manifests = render({"tenants": {"inline": {"tenants": [{"name": "a"}]}}})
+    secret = find(manifests, "Secret", "pool-specpool-tenants")
+    assert yaml.safe_load(secret["stringData"]["tenants.yaml"]) == {"tenants": [{"name": "a"}]}
+    router = workloads(manifests)["router"]
+    assert {"name": "tenants", "secret": {"secretName": "pool-specpool-tenants"}} in router["volumes"]
+    (mount,) = [each for each in router["containers"][0]["volumeMounts"] if each["name"] == "tenants"]
+    (variable,) = [each for each in router["containers"][0]["env"] if each["name"] == "SPECPOOL_ROUTER_TENANTS_FILE"]
+    assert variable["value"] == f"{mount['mountPath']}/tenants.yaml"
+
+
+def test_every_value_changes_what_is_rendered(template) -> None:
+    """No dead options: changing any single value changes the output, or is refused with its name."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    before = template().stdout
+    notes = (CHART / "templates" / "NOTES.txt").read_text()
+    for path, leaf in _leaves(schema["properties"], ()):
+        values: Any = _another(leaf)
+        for key in reversed(path):
+            values = {key: values}
+        finished = template(values)
+        name = ".".join(path)
+        assert finished.stdout != before or name in finished.stderr or f".Values.{name}" in notes, name
+
+
+def _leaves(properties: dict[str, Any], path: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    for key, schema in properties.items():
+        if "properties" in schema:
+            yield from _leaves(schema["properties"], (*path, key))
+        elif (*path, key) != ("global",):
+            yield (*path, key), schema
+
+
+def _another(leaf: dict[str, Any]) -> Any:
+    """A legal value that is not the default."""
+    default = leaf["default"]
+    if "enum" in leaf:
+        return next(each for each in leaf["enum"] if each != default)
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 1
+    if isinstance(default, float):
+        return default / 2
+    if isinstance(default, str):
+        return "30s" if "pattern" in leaf else "another"
+    if isinstance(default, list):
+        return ["another"] if leaf["items"]["type"] == "string" else [{"key": "another"}]
+    return {"another": "value"}
