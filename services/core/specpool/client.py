@@ -19,7 +19,7 @@ class Completion:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
+    finish_reason: types_pb2.FinishReason.ValueType = types_pb2.FINISH_REASON_UNSPECIFIED
     seed: int = 0
     usage: types_pb2.Usage = field(default_factory=types_pb2.Usage)
     stats: types_pb2.GenerationStats = field(default_factory=types_pb2.GenerationStats)

@@ -61,7 +61,7 @@ def _summarize_one(
     rounds = max(sum(m.stats.num_rounds for m in group), 1)
 
     def per_round_ms(name: str) -> float:
-        return 1000 * sum(getattr(m.stats, name) for m in group) / rounds
+        return 1000 * sum(float(getattr(m.stats, name)) for m in group) / rounds
 
     phases = {phase: per_round_ms(f"seconds_{phase}") for phase in ("waiting", "forward", "verify", "other")}
     hit_seconds = sum(m.stats.seconds_hit_rounds for m in group)
