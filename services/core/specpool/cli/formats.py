@@ -21,7 +21,7 @@ def plain_fields(message: Any) -> dict[str, Any]:
     return result
 
 
-def finish_reason(value: types_pb2.FinishReason) -> str:
+def finish_reason(value: types_pb2.FinishReason.ValueType) -> str:
     """`stop`, `length` or `cancelled`."""
     return types_pb2.FinishReason.Name(value).removeprefix("FINISH_REASON_").lower()
 
@@ -38,7 +38,7 @@ def completion_document(completion: Completion) -> dict[str, Any]:
     }
 
 
-def state_name(value: types_pb2.ServingState) -> str:
+def state_name(value: types_pb2.ServingState.ValueType) -> str:
     """`serving`, `starting` or `draining`."""
     return types_pb2.ServingState.Name(value).removeprefix("SERVING_STATE_").lower()
 

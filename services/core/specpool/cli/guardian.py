@@ -7,6 +7,7 @@ what is left of them: children of children too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -44,10 +45,8 @@ class Guardian:
 
 def kill_group(process_group: int) -> None:
     """SIGKILL for every process of a group, if there is any."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process_group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def guard(lines: IO[str]) -> None:

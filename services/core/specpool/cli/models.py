@@ -23,10 +23,10 @@ def run_list(output: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "hub id", "use", "on this machine")
+    table = Table("name", "hub id", "use", "here", box=None)
     for entry in CATALOGUE.values():
         table.add_row(entry.name, entry.hub_id, entry.description, "yes" if entry.is_fetched else "no")
-    Console().print(table)
+    Console(width=max(Console().width, 120)).print(table)
 
 
 def run_fetch(names: Sequence[str], source: str) -> None:

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from specpool.config import FieldDoc, describe, load_config
 from specpool.errors import ConfigError
@@ -39,9 +39,16 @@ def _module(role: str, name: str) -> Any:
         ) from error
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
+
+
 def build_parser(role: str, fields: Sequence[FieldDoc], what: str = "") -> argparse.ArgumentParser:
     """One flag per setting. Values stay text: `load_config` converts them like those of every other source."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"specpool {role}",
         description=f"{what or f'Run a {role}'}. Precedence of settings: flag, environment, --config file, default.",
         argument_default=argparse.SUPPRESS,

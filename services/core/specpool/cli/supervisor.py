@@ -1,4 +1,4 @@
-"""Child processes of `specpool up`: started so that they die with us, logged, restarted with backoff, stopped in order."""
+"""Child processes of `specpool up`: they die with us, are logged, and restart with backoff."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 from rich.console import Console
@@ -147,7 +148,7 @@ async def _wait_ready(system: System, config: UpConfig, console: Console, stop: 
         "show": asyncio.create_task(_show(system, console)),
     }
     try:
-        waiting = [tasks["ready"], tasks["stop"], system.failed]
+        waiting: list[asyncio.Future[Any]] = [tasks["ready"], tasks["stop"], system.failed]
         await asyncio.wait(waiting, timeout=config.ready_timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         tasks["show"].cancel()
