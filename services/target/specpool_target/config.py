@@ -1,0 +1,95 @@
+"""Settings of the target service."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field
+from typing import Literal
+
+from specpool.errors import ConfigError
+
+
+def _default_id() -> str:
+    return f"{socket.gethostname()}-target"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetConfig:
+    """One target process."""
+
+    model: str
+    """Target model: hub id, directory, GGUF file, optionally with #layers=N."""
+    id: str = field(default_factory=_default_id)
+    """Stable name of this process; default: host name and role."""
+    listen: str = "127.0.0.1:0"
+    """host:port to listen on; port 0 takes any free one."""
+    advertise: str = ""
+    """Endpoint that others dial; empty for the bound one."""
+    metrics_port: int | None = None
+    """Port of the Prometheus endpoint; 0 takes any free one, unset is off."""
+    otlp_endpoint: str = ""
+    """OTLP collector for traces; empty is off."""
+    trace_sampling_ratio: float = 1.0
+    """Share of traces started here that are recorded; a parent's decision wins."""
+    drain_grace_s: float = 30.0
+    """How long a graceful stop waits for running sequences."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+    model_name: str = ""
+    """Name under which the model is served; empty for the last part of `model`."""
+    dtype: str = "bfloat16"
+    """float32, bfloat16 or float16."""
+    device: str = "cpu"
+    """Torch device."""
+    weights: Literal["plain", "prepacked"] = "plain"
+    """How linear layers hold their weights."""
+    attention_backend: str = "sdpa"
+    """Attention over the paged cache."""
+    kv_cache_bytes: int = 0
+    """Size of the KV cache; 0 takes the default of the device."""
+    num_kv_blocks: int = 0
+    """Size of the KV cache in blocks; 0 computes it from the bytes."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    max_batch_size: int = 32
+    """Sequences in the batch at once; more wait."""
+    max_batch_tokens: int = 512
+    """Tokens of one forward; longer prompts are prefilled in chunks."""
+    max_waiting: int = 256
+    """Sequences that may wait for admission; more are refused."""
+    max_context: int = 0
+    """Longest sequence, prompt and output; 0 for the model's own limit."""
+    max_lookahead: int = 8
+    """Largest K: draft tokens per round."""
+    speculation_deadline_ms: float = 1000.0
+    """Upper bound of any wait for a speculation; then the sequence goes on without."""
+    distribution_deadline_ms: float = 20.0
+    """Longest wait, after the forward, for draft distributions of rejection verification."""
+    connect_deadline_ms: float = 250.0
+    """Longest wait of a request for the first connection to a speculator nobody used before."""
+    backup_ngram: int = 3
+    """Longest n-gram of the prompt-lookup backup; 0 is no backup."""
+    num_threads: int = 0
+    """Compute threads; 0 leaves torch's default."""
+    cpu_affinity: tuple[int, ...] = ()
+    """Cores the engine's threads are bound to; empty for all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that can never work."""
+        for name in ("block_size", "max_batch_size", "max_batch_tokens", "max_lookahead"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in (
+            *("kv_cache_bytes", "num_kv_blocks", "max_waiting", "max_context", "backup_ngram", "num_threads"),
+            *("speculation_deadline_ms", "distribution_deadline_ms", "connect_deadline_ms", "drain_grace_s"),
+        ):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
+        self._check("weights", self.weights in ("plain", "prepacked"), "plain or prepacked")
+
+    def _check(self, name: str, is_good: bool, accepted: str) -> None:
+        if not is_good:
+            value = getattr(self, name)
+            raise ConfigError(
+                f"{name} must be {accepted}, got {value}",
+                metadata={"field": name, "value": value, "accepted": accepted},
+            )

@@ -1,0 +1,507 @@
+"""The target engine: one thread owns the model, its KV cache and every sequence.
+
+The loop: receive -> admit -> pick speculations -> forward -> verify -> commit -> report outcomes.
+Commands come in through a queue as calls to make on this thread; results leave through the `Outbox`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from specpool.algorithm.verification import VerificationMode, VerificationOutcome
+from specpool.errors import EngineFailed, SpecPoolError
+from specpool.modeling.detokenizer import IncrementalDetokenizer
+from specpool.modeling.interface import CausalModel, Segment
+from specpool.modeling.paged_kv import SequenceKV
+from specpool.telemetry.metrics import TargetMetrics
+from specpool.telemetry.step_stats import StepStats
+from specpool.v1 import types_pb2
+from torch import Tensor
+
+from specpool_target.config import TargetConfig
+from specpool_target.fallback_policy import Average, FallbackPolicy
+from specpool_target.link import SpeculationInbox, SpeculatorLink
+from specpool_target.outbox import Outbox
+from specpool_target.scheduler import ScheduledSegment, Scheduler, StepPlan
+from specpool_target.sequence import (
+    DraftSource,
+    Finish,
+    FinishReason,
+    RoundInfo,
+    SequenceRequest,
+    SequenceUpdate,
+    TargetSequence,
+)
+from specpool_target.speculation import Speculation
+from specpool_target.statistics import Phases
+from specpool_target.verifying import (
+    VerifyItem,
+    effective_mode,
+    logprobs_of,
+    read_distributions,
+    verify_step,
+)
+
+_logger = logging.getLogger(__name__)
+
+Command = Callable[[], None]
+
+
+class EngineThread(threading.Thread):
+    """Every public method may be called from any thread, unless it says otherwise."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        config: TargetConfig,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        metrics: TargetMetrics,
+        on_failed: Callable[[], None] = lambda: None,
+        before_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(name="target engine", daemon=True)
+        self.model = model
+        self.metrics = metrics
+        self.max_context = min(model.max_context, config.max_context or model.max_context)
+        self.policy = FallbackPolicy(max_batch_size=config.max_batch_size, lookahead=config.max_lookahead)
+        self.scheduler = Scheduler(
+            model.pool,
+            max_context=self.max_context,
+            max_batch_size=config.max_batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_waiting=config.max_waiting,
+        )
+        self._config = config
+        self._outbox = Outbox(loop)
+        self._speculation = Speculation(
+            self._outbox,
+            self.policy,
+            vocab_size=model.vocab_size,
+            deadline_s=config.speculation_deadline_ms / 1e3,
+        )
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._deferred: list[Command] = []
+        """Taken from the queue in the middle of a step, when nothing may change."""
+        self._sequences: dict[str, TargetSequence] = {}
+        self._stopping = False
+        self._is_idle = True
+        self._on_failed = on_failed
+        self._before_start = before_start
+        self._step_stats = StepStats()
+        self._rows_per_step = Average()
+        self._step_s = Average()
+        self._ready = threading.Event()
+        self.failure: SpecPoolError | None = None
+
+    # ---- called from other threads ----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: SequenceRequest,
+        emit: Callable[[SequenceUpdate], None],
+        *,
+        detokenizer: IncrementalDetokenizer | None = None,
+        link: SpeculatorLink | None = None,
+        inbox: SpeculationInbox | None = None,
+    ) -> None:
+        """Run a sequence; `emit` is called on the event loop. Raises at once what can never run."""
+        if self.failure is not None:
+            raise self.failure
+        self.scheduler.check_admissible(len(request.prompt_tokens) + len(request.committed_tokens))
+        sequence = TargetSequence(
+            request,
+            emit=emit,
+            detokenizer=detokenizer,
+            link=link,
+            inbox=inbox,
+            max_length=self.scheduler.max_length,
+            backup_ngram=self._config.backup_ngram,
+            arrived_s=time.perf_counter(),
+        )
+        self._commands.put(partial(self._add, sequence))
+
+    def cancel(self, sequence_id: str) -> None:
+        """Free a sequence without another update. Unknown ids are ignored."""
+        self._commands.put(partial(self._cancel, sequence_id))
+
+    def fail_all(self, error: SpecPoolError) -> None:
+        """End every sequence with `error`."""
+        self._commands.put(partial(self._fail_all, error))
+
+    def stop(self) -> None:
+        """End the thread after the running step."""
+        self._commands.put(self._stop)
+
+    def wait_ready(self) -> None:
+        """Until the warm-up is through; raises if it failed."""
+        self._ready.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    @property
+    def num_sequences(self) -> int:
+        """Running and waiting."""
+        return len(self._sequences)
+
+    def load(self) -> types_pb2.Load:
+        """For status."""
+        pool = self.model.pool
+        return types_pb2.Load(
+            num_sequences_running=len(self.scheduler.running),
+            num_sequences_waiting=len(self.scheduler.waiting),
+            num_kv_blocks=pool.num_blocks,
+            num_free_kv_blocks=pool.num_free,
+            rows_per_step=self._rows_per_step.value,
+            step_ms=self._step_s.value * 1e3,
+        )
+
+    # LinkListener
+
+    def link_up(self, link: SpeculatorLink, epoch: int) -> None:
+        """See `LinkListener`."""
+        self._commands.put(lambda: self._speculation.link_up(link, epoch, self._sequences.values()))
+
+    def link_down(self, link: SpeculatorLink, epoch: int) -> None:
+        """See `LinkListener`."""
+        self._commands.put(lambda: self._speculation.link_down(link, epoch, self._sequences.values()))
+
+    def resync(self, sequence_id: str) -> None:
+        """See `LinkListener`."""
+        self._commands.put(lambda: self._with(sequence_id, self._speculation.resync))
+
+    def speculation(self, sequence_id: str, round_: int, tokens: Sequence[int]) -> None:
+        """See `LinkListener`."""
+        self._commands.put(partial(self._reply, sequence_id, round_, tokens))
+
+    def distributions_arrived(self) -> None:
+        """See `LinkListener`."""
+        self._commands.put(_nothing)
+
+    def stale_message(self) -> None:
+        """See `LinkListener`."""
+        self.metrics.stale_message()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until `stop`; a failure ends every sequence with `EngineFailed`."""
+        try:
+            with torch.inference_mode():
+                self._before_start()
+                self._warm_up()
+                self._ready.set()
+                while not self._stopping:
+                    self._receive()
+                    self._step()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._ready.set()
+
+    def _step(self) -> None:
+        started_s = time.perf_counter()
+        plan = self._admit(self.scheduler.plan())
+        self._outbox.flush()  # the speculators start while the forward runs
+        self._is_idle = not plan.segments
+        if self._is_idle:
+            return self._report_idle()
+        marks = [time.perf_counter()]
+        logits = self._forward(plan)
+        marks.append(time.perf_counter())
+        items = self._verify_items(plan.segments)
+        marks.append(time.perf_counter())
+        outcomes = verify_step(logits, items) if items else []
+        marks.append(time.perf_counter())
+        forward_s, waiting_s, verify_s = (after - before for before, after in pairwise(marks))
+        phases = Phases(waiting=waiting_s, forward=forward_s, verify=verify_s)
+        for item, outcome in zip(items, outcomes, strict=True):
+            self._commit(item, outcome, logits, phases)
+        self._outbox.flush()
+        self._report(plan, items, phases, time.perf_counter() - started_s)
+        return None
+
+    def _receive(self) -> None:
+        """Run the commands that are there; when there is nothing to compute, wait for one or for a deadline."""
+        deferred, self._deferred = self._deferred, []
+        for command in deferred:
+            command()
+        may_block = self._is_idle and not deferred
+        with suppress(queue.Empty):
+            self._commands.get(may_block, self._seconds_to_deadline() if may_block else None)()
+            while True:
+                self._commands.get_nowait()()
+        self._speculation.release_expired(self.scheduler.running, time.perf_counter())
+
+    def _seconds_to_deadline(self) -> float | None:
+        deadlines = [s.await_deadline_s for s in self.scheduler.running if s.await_deadline_s is not None]
+        return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
+
+    def _admit(self, plan: StepPlan) -> StepPlan:
+        for sequence in plan.admitted:
+            if not sequence.was_admitted:
+                assert sequence.kv is not None, "just admitted"
+                sequence.was_admitted = True
+                sequence.num_cached_prompt_tokens = min(sequence.kv.length, sequence.num_prompt_tokens)
+                self._speculation.open(sequence)
+        return plan
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        logits = self.model.forward([scheduled.segment() for scheduled in plan.segments])
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        return logits
+
+    def _verify_items(self, segments: Sequence[ScheduledSegment]) -> list[VerifyItem]:
+        """Rows of the sequences whose round ends; waits a little for distributions they need."""
+        complete = [scheduled.sequence for scheduled in segments if scheduled.is_complete]
+        in_need = [sequence for sequence in complete if _needs_distributions(sequence)]
+        if in_need:
+            self._wait_for_distributions(in_need)
+        items: list[VerifyItem] = []
+        start = 0
+        for sequence in complete:
+            stop = start + 1 + len(sequence.draft.tokens)
+            items.append(VerifyItem(sequence, sequence.draft, slice(start, stop), self._distributions(sequence)))
+            start = stop
+        return items
+
+    def _wait_for_distributions(self, sequences: Sequence[TargetSequence]) -> None:
+        deadline_s = time.perf_counter() + self._config.distribution_deadline_ms / 1e3
+        while missing := [s for s in sequences if _distributions_missing(s) and self._speculation.may_wait_on(s.link)]:
+            left_s = deadline_s - time.perf_counter()
+            if left_s <= 0:
+                for sequence in missing:
+                    self._speculation.timed_out(sequence.link)
+                break
+            try:
+                self._deferred.append(self._commands.get(timeout=left_s))
+            except queue.Empty:
+                continue
+
+    def _distributions(self, sequence: TargetSequence) -> Any:
+        if not _needs_distributions(sequence) or sequence.inbox is None:
+            return None
+        distribution = read_distributions(
+            sequence.inbox.distributions(sequence.round),
+            sequence.draft.tokens,
+            vocab_size=self.model.vocab_size,
+            device=self.model.device,
+        )
+        if distribution is None:
+            self._speculation.fallbacks["late_distributions"] += 1
+            sequence.stats.num_sample_and_match_rounds += 1
+        return distribution
+
+    # ---- the end of a round -----------------------------------------------------------------------------------
+
+    def _commit(self, item: VerifyItem, outcome: VerificationOutcome, logits: Tensor, phases: Phases) -> None:
+        sequence, draft = item.sequence, item.draft
+        assert sequence.kv is not None, "it was just computed"
+        sequence.kv.truncate(len(sequence.tokens) + outcome.num_accepted)
+        tokens, reason = self._cut(sequence, outcome.committed(draft.tokens))
+        text = None
+        if sequence.detokenizer is not None:
+            tokens, reason, text = _push_text(sequence, tokens, reason)
+        num_top = sequence.request.sampling.num_logprobs
+        logprobs = [] if num_top is None else logprobs_of(logits[item.rows], tokens, num_top)
+        sequence.tokens += tokens
+        round_info = self._end_round(sequence, outcome, phases)
+        if sequence.round == 0:
+            sequence.kv.publish_prefix(sequence.tokens, sequence.salt)
+        finish = None
+        if reason is None:
+            self._speculation.next_round(sequence, outcome, batch_size=len(self.scheduler.running))
+        else:
+            finish = self._finish(sequence, reason)
+        self._step_stats.num_generation_tokens += len(tokens)
+        self._step_stats.num_accepted_tokens += outcome.num_accepted
+        self._outbox.emit(
+            sequence,
+            SequenceUpdate(tokens=tokens, text=text, logprobs=logprobs, round=round_info, finish=finish),
+        )
+
+    def _cut(self, sequence: TargetSequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+        """End the output at the first stop token, or at the longest length."""
+        tokens = tokens[: sequence.max_length - len(sequence.tokens)]
+        for index, token in enumerate(tokens):
+            if token in sequence.request.stop_token_ids:
+                return tokens[: index + 1], FinishReason.STOP
+        is_full = len(sequence.tokens) + len(tokens) >= sequence.max_length
+        return tokens, FinishReason.LENGTH if is_full else None
+
+    def _end_round(self, sequence: TargetSequence, outcome: VerificationOutcome, step: Phases) -> RoundInfo | None:
+        now_s = time.perf_counter()
+        draft, num_draft = sequence.draft, len(sequence.draft.tokens)
+        phases = Phases(
+            total=now_s - sequence.round_ended_s,
+            waiting=sequence.waited_s + step.waiting,
+            forward=step.forward,
+            verify=step.verify,
+        )
+        self._step_stats.waiting_s += sequence.waited_s
+        sequence.round_ended_s, sequence.waited_s = now_s, 0.0
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+            self.metrics.first_token(now_s - sequence.arrived_s)
+        else:
+            self.metrics.inter_token(phases.total, 1 + outcome.num_accepted)
+        if sequence.round == 0:
+            return None
+        sequence.stats.round(num_draft, outcome.num_accepted, phases, is_hit=draft.lookup == "hit")
+        sequence.stats.num_backup_rounds += draft.source is DraftSource.BACKUP
+        self.policy.observe_round(
+            num_draft, outcome.num_accepted, phases.total, from_backup=draft.source is DraftSource.BACKUP
+        )
+        return RoundInfo(
+            num_draft_tokens=num_draft,
+            num_accepted=outcome.num_accepted,
+            lookup=draft.lookup,
+            duration_s=phases.total,
+        )
+
+    def _finish(self, sequence: TargetSequence, reason: FinishReason) -> Finish:
+        self._remove(sequence)
+        assert sequence.first_token_s is not None, "it has a token"
+        seconds = sequence.round_ended_s - sequence.arrived_s
+        self.metrics.request_finished(reason.label, seconds)
+        stats = sequence.stats.to_proto(
+            seconds_to_first_token=sequence.first_token_s - sequence.arrived_s, seconds=seconds
+        )
+        return Finish(reason=reason, stats=stats, num_cached_prompt_tokens=sequence.num_cached_prompt_tokens)
+
+    # ---- commands, on the engine thread -----------------------------------------------------------------------
+
+    def _add(self, sequence: TargetSequence) -> None:
+        self._sequences[sequence.id] = sequence
+        self.scheduler.add(sequence)
+
+    def _cancel(self, sequence_id: str) -> None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._remove(sequence)
+            self._speculation.close(sequence)
+            self.metrics.request_finished("cancelled", time.perf_counter() - sequence.arrived_s)
+
+    def _remove(self, sequence: TargetSequence) -> None:
+        del self._sequences[sequence.id]
+        self.scheduler.remove(sequence)
+
+    def _fail_all(self, error: SpecPoolError) -> None:
+        for sequence in list(self._sequences.values()):
+            self._remove(sequence)
+            self._speculation.close(sequence)
+            self._outbox.emit(sequence, SequenceUpdate(error=error))
+            self.metrics.request_finished("error", time.perf_counter() - sequence.arrived_s)
+
+    def _reply(self, sequence_id: str, round_: int, tokens: Sequence[int]) -> None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or not self._speculation.reply(sequence, round_, tokens):
+            self.metrics.stale_message()
+
+    def _with(self, sequence_id: str, action: Callable[[TargetSequence], None]) -> None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            action(sequence)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _fail(self, error: Exception) -> None:
+        _logger.critical("the engine failed", exc_info=error)
+        self.failure = EngineFailed(f"the target engine failed: {type(error).__name__}: {error}")
+        for sequence in self._sequences.values():
+            self._outbox.emit(sequence, SequenceUpdate(error=self.failure))
+        self._outbox.flush()
+        self._outbox.call(self._on_failed)
+
+    # ---- around the loop --------------------------------------------------------------------------------------
+
+    def _warm_up(self) -> None:
+        """The first forwards allocate, compile and page in; nobody should wait for that."""
+        num_tokens = min(self._config.max_lookahead + 1, self.scheduler.max_length - 1)
+        kv = SequenceKV(self.model.pool)
+        for tokens in ([0] * num_tokens, [0]):
+            if kv.length + len(tokens) <= self.scheduler.max_length:
+                self.model.forward([Segment(kv=kv, tokens=tokens, num_logits=len(tokens))])
+        kv.free()
+
+    def _report(self, plan: StepPlan, items: Sequence[VerifyItem], phases: Phases, seconds: float) -> None:
+        """Metrics of the step."""
+        stats = self._step_stats
+        stats.num_running, stats.num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        stats.kv_cache_usage = self._kv_cache_usage()
+        stats.waiting_s += phases.waiting
+        stats.forward_s, stats.verify_s = phases.forward, phases.verify
+        stats.other_s = max(0.0, seconds - phases.waiting - phases.forward - phases.verify)
+        stats.num_drafts = sum(item.num_draft > 0 for item in items)
+        stats.num_draft_tokens = sum(item.num_draft for item in items)
+        stats.num_prompt_tokens = sum(s.num_tokens for s in plan.segments if s.is_prefill)
+        stats.num_preemptions = len(plan.preempted)
+        lookups = self._speculation.lookups
+        stats.num_hits, stats.num_partial = lookups["hit"], lookups["partial"]
+        stats.num_late, stats.num_misses = lookups["late"], lookups["miss"]
+        stats.fallbacks = dict(self._speculation.fallbacks)
+        self.metrics.observe_step(stats)
+        self.metrics.set_fallback_batch_size(self.policy.batch_size_threshold)
+        self._step_stats = StepStats()
+        lookups.clear()
+        self._speculation.fallbacks.clear()
+        self._step_s.observe(seconds)
+        self._rows_per_step.observe(sum(1 + item.num_draft for item in items))
+        if not any(s.is_prefill for s in plan.segments):
+            self.policy.observe_step(len(items), phases.forward + phases.verify)
+
+    def _report_idle(self) -> None:
+        self.metrics.set_queue(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_cache_usage=self._kv_cache_usage(),
+        )
+
+    def _kv_cache_usage(self) -> float:
+        return self.model.pool.num_used / self.model.pool.num_blocks
+
+
+def _nothing() -> None:
+    """Wakes the engine."""
+
+
+def _needs_distributions(sequence: TargetSequence) -> bool:
+    mode = effective_mode(sequence.request.sampling, sequence.request.verification)
+    return (
+        mode is VerificationMode.REJECTION
+        and sequence.draft.source is DraftSource.SPECULATOR
+        and bool(sequence.draft.tokens)
+    )
+
+
+def _distributions_missing(sequence: TargetSequence) -> bool:
+    return sequence.inbox is not None and sequence.inbox.distributions(sequence.round) is None
+
+
+def _push_text(
+    sequence: TargetSequence, tokens: list[int], reason: FinishReason | None
+) -> tuple[list[int], FinishReason | None, str]:
+    """Detokenize; a stop string that is completed ends the output with the token that completed it."""
+    detokenizer = sequence.detokenizer
+    assert detokenizer is not None, "only sequences with stop strings"
+    num_before = len(sequence.tokens) - sequence.num_prompt_tokens
+    delta = detokenizer.push(tokens)
+    text = delta.text
+    if not delta.stopped and reason is not None:
+        delta = detokenizer.finish()
+        text += delta.text
+    if delta.num_tokens is not None:
+        tokens, reason = tokens[: delta.num_tokens - num_before], FinishReason.STOP
+    return tokens, reason, text

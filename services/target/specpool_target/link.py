@@ -1,0 +1,399 @@
+"""The connection to one speculator: one bidirectional stream for all sequences, on the asyncio side.
+
+Tables go straight into each sequence's `SpeculationInbox`, where the engine thread finds them: a hit is a dictionary
+lookup and never a network wait. Everything else the engine has to know goes through its command queue.
+
+An *epoch* numbers the connections of a link, so that nothing meant for one stream is ever written to its successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import grpc.aio
+from specpool.algorithm.speculation_cache import Lookup, SpeculationCache
+from specpool.errors import ProtocolMismatch, SpecPoolError, SpeculatorUnavailable, TokenizerMismatch
+from specpool.rpc.client import channel
+from specpool.rpc.errors import from_rpc_error
+from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_pb2
+
+_logger = logging.getLogger(__name__)
+
+PROTOCOL_VERSION: Final = 1
+_FIRST_BACKOFF_S: Final = 0.1
+_MAX_BACKOFF_S: Final = 2.0
+_REFUSED_BACKOFF_S: Final = 15.0
+"""After a handshake that will be refused again until somebody deploys something else."""
+_HANDSHAKE_S: Final = 5.0
+_CLOSE_S: Final = 1.0
+_IDLE_S: Final = 60.0
+"""A link that is not connected and has no sequence is given up after this."""
+
+Request = speculator_pb2.SpeculateRequest
+
+
+class LinkListener(Protocol):
+    """The engine, as a link sees it. Every method may be called from the event loop and returns at once."""
+
+    def link_up(self, link: SpeculatorLink, epoch: int) -> None:
+        """A connection was made: open the live sequences on it."""
+
+    def link_down(self, link: SpeculatorLink, epoch: int) -> None:
+        """The connection is lost: stop waiting for it."""
+
+    def resync(self, sequence_id: str) -> None:
+        """Open this sequence again."""
+
+    def speculation(self, sequence_id: str, round_: int, tokens: Sequence[int]) -> None:
+        """An answer to speculate_now."""
+
+    def distributions_arrived(self) -> None:
+        """Some sequence's inbox has new distributions."""
+
+    def stale_message(self) -> None:
+        """Something about an unknown sequence was dropped."""
+
+
+class SpeculationInbox:
+    """What a speculator sent about one sequence; written by the event loop, read by the engine thread."""
+
+    def __init__(self, lookahead: int) -> None:
+        self._cache = SpeculationCache(lookahead)
+        self._guesses: dict[int, dict[int, list[int]]] = {}
+        self._distributions: dict[int, speculator_pb2.DraftDistributions] = {}
+        self._lock = threading.Lock()
+
+    def add_table(self, table: speculator_pb2.Table) -> None:
+        """A pushed table."""
+        entries = {(e.num_accepted, e.bonus_token): tuple(e.draft_tokens) for e in table.entries}
+        with self._lock:
+            self._cache.update(table.round, entries)
+            guesses = self._guesses.setdefault(table.round, {})
+            for num_accepted, bonus_token in entries:
+                tokens = guesses.setdefault(num_accepted, [])
+                if bonus_token not in tokens:
+                    tokens.append(bonus_token)
+
+    def lookup(self, round_: int, num_accepted: int, bonus_token: int, *, lookahead: int) -> tuple[Lookup, int | None]:
+        """The lookup, and the rank of the bonus token among the guesses of its position."""
+        with self._lock:
+            lookup = self._cache.lookup(round_, num_accepted, bonus_token, lookahead=lookahead)
+            guesses = self._guesses.get(round_, {}).get(num_accepted, [])
+            self._guesses = {r: g for r, g in self._guesses.items() if r > round_}
+            self._distributions = {r: d for r, d in self._distributions.items() if r > round_}
+        return lookup, guesses.index(bonus_token) if bonus_token in guesses else None
+
+    def add_distributions(self, message: speculator_pb2.DraftDistributions) -> None:
+        """For the round that verifies the named tokens."""
+        with self._lock:
+            self._distributions[message.round] = message
+
+    def distributions(self, round_: int) -> speculator_pb2.DraftDistributions | None:
+        """Of `round_`, if they are here."""
+        return self._distributions.get(round_)
+
+    def clear(self) -> None:
+        """The speculator lost its state."""
+        with self._lock:
+            self._cache.clear()
+            self._guesses.clear()
+            self._distributions.clear()
+
+
+@dataclass(slots=True)
+class LinkMeasurements:
+    """What the engine knows of a link without asking; written by the event loop."""
+
+    max_lookahead: int = 0
+    """Agreed in the handshake."""
+    draft_step_s: float = 0.0
+    """From the last load report; 0: none yet."""
+    round_trip_s: float = 0.0
+    """Of the handshake."""
+    num_received: int = 0
+    """Messages so far: tells a speculator that is silent."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Connection:
+    epoch: int
+    call: Any
+    outgoing: asyncio.Queue[Request] = field(default_factory=asyncio.Queue)
+
+
+class SpeculatorLink:
+    """Keeps one endpoint connected, as long as sequences use it."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        hello: Callable[[], speculator_pb2.Hello],
+        listener: LinkListener,
+        on_closed: Callable[[SpeculatorLink], None] = lambda link: None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.measured = LinkMeasurements()
+        self.peer: types_pb2.Peer | None = None
+        self.transport = ""
+        self.last_error = ""
+        self._hello = hello
+        self._listener = listener
+        self._on_closed = on_closed
+        self._inboxes: dict[str, SpeculationInbox] = {}
+        self._connection: _Connection | None = None
+        self._epoch = 0
+        self._tried = asyncio.Event()
+        self._unused_since_s = time.monotonic()
+        self._task = asyncio.create_task(self._run(), name=f"speculator link {endpoint}")
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the handshake succeeded and the stream is up."""
+        return self._connection is not None
+
+    def status(self) -> target_pb2.SpeculatorLinkStatus:
+        """For GetTargetStatus."""
+        return target_pb2.SpeculatorLinkStatus(
+            endpoint=self.endpoint,
+            speculator=self.peer,
+            connected=self.is_connected,
+            transport=self.transport if self.is_connected else "",
+            last_error=self.last_error,
+            round_trip_ms=self.measured.round_trip_s * 1e3,
+        )
+
+    def touch(self) -> None:
+        """Somebody is about to use it."""
+        self._unused_since_s = time.monotonic()
+
+    async def wait_first_attempt(self, timeout_s: float) -> None:
+        """Until the first handshake succeeded or failed; at once for a link that was tried before."""
+        if not self._tried.is_set():
+            try:
+                await asyncio.wait_for(self._tried.wait(), timeout_s)
+            except TimeoutError:
+                self._tried.set()  # nobody else has to wait
+
+    def add_sequence(self, sequence_id: str, inbox: SpeculationInbox) -> None:
+        """Messages about the sequence go to `inbox` from now on."""
+        self._inboxes[sequence_id] = inbox
+
+    def remove_sequence(self, sequence_id: str) -> None:
+        """Tell the speculator at once, without asking the engine."""
+        if self._inboxes.pop(sequence_id, None) is not None and self._connection is not None:
+            self.send(self._connection.epoch, [close_request(sequence_id)])
+        self._unused_since_s = time.monotonic()
+
+    def send(self, epoch: int, requests: Sequence[Request]) -> None:
+        """Queue messages for the stream of `epoch`; dropped if that is gone."""
+        if self._connection is not None and self._connection.epoch == epoch:
+            for request in requests:
+                self._connection.outgoing.put_nowait(request)
+
+    async def close(self) -> None:
+        """Half-close, so that the speculator sees a clean end."""
+        if self._connection is not None:
+            with suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await asyncio.wait_for(self._connection.call.done_writing(), _CLOSE_S)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        async with channel(self.endpoint) as connection:
+            stub = speculator_pb2_grpc.SpeculatorServiceStub(connection)
+            while not self._is_idle():
+                started_epoch = self._epoch
+                error = await self._attempt(stub)
+                if self._epoch != started_epoch:
+                    backoff_s = _FIRST_BACKOFF_S
+                is_refused = isinstance(error, TokenizerMismatch | ProtocolMismatch)
+                self._note(error)
+                await asyncio.sleep(_REFUSED_BACKOFF_S if is_refused else backoff_s)
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            self._on_closed(self)
+
+    def _is_idle(self) -> bool:
+        return not self._inboxes and time.monotonic() - self._unused_since_s > _IDLE_S
+
+    def _note(self, error: SpecPoolError) -> None:
+        if error.message != self.last_error:
+            _logger.warning("speculator %s: %s", self.endpoint, error.message)
+        self.last_error = error.message
+
+    async def _attempt(self, stub: Any) -> SpecPoolError:
+        """One connection, from handshake to loss; returns why it ended."""
+        try:
+            call = stub.Speculate()
+            try:
+                await asyncio.wait_for(self._handshake(call), _HANDSHAKE_S)
+                await self._serve(call)
+            finally:
+                call.cancel()
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error, unavailable=SpeculatorUnavailable)
+        except SpecPoolError as error:
+            return error
+        except TimeoutError:
+            return SpeculatorUnavailable(f"no answer to hello within {_HANDSHAKE_S:g} s")
+        finally:
+            self._tried.set()
+        return SpeculatorUnavailable("the speculator ended the stream")
+
+    async def _handshake(self, call: Any) -> None:
+        await call.wait_for_connection()
+        started_s = time.perf_counter()
+        hello = self._hello()
+        await call.write(Request(hello=hello))
+        response = await call.read()
+        if response is grpc.aio.EOF:
+            # The status has the reason; reading it raises.
+            if await call.code() is not grpc.StatusCode.OK:
+                raise await _error_of(call)
+            raise ProtocolMismatch("the speculator ended the stream instead of answering hello")
+        if response.WhichOneof("message") != "hello_ack":
+            raise ProtocolMismatch(f"hello was answered with {response.WhichOneof('message')}")
+        check_ack(hello, response.hello_ack)
+        self._accept(response.hello_ack, time.perf_counter() - started_s)
+
+    def _accept(self, ack: speculator_pb2.HelloAck, round_trip_s: float) -> None:
+        self.peer = ack.speculator
+        self.transport = transport_name(ack.transport)
+        self.last_error = ""
+        self.measured.max_lookahead = ack.max_lookahead
+        self.measured.round_trip_s = round_trip_s
+        _logger.info("speculator %s connected (%s)", self.endpoint, ack.speculator.id)
+
+    async def _serve(self, call: Any) -> None:
+        self._epoch += 1
+        connection = self._connection = _Connection(epoch=self._epoch, call=call)
+        self._listener.link_up(self, connection.epoch)
+        self._tried.set()
+        writer = asyncio.create_task(_write(call, connection.outgoing))
+        try:
+            await self._read(call)
+            if await call.code() is not grpc.StatusCode.OK:
+                raise await _error_of(call)
+        finally:
+            self._connection = None
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            self._listener.link_down(self, connection.epoch)
+
+    async def _read(self, call: Any) -> None:
+        while (response := await call.read()) is not grpc.aio.EOF:
+            self.measured.num_received += 1
+            kind = response.WhichOneof("message")
+            if kind == "go_away":
+                await call.done_writing()
+                raise SpeculatorUnavailable(f"the speculator is draining: {response.go_away.reason}")
+            self._dispatch(kind, response)
+
+    def _dispatch(self, kind: str | None, response: speculator_pb2.SpeculateResponse) -> None:
+        if kind == "tables":
+            for table in response.tables.tables:
+                if (inbox := self._inbox(table.sequence_id)) is not None:
+                    inbox.add_table(table)
+        elif kind == "speculation":
+            reply = response.speculation
+            if self._inbox(reply.sequence_id) is not None:
+                self._listener.speculation(reply.sequence_id, reply.round, list(reply.draft_tokens))
+        elif kind == "draft_distributions":
+            if (inbox := self._inbox(response.draft_distributions.sequence_id)) is not None:
+                inbox.add_distributions(response.draft_distributions)
+                self._listener.distributions_arrived()
+        elif kind == "resync":
+            if self._inbox(response.resync.sequence_id) is not None:
+                self._listener.resync(response.resync.sequence_id)
+        elif kind == "load":
+            self.measured.draft_step_s = response.load.load.step_ms / 1e3
+
+    def _inbox(self, sequence_id: str) -> SpeculationInbox | None:
+        inbox = self._inboxes.get(sequence_id)
+        if inbox is None:
+            self._listener.stale_message()
+        return inbox
+
+
+async def _write(call: Any, outgoing: asyncio.Queue[Request]) -> None:
+    # A write that fails means the stream has ended, which the reader reports.
+    while True:
+        await call.write(await outgoing.get())
+
+
+async def _error_of(call: Any) -> SpecPoolError:
+    error = grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )
+    return from_rpc_error(error, unavailable=SpeculatorUnavailable)
+
+
+def check_ack(hello: speculator_pb2.Hello, ack: speculator_pb2.HelloAck) -> None:
+    """The speculator checks too; but a target must not be made to verify nonsense by one that does not."""
+    if ack.protocol_version != hello.protocol_version:
+        raise ProtocolMismatch(
+            f"target speaks protocol version {hello.protocol_version}, speculator {ack.protocol_version}",
+            metadata={"target": hello.protocol_version, "speculator": ack.protocol_version},
+        )
+    ours, theirs = hello.model.tokenizer_fingerprint, ack.model.tokenizer_fingerprint
+    if ours != theirs:
+        raise TokenizerMismatch(
+            f"target ({hello.model.name}) and speculator ({ack.model.name}) have different tokenizers: "
+            f"{ours[:12]} and {theirs[:12]}",
+            metadata={"target": ours, "speculator": theirs},
+        )
+    if ack.transport not in hello.transports:
+        raise ProtocolMismatch(
+            f"speculator chose the transport {transport_name(ack.transport)}, which was not offered",
+            metadata={"transport": transport_name(ack.transport)},
+        )
+
+
+def transport_name(transport: int) -> str:
+    """grpc, gloo, nccl."""
+    name = speculator_pb2.DistributionTransport.Name(transport)  # type: ignore[arg-type]
+    return name.removeprefix("DISTRIBUTION_TRANSPORT_").lower()
+
+
+def close_request(sequence_id: str) -> Request:
+    """Frees the sequence at the speculator."""
+    return Request(close_sequence=speculator_pb2.CloseSequence(sequence_id=sequence_id))
+
+
+class LinkRegistry:
+    """The links of one target, by endpoint."""
+
+    def __init__(self, hello: Callable[[], speculator_pb2.Hello], listener: LinkListener) -> None:
+        self._hello = hello
+        self._listener = listener
+        self._links: dict[str, SpeculatorLink] = {}
+
+    def get(self, endpoint: str) -> SpeculatorLink:
+        """The link to `endpoint`, made if need be."""
+        link = self._links.get(endpoint)
+        if link is None:
+            link = SpeculatorLink(endpoint, hello=self._hello, listener=self._listener, on_closed=self._forget)
+            self._links[endpoint] = link
+        link.touch()
+        return link
+
+    def _forget(self, link: SpeculatorLink) -> None:
+        if self._links.get(link.endpoint) is link:
+            del self._links[link.endpoint]
+
+    def statuses(self) -> list[target_pb2.SpeculatorLinkStatus]:
+        """Of all links."""
+        return [link.status() for link in self._links.values()]
+
+    async def close(self) -> None:
+        """End all streams cleanly."""
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        self._links.clear()

@@ -1,0 +1,165 @@
+"""Start, wire and stop a target process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Final
+
+from specpool.modeling.files import Progress, no_progress
+from specpool.modeling.interface import CausalModel
+from specpool.modeling.loading import load_model
+from specpool.modeling.spec import ModelKind, ModelSpec
+from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
+from specpool.process import set_cpu_affinity, set_num_threads
+from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
+from specpool.telemetry import tracing
+from specpool.telemetry.metrics import TargetMetrics, serve_metrics
+from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
+
+from specpool_target.config import TargetConfig
+from specpool_target.engine import EngineThread
+from specpool_target.link import PROTOCOL_VERSION, LinkRegistry
+from specpool_target.requests import RequestReader
+from specpool_target.service import TargetService
+
+_logger = logging.getLogger(__name__)
+_SWITCH_INTERVAL_S: Final = 0.0005
+"""How long one thread may keep the interpreter from the other; the default of 5 ms would show in every round."""
+_INCARNATION_BITS: Final = 64
+
+
+async def serve(
+    config: TargetConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    on_progress: Progress = no_progress,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run until SIGTERM, SIGINT, `stop`, or a failure of the engine.
+
+    Args:
+        config: of this process.
+        on_ready: told the bound host:port once the target serves.
+        on_progress: told of download and load.
+        stop: another way to end it.
+    """
+    stopping = stop or asyncio.Event()
+    set_cpu_affinity(config.cpu_affinity)
+    set_num_threads(config.num_threads)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    traces = tracing.setup("specpool-target", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
+    model, tokenizer = await asyncio.to_thread(_load, config, on_progress)
+    info = _model_info(config, model, tokenizer)
+    metrics = TargetMetrics(info.name)
+    metrics.set_engine(attention_backend=info.attention_backend, dtype=info.dtype, device=info.device)
+    engine = EngineThread(
+        model,
+        config,
+        loop=asyncio.get_running_loop(),
+        metrics=metrics,
+        on_failed=stopping.set,
+        # Torch keeps the number of threads per calling thread.
+        before_start=partial(set_num_threads, config.num_threads),
+    )
+    info.max_context = engine.max_context
+    peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
+    links = LinkRegistry(partial(_hello, peer, info, config), engine)
+    server = create_server()
+    reader = RequestReader(
+        model_name=info.name,
+        vocab_size=model.vocab_size,
+        tokenizer=tokenizer,
+        eos_token_ids=end_token_ids(model, tokenizer),
+        max_lookahead=config.max_lookahead,
+    )
+    service = TargetService(
+        engine,
+        links,
+        reader,
+        peer=lambda: peer,
+        model=info,
+        connect_deadline_s=config.connect_deadline_ms / 1e3,
+    )
+    target_pb2_grpc.add_TargetServiceServicer_to_server(service, server)
+    health = add_standard_services(server, target_pb2.DESCRIPTOR)
+    bound = bind(server, config.listen)
+    peer.endpoint = config.advertise or bound
+    engine.start()
+    try:
+        await asyncio.to_thread(engine.wait_ready)
+        if config.metrics_port is not None:
+            _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
+        await server.start()
+        await health.set_serving()
+        _logger.info("target %s serves %s on %s", config.id, info.name, bound)
+        if on_ready is not None:
+            on_ready(bound)
+        await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
+    finally:
+        await links.close()
+        engine.stop()
+        await asyncio.to_thread(engine.join, 10.0)
+        await traces.aclose()
+    if engine.failure is not None:
+        raise engine.failure
+
+
+def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any]:
+    spec = ModelSpec.parse(config.model)
+    model = load_model(
+        spec,
+        dtype=config.dtype,
+        device=config.device,
+        num_blocks=config.num_kv_blocks or None,
+        kv_cache_bytes=config.kv_cache_bytes or None,
+        block_size=config.block_size,
+        attention_backend=config.attention_backend,
+        weights=config.weights,
+        on_progress=on_progress,
+    )
+    return model, load_tokenizer(spec, on_progress=on_progress)
+
+
+def _model_info(config: TargetConfig, model: CausalModel, tokenizer: Any) -> types_pb2.ModelInfo:
+    return types_pb2.ModelInfo(
+        name=config.model_name or default_model_name(config.model),
+        vocab_size=model.vocab_size,
+        max_context=model.max_context,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        dtype=config.dtype,
+        attention_backend=config.attention_backend,
+        device=str(model.device),
+    )
+
+
+def default_model_name(model: str) -> str:
+    """Last part of the id or path."""
+    spec = ModelSpec.parse(model)
+    return spec.kind.value if spec.kind is not ModelKind.TRANSFORMERS else spec.source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _hello(peer: types_pb2.Peer, info: types_pb2.ModelInfo, config: TargetConfig) -> speculator_pb2.Hello:
+    return speculator_pb2.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        target=peer,
+        model=info,
+        transports=[speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC],
+        max_lookahead=config.max_lookahead,
+    )
+
+
+def end_token_ids(model: CausalModel, tokenizer: Any) -> frozenset[int]:
+    """End tokens of the tokenizer and of the model's generation settings (chat models have several)."""
+    generation = getattr(getattr(model, "model", None), "generation_config", None)
+    ids: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+        if isinstance(value, int):
+            ids.add(value)
+        elif isinstance(value, Iterable):
+            ids.update(value)
+    return frozenset(ids)

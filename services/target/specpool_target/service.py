@@ -1,0 +1,167 @@
+"""gRPC service of the target."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc.aio
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind
+from specpool.errors import Draining, EngineFailed
+from specpool.telemetry import tracing
+from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
+
+from specpool_target.engine import EngineThread
+from specpool_target.link import LinkRegistry, SpeculationInbox
+from specpool_target.requests import RequestReader
+from specpool_target.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
+from specpool_target.streaming import Response, ResponseStream
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class TargetService(target_pb2_grpc.TargetServiceServicer):
+    """Checks requests, hands them to the engine, and streams what comes back."""
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        links: LinkRegistry,
+        reader: RequestReader,
+        *,
+        peer: Callable[[], types_pb2.Peer],
+        model: types_pb2.ModelInfo,
+        connect_deadline_s: float,
+    ) -> None:
+        self._engine = engine
+        self._links = links
+        self._reader = reader
+        self._peer = peer
+        self._model = model
+        self._connect_deadline_s = connect_deadline_s
+        self._is_draining = False
+        self._num_streams = 0
+        self._drained = asyncio.Event()
+        self._grace_task: asyncio.Task[None] | None = None
+
+    async def RunSequence(
+        self, request: target_pb2.RunSequenceRequest, context: Context
+    ) -> AsyncGenerator[Response, None]:
+        """See the protocol."""
+        if self._is_draining:
+            raise Draining("this target is draining and takes no new sequences")
+        parent = trace.get_current_span()
+        span = tracing.tracer().start_span(f"run_sequence {self._model.name}", kind=SpanKind.INTERNAL)
+        self._num_streams += 1
+        try:
+            traceparent = tracing.traceparent(trace.set_span_in_context(span)) if parent.is_recording() else ""
+            sequence = self._reader.read(request, traceparent=traceparent)
+            _describe(span, request, sequence)
+            async with aclosing(self._run(request, sequence, span)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            span.end()
+            self._num_streams -= 1
+            if self._num_streams == 0 and self._is_draining:
+                self._drained.set()
+
+    async def _run(
+        self, request: target_pb2.RunSequenceRequest, sequence: SequenceRequest, span: Span
+    ) -> AsyncGenerator[Response, None]:
+        stream = ResponseStream(
+            sequence,
+            self._reader.tokenizer,
+            span,
+            num_text_chars_sent=request.num_text_chars_sent,
+            model_name=self._model.name,
+        )
+        request_id = request.request.request_id or sequence.id
+        if stream.is_complete is not None:
+            yield stream.started(request_id)
+            if stream.pending_text:
+                yield Response(delta=inference_pb2.GenerationDelta(text=stream.pending_text))
+            yield stream.finished(_nothing_left(stream.is_complete))
+            return
+        link, inbox = None, None
+        if request.speculator_endpoint and sequence.mode is not SpeculationMode.OFF:
+            link, inbox = self._links.get(request.speculator_endpoint), SpeculationInbox(sequence.max_lookahead)
+            await link.wait_first_attempt(self._connect_deadline_s)
+            link.add_sequence(sequence.id, inbox)
+        try:
+            self._engine.submit(
+                sequence, stream.updates.put_nowait, detokenizer=stream.engine_detokenizer, link=link, inbox=inbox
+            )
+            yield stream.started(request_id)
+            async with aclosing(stream.responses()) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            # Also after a cancellation: both engines learn of it now.
+            self._engine.cancel(sequence.id)
+            if link is not None:
+                link.remove_sequence(sequence.id)
+
+    async def GetTargetStatus(
+        self, request: target_pb2.GetTargetStatusRequest, context: Context
+    ) -> target_pb2.GetTargetStatusResponse:
+        """See the protocol."""
+        if self._engine.failure is not None:
+            raise EngineFailed(self._engine.failure.message)
+        draining = self._is_draining
+        return target_pb2.GetTargetStatusResponse(
+            target=self._peer(),
+            state=types_pb2.SERVING_STATE_DRAINING if draining else types_pb2.SERVING_STATE_SERVING,
+            model=self._model,
+            load=self._engine.load(),
+            speculators=self._links.statuses(),
+            max_lookahead=self._reader.max_lookahead,
+            fallback_batch_size=self._engine.policy.batch_size_threshold,
+        )
+
+    async def DrainTarget(
+        self, request: target_pb2.DrainTargetRequest, context: Context
+    ) -> target_pb2.DrainTargetResponse:
+        """See the protocol."""
+        self._start_draining()
+        if self._grace_task is None:
+            self._grace_task = asyncio.create_task(self._end_after(request.grace_seconds))
+        return target_pb2.DrainTargetResponse(num_sequences_running=self._num_streams)
+
+    async def drain(self) -> None:
+        """Take nothing new; returns when nothing runs."""
+        self._start_draining()
+        await self._drained.wait()
+
+    def _start_draining(self) -> None:
+        self._is_draining = True
+        if self._num_streams == 0:
+            self._drained.set()
+
+    async def _end_after(self, grace_s: float) -> None:
+        await asyncio.sleep(grace_s)
+        self._engine.fail_all(Draining(f"this target drained for {grace_s:g} s; continue elsewhere"))
+
+
+def _nothing_left(reason: FinishReason) -> Finish:
+    return Finish(reason=reason, stats=types_pb2.GenerationStats(), num_cached_prompt_tokens=0)
+
+
+def _describe(span: Span, request: target_pb2.RunSequenceRequest, sequence: SequenceRequest) -> None:
+    if span.is_recording():
+        span.set_attributes(
+            {
+                tracing.GEN_AI_OPERATION_NAME: "text_completion",
+                tracing.GEN_AI_REQUEST_MAX_TOKENS: sequence.sampling.max_tokens,
+                tracing.GEN_AI_REQUEST_TEMPERATURE: sequence.sampling.temperature,
+                tracing.GEN_AI_USAGE_INPUT_TOKENS: len(sequence.prompt_tokens),
+                tracing.SPECULATION_MODE: sequence.mode.value,
+                tracing.VERIFICATION_MODE: sequence.verification.value,
+                tracing.TENANT: sequence.tenant,
+                tracing.SPECULATOR: request.speculator_endpoint,
+                tracing.SEQUENCE: sequence.id,
+            }
+        )

@@ -1,0 +1,285 @@
+"""What each sequence verifies next: from its speculation cache, a just-in-time speculation, or the backup.
+
+Runs on the engine thread. Everything here only changes speed: whatever tokens come out of it are verified.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from specpool.algorithm.speculation_cache import LookupKind
+from specpool.algorithm.verification import VerificationMode, VerificationOutcome
+from specpool.rpc.convert import sampling_to_proto
+from specpool.v1 import speculator_pb2, types_pb2
+
+from specpool_target.fallback_policy import FallbackPolicy
+from specpool_target.link import Request, SpeculatorLink, close_request
+from specpool_target.outbox import Outbox
+from specpool_target.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
+
+_SLACK: Final = 1.5
+"""A just-in-time speculation may take this many times what was measured."""
+_MARGIN_S: Final = 0.01
+"""For the way there and back, beyond the measured round trip."""
+_SD_SHARE: Final = 0.8
+"""Of our own deadline: what the speculator is given, so that its answer arrives before we give up."""
+
+_MODES: Final = {
+    SpeculationMode.SSD: types_pb2.SPECULATION_MODE_SSD,
+    SpeculationMode.SD: types_pb2.SPECULATION_MODE_SD,
+    SpeculationMode.OFF: types_pb2.SPECULATION_MODE_OFF,
+}
+
+
+class Speculation:
+    """Decides after each outcome, and keeps the speculators informed."""
+
+    def __init__(self, outbox: Outbox, policy: FallbackPolicy, *, vocab_size: int, deadline_s: float) -> None:
+        self._outbox = outbox
+        self._policy = policy
+        self._vocab_size = vocab_size
+        self._deadline_s = deadline_s
+        self._epochs: dict[SpeculatorLink, int] = {}
+        self._silent: dict[SpeculatorLink, int] = {}
+        """Links that let a wait time out, with the number of messages they had sent by then."""
+        self.lookups: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+
+    # ---- after each verification ------------------------------------------------------------------------------
+
+    def next_round(self, sequence: TargetSequence, outcome: VerificationOutcome, *, batch_size: int) -> None:
+        """Choose what the sequence verifies next, and report the outcome of the round that ended."""
+        ended = sequence.round
+        sequence.round += 1
+        sequence.draft = Draft()
+        wanted = self._choose(sequence, ended, outcome, batch_size)
+        epoch = self._epoch(sequence)
+        if epoch is None or sequence.link is None:
+            return
+        message = speculator_pb2.Outcome(
+            sequence_id=sequence.id,
+            round=ended,
+            num_accepted=outcome.num_accepted,
+            bonus_token=outcome.bonus_token,
+            draft_tokens=sequence.draft.tokens,
+            draft_source=sequence.draft.source.value,
+            awaits_speculation=wanted > 0,
+        )
+        self._outbox.outcome(sequence.link, epoch, message)
+        if wanted:
+            self._await_speculation(sequence, sequence.link, epoch, ended, wanted)
+
+    def _choose(self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int) -> int:
+        """Set the draft, or return how many tokens to wait for."""
+        mode, limit = sequence.request.mode, self._limit(sequence)
+        if mode is SpeculationMode.SSD:
+            return self._choose_ssd(sequence, ended, outcome, limit, batch_size)
+        if mode is SpeculationMode.SD and limit > 0:
+            if self._may_wait(sequence):
+                return limit
+            self.fallbacks["speculator_lost" if self._epoch(sequence) is None else "no_draft"] += 1
+        return 0
+
+    def _choose_ssd(
+        self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, limit: int, batch_size: int
+    ) -> int:
+        kind, tokens, rank = LookupKind.MISS, [], None
+        if sequence.inbox is not None and self._epoch(sequence) is not None:
+            # Near the end of the output the table is deeper than what can be used: still a hit.
+            lookup, rank = sequence.inbox.lookup(
+                ended, outcome.num_accepted, outcome.bonus_token, lookahead=max(1, limit)
+            )
+            kind, tokens = lookup.kind, self._valid(lookup.tokens)[:limit]
+        sequence.stats.lookup(kind, outcome.num_accepted, rank)
+        self.lookups[kind.value] += 1
+        self._policy.observe_lookup(found=kind in (LookupKind.HIT, LookupKind.PARTIAL))
+        if tokens:
+            sequence.draft = Draft(tokens, DraftSource.SPECULATOR, kind.value)
+            return 0
+        sequence.draft = Draft(lookup=kind.value)
+        return self._after_miss(sequence, limit, batch_size) if limit > 0 else 0
+
+    def _after_miss(self, sequence: TargetSequence, limit: int, batch_size: int) -> int:
+        backup = sequence.backup(limit)
+        if sequence.link is not None and self._may_wait(sequence):
+            choice = self._policy.choose(
+                batch_size=batch_size,
+                lookahead=limit,
+                draft_step_s=sequence.link.measured.draft_step_s,
+                round_trip_s=sequence.link.measured.round_trip_s,
+                num_backup=len(backup),
+            )
+            if choice.depth:
+                self.fallbacks["wait"] += 1
+                return choice.depth
+        self._use_backup(sequence, backup)
+        return 0
+
+    def _use_backup(self, sequence: TargetSequence, backup: list[int]) -> None:
+        self.fallbacks["backup" if backup else "no_draft"] += 1
+        source = DraftSource.BACKUP if backup else DraftSource.NONE
+        sequence.draft = Draft(backup, source, sequence.draft.lookup)
+
+    def _limit(self, sequence: TargetSequence) -> int:
+        lookahead = sequence.request.max_lookahead
+        if sequence.link is not None and sequence.link.measured.max_lookahead:
+            lookahead = min(lookahead, sequence.link.measured.max_lookahead)
+        return min(lookahead, sequence.room_for_drafts)
+
+    def _valid(self, tokens: Sequence[int]) -> list[int]:
+        """Up to the first token the model does not have."""
+        valid = list(tokens)
+        for index, token in enumerate(valid):
+            if token >= self._vocab_size:
+                return valid[:index]
+        return valid
+
+    # ---- waiting for a speculation ----------------------------------------------------------------------------
+
+    def may_wait_on(self, link: SpeculatorLink | None) -> bool:
+        """Connected, and not silent since a wait for it timed out."""
+        if link is None or link not in self._epochs or not link.is_connected:
+            return False
+        if self._silent.get(link) == link.measured.num_received:
+            return False
+        self._silent.pop(link, None)
+        return True
+
+    def timed_out(self, link: SpeculatorLink | None) -> None:
+        """Do not wait for it again until it has said something."""
+        if link is not None:
+            self._silent[link] = link.measured.num_received
+
+    def _may_wait(self, sequence: TargetSequence) -> bool:
+        return self._epoch(sequence) is not None and self.may_wait_on(sequence.link)
+
+    def _await_speculation(
+        self, sequence: TargetSequence, link: SpeculatorLink, epoch: int, ended: int, num_tokens: int
+    ) -> None:
+        if sequence.request.mode is SpeculationMode.SD:
+            wait_s, speculator_s = self._deadline_s, self._deadline_s * _SD_SHARE
+        else:
+            speculator_s = _SLACK * num_tokens * link.measured.draft_step_s
+            wait_s = min(self._deadline_s, speculator_s + link.measured.round_trip_s + _MARGIN_S)
+        message = speculator_pb2.SpeculateNow(
+            sequence_id=sequence.id, round=ended, num_tokens=num_tokens, deadline_ms=speculator_s * 1e3
+        )
+        self._outbox.send(link, epoch, Request(speculate_now=message))
+        sequence.await_started_s = time.perf_counter()
+        sequence.await_deadline_s = sequence.await_started_s + wait_s
+
+    def reply(self, sequence: TargetSequence, round_: int, tokens: Sequence[int]) -> bool:
+        """A speculation arrived; False if nobody waits for it any more."""
+        if sequence.await_deadline_s is None or round_ != sequence.round - 1:
+            return False
+        tokens = self._valid(tokens)[: self._limit(sequence)]
+        if tokens:
+            sequence.draft = Draft(tokens, DraftSource.SPECULATOR, sequence.draft.lookup)
+            self._end_wait(sequence)
+        else:
+            self._end_wait_without(sequence)
+        return True
+
+    def release_expired(self, sequences: Iterable[TargetSequence], now_s: float) -> None:
+        """Waits end at their deadline."""
+        for sequence in sequences:
+            if sequence.await_deadline_s is not None and sequence.await_deadline_s <= now_s:
+                self.fallbacks["deadline"] += 1
+                self.timed_out(sequence.link)
+                self._end_wait_without(sequence)
+
+    def _end_wait_without(self, sequence: TargetSequence) -> None:
+        if sequence.request.mode is SpeculationMode.SSD:
+            self._use_backup(sequence, sequence.backup(self._limit(sequence)))
+        self._end_wait(sequence)
+
+    def _end_wait(self, sequence: TargetSequence) -> None:
+        sequence.waited_s += time.perf_counter() - sequence.await_started_s
+        sequence.await_deadline_s = None
+        epoch = self._epoch(sequence)
+        if sequence.link is not None and epoch is not None:
+            message = speculator_pb2.StartRound(
+                sequence_id=sequence.id,
+                round=sequence.round,
+                draft_tokens=sequence.draft.tokens,
+                draft_source=sequence.draft.source.value,
+            )
+            self._outbox.send(sequence.link, epoch, Request(start_round=message))
+
+    # ---- the speculator's knowledge ---------------------------------------------------------------------------
+
+    def _epoch(self, sequence: TargetSequence) -> int | None:
+        """Of the live connection on which the speculator was told of this sequence."""
+        if sequence.link is None or sequence.opened_epoch is None:
+            return None
+        epoch = self._epochs.get(sequence.link)
+        return epoch if epoch == sequence.opened_epoch else None
+
+    def open(self, sequence: TargetSequence) -> None:
+        """Hand the sequence over with every token it has."""
+        link, request = sequence.link, sequence.request
+        epoch = None if link is None else self._epochs.get(link)
+        if link is None or epoch is None or request.mode is SpeculationMode.OFF:
+            return
+        sequence.opened_epoch = epoch
+        rejection = request.verification is VerificationMode.REJECTION
+        message = speculator_pb2.OpenSequence(
+            sequence_id=sequence.id,
+            tenant=request.tenant,
+            tenant_weight=request.tenant_weight,
+            cache_salt=request.cache_salt,
+            token_ids=sequence.tokens,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            sampling=sampling_to_proto(request.sampling),
+            verification=(types_pb2.VERIFICATION_MODE_REJECTION if rejection else types_pb2.VERIFICATION_MODE_COUPLED),
+            mode=_MODES[request.mode],
+            max_lookahead=request.max_lookahead,
+            round=sequence.round,
+            draft_tokens=sequence.draft.tokens,
+            traceparent=request.traceparent,
+        )
+        self._outbox.send(link, epoch, Request(open_sequence=message))
+
+    def close(self, sequence: TargetSequence) -> None:
+        """Also after the service has closed it: an open may have been on its way then."""
+        epoch = self._epoch(sequence)
+        if sequence.link is not None and epoch is not None:
+            self._outbox.send(sequence.link, epoch, close_request(sequence.id))
+        sequence.opened_epoch = None
+
+    def resync(self, sequence: TargetSequence) -> None:
+        """The speculator lost the sequence."""
+        if self._epoch(sequence) is None or sequence.resynced_round == sequence.round:
+            return
+        sequence.resynced_round = sequence.round
+        self._abandon(sequence)
+        self.open(sequence)
+
+    def link_up(self, link: SpeculatorLink, epoch: int, sequences: Iterable[TargetSequence]) -> None:
+        """Open every sequence that has been in the batch."""
+        self._epochs[link] = epoch
+        self._silent.pop(link, None)
+        for sequence in sequences:
+            if sequence.link is link and sequence.was_admitted:
+                self._abandon(sequence)
+                self.open(sequence)
+
+    def link_down(self, link: SpeculatorLink, epoch: int, sequences: Iterable[TargetSequence]) -> None:
+        """Go on alone."""
+        if self._epochs.get(link) == epoch:
+            del self._epochs[link]
+        for sequence in sequences:
+            if sequence.link is link and sequence.opened_epoch == epoch:
+                self.fallbacks["speculator_lost"] += 1
+                self._abandon(sequence)
+
+    def _abandon(self, sequence: TargetSequence) -> None:
+        """Forget what this speculator knew and sent; nothing waits for it."""
+        sequence.opened_epoch = None
+        if sequence.inbox is not None:
+            sequence.inbox.clear()
+        if sequence.await_deadline_s is not None:
+            self._end_wait_without(sequence)

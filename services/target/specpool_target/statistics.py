@@ -1,0 +1,97 @@
+"""What a request is told about its speculation at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specpool.algorithm.speculation_cache import LookupKind
+from specpool.v1 import types_pb2
+
+
+@dataclass(slots=True)
+class Phases:
+    """Seconds of rounds by phase; `other` is what is left of the total."""
+
+    total: float = 0.0
+    waiting: float = 0.0
+    forward: float = 0.0
+    verify: float = 0.0
+
+
+@dataclass(slots=True)
+class SequenceStats:
+    """Counts of one sequence; the fields have the meaning of `GenerationStats`."""
+
+    num_hits: int = 0
+    num_partial: int = 0
+    num_misses: int = 0
+    num_late: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_rounds: int = 0
+    num_backup_rounds: int = 0
+    num_sample_and_match_rounds: int = 0
+    phases: Phases = field(default_factory=Phases)
+    hit_phases: Phases = field(default_factory=Phases)
+    accepted_histogram: list[int] = field(default_factory=list)
+    lookups_by_position: list[int] = field(default_factory=list)
+    hits_by_position: list[int] = field(default_factory=list)
+    hits_by_rank: list[int] = field(default_factory=list)
+
+    def lookup(self, kind: LookupKind, num_accepted: int, rank: int | None) -> None:
+        """An outcome was looked up; `rank` is that of the bonus token among the guesses of its position."""
+        found = kind in (LookupKind.HIT, LookupKind.PARTIAL)
+        self.num_hits += kind is LookupKind.HIT
+        self.num_partial += kind is LookupKind.PARTIAL
+        self.num_misses += not found
+        self.num_late += kind is LookupKind.LATE
+        count(self.lookups_by_position, num_accepted)
+        if found:
+            count(self.hits_by_position, num_accepted)
+        if found and rank is not None:
+            count(self.hits_by_rank, rank)
+
+    def round(self, num_draft: int, num_accepted: int, phases: Phases, *, is_hit: bool) -> None:
+        """A verification after the prefill ended."""
+        self.num_rounds += 1
+        self.num_draft_tokens += num_draft
+        self.num_accepted_tokens += num_accepted
+        count(self.accepted_histogram, num_accepted)
+        for total in (self.phases, self.hit_phases) if is_hit else (self.phases,):
+            total.total += phases.total
+            total.waiting += phases.waiting
+            total.forward += phases.forward
+            total.verify += phases.verify
+
+    def to_proto(self, *, seconds_to_first_token: float, seconds: float) -> types_pb2.GenerationStats:
+        """For `GenerationFinished`."""
+        phases = self.phases
+        return types_pb2.GenerationStats(
+            num_rounds=self.num_rounds,
+            num_hits=self.num_hits,
+            num_partial=self.num_partial,
+            num_misses=self.num_misses,
+            num_late=self.num_late,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_backup_rounds=self.num_backup_rounds,
+            num_sample_and_match_rounds=self.num_sample_and_match_rounds,
+            seconds_to_first_token=seconds_to_first_token,
+            seconds=seconds,
+            seconds_waiting=phases.waiting,
+            seconds_forward=phases.forward,
+            seconds_verify=phases.verify,
+            seconds_other=max(0.0, phases.total - phases.waiting - phases.forward - phases.verify),
+            accepted_histogram=self.accepted_histogram,
+            lookups_by_position=self.lookups_by_position,
+            hits_by_position=self.hits_by_position,
+            hits_by_rank=self.hits_by_rank,
+            seconds_hit_rounds=self.hit_phases.total,
+            seconds_hit_rounds_forward=self.hit_phases.forward,
+        )
+
+
+def count(histogram: list[int], index: int) -> None:
+    """Add one at `index`, making room for it."""
+    histogram.extend([0] * (index + 1 - len(histogram)))
+    histogram[index] += 1
