@@ -235,7 +235,8 @@ class DraftTree:
 
     def _extend(self, node: Node, taken: set[int]) -> tuple[SequenceKV, bool]:
         parent = node.parent
-        assert parent is not None and parent.kv is not None, "only children of computed nodes can be run"
+        assert parent is not None, "the root is run with its context"
+        assert parent.kv is not None, "only children of computed nodes can be run"
         is_tip = parent.kv.length == node.position
         if is_tip and id(parent.kv) not in taken:
             return parent.kv, False
