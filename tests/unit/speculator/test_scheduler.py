@@ -1,0 +1,102 @@
+"""Which rows a step runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from specpool.v1 import types_pb2
+from specpool_speculator.scheduler import branch_candidates, plan_step, share_rows
+
+from .conftest import ScriptedTarget, exchange, make_drafter
+
+
+def _plan(drafter, model, row_budget=6, max_prefill_tokens=64):
+    return plan_step(
+        list(drafter._sequences.values()), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens
+    )
+
+
+def _cancel(planned) -> None:
+    for p in planned:
+        p.work.cancel()
+
+
+def test_prefill_in_chunks_then_ranks(prompt) -> None:
+    drafter, model = make_drafter(max_prefill_tokens=4)
+    target = ScriptedTarget(drafter, prompt)
+    sizes = []
+    while not target.table:
+        sizes.append([(len(p.work.tokens), len(p.work.nodes)) for p in _plan(drafter, model, max_prefill_tokens=4)])
+        exchange(drafter, [target])
+    assert sizes == [[(4, 0)], [(4, 0)], [(1, 1)]]
+
+
+def test_path_and_branches_share_a_step(prompt) -> None:
+    drafter, model = make_drafter()
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=50)
+    bonus = next(b for k, b in target.table)
+    target.outcome(0, bonus, [1, 2], backup=True)
+    exchange(drafter, [target], num_steps=0)
+    planned = _plan(drafter, model)
+    assert [p.work.tokens for p in planned if not p.is_branch] == [[1, 2]]
+    branches = [p for p in planned if p.is_branch]
+    assert branches
+    assert len(branches) <= 6
+    assert len({id(p.work.kv) for p in planned}) == len(planned)
+    _cancel(planned)
+
+
+def test_most_likely_branches_first(prompt) -> None:
+    drafter, model = make_drafter()
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=1)
+    (sequence,) = drafter._sequences.values()
+    candidates = branch_candidates(sequence)
+    chosen = share_rows(candidates, 3)
+    assert [c.value for c in chosen] == sorted((c.value for c in candidates), reverse=True)[:3]
+    assert [p.work.tokens[0] for p in _plan(drafter, model, row_budget=3)] == [c.node.token for c in chosen]
+
+
+def test_rows_are_shared_by_tenant_weight_and_none_is_wasted(prompt) -> None:
+    drafter, model = make_drafter()
+    targets = [
+        ScriptedTarget(drafter, prompt, name="a", tenant="heavy", weight=3.0),
+        ScriptedTarget(drafter, prompt, name="b", tenant="light", weight=1.0),
+    ]
+    exchange(drafter, targets, num_steps=1)
+    rows = Counter(p.sequence.options.tenant for p in _plan(drafter, model, row_budget=8))
+    assert rows == {"heavy": 6, "light": 2}
+    assert len(_plan(drafter, model, row_budget=100)) == 16
+
+
+def test_a_waiting_target_comes_first(prompt) -> None:
+    drafter, model = make_drafter()
+    targets = [
+        ScriptedTarget(drafter, prompt, name="ahead"),
+        ScriptedTarget(drafter, prompt, name="waits", mode=types_pb2.SPECULATION_MODE_SD),
+    ]
+    exchange(drafter, targets, num_steps=2)
+    targets[1].outcome(0, 5, awaits=True)
+    targets[1].speculate_now(3)
+    planned = _plan(drafter, model, row_budget=1)
+    assert planned[0].sequence.key[1] == "waits"
+    _cancel(planned)
+    exchange(drafter, targets, num_steps=1)
+    planned = _plan(drafter, model, row_budget=1)
+    assert [p.sequence.key[1] for p in planned] == ["waits"]
+
+
+def test_full_cache_sheds_branches_before_sequences(prompt) -> None:
+    drafter, model = make_drafter(num_blocks=12)
+    first = ScriptedTarget(drafter, prompt, name="a")
+    exchange(drafter, [first], num_steps=20)
+    width = sum(bool(tokens) for tokens in first.table.values())
+    assert 0 < width <= 8
+    second = ScriptedTarget(drafter, [7, *prompt], name="b")
+    exchange(drafter, [first, second], num_steps=20)
+    assert second.table, "branches of the first made room for the second"
+    assert drafter.num_sequences == 2
+    second.close()
+    first.close()
+    assert model.pool.num_used == 0
