@@ -237,10 +237,9 @@ async def test_second_hello_ends_the_stream(stub: Any) -> None:
     stream = Stream(stub)
     await stream.hello()
     await stream.open()
+    await stream.send(hello=speculator_pb2.Hello())
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stream.send(hello=speculator_pb2.Hello())
-        while True:
-            await stream.receive()
+        await stream.other("nothing")
     assert type(from_rpc_error(caught.value)) is ProtocolMismatch
     await _until_empty(stub)
 
