@@ -37,10 +37,11 @@ async def serve(
     traces = tracing.setup("specpool-router", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
     sessions = Sessions(make_store(config), metrics)
     cluster = Cluster(*make_discoveries(config), metrics, poll_interval_s=config.poll_interval_s)
-    server = create_server()
+    server = None
     try:
         await sessions.start()
         await cluster.start()
+        server = create_server()
         endpoint = bind(server, config.listen)
         inference = InferenceService(
             cluster=cluster,
@@ -76,7 +77,8 @@ async def serve(
             on_ready(endpoint)
         await run_until_stopped(server, drain, health=health, grace_s=config.drain_grace_s, stop=stop)
     finally:
-        await server.stop(None)
+        if server is not None:
+            await server.stop(None)
         await cluster.close()
         await sessions.close()
         await traces.aclose()

@@ -88,7 +88,6 @@ class Stream:
         if self._call is not None:
             self._call.cancel()
 
-    @property
     def _is_stopped(self) -> bool:
         return self._stopped is not None
 
@@ -96,7 +95,7 @@ class Stream:
         """`started`, deltas, `finished`: from as many targets as it takes."""
         lost: set[str] = set()
         num_fruitless, wait_s = 0, 0.0
-        while not self._is_stopped:
+        while not self._is_stopped():
             pod, speculator = await self._choose(lost, wait_s)
             num_tokens = len(self._progress.token_ids)
             try:
@@ -106,7 +105,7 @@ class Stream:
                         if event.HasField("finished"):
                             return
             except _TargetLost as error:
-                if self._is_stopped:
+                if self._is_stopped():
                     break
                 _logger.warning("%s lost its target %s: %s", self.request.request_id, pod.endpoint.address, error)
                 num_fruitless = 0 if len(self._progress.token_ids) > num_tokens else num_fruitless + 1
@@ -127,7 +126,7 @@ class Stream:
             try:
                 chosen = self._choose_now(targets.candidates(), lost)
             except TargetUnavailable:
-                if remaining_s <= 0 or self._is_stopped:
+                if remaining_s <= 0 or self._is_stopped():
                     raise
                 await targets.wait_for_change(min(remaining_s, 0.25))
                 lost = set()  # it may be the only one, and be back: it is unreachable until it answers again
@@ -171,12 +170,12 @@ class Stream:
                 raise typed from error
             raise self._lost(pod, str(typed)) from error
         except asyncio.CancelledError:
-            if not self._is_stopped:
+            if not self._is_stopped():
                 raise
             raise _TargetLost("stopped") from None
 
     def _lost(self, pod: _Target, why: str) -> _TargetLost:
-        if not self._is_stopped:
+        if not self._is_stopped():
             self._cluster.targets.mark_lost(pod, why)
         return _TargetLost(why)
 

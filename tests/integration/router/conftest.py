@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shutil
 
 # Under --import-mode=importlib a folder of tests is no package: its helper module is loaded by path.
 if "router_fakes" not in sys.modules:
     _spec = importlib.util.spec_from_file_location("router_fakes", Path(__file__).with_name("fakes.py"))
-    assert _spec is not None and _spec.loader is not None
+    assert _spec is not None
+    assert _spec.loader is not None
     sys.modules["router_fakes"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["router_fakes"])
 
+import grpc.aio
 from specpool_router.config import RouterConfig
 from specpool_router.embedded import EmbeddedValkey, find_binary
 from specpool_router.server import serve
+
+# Held for the whole process: otherwise gRPC stops its polling thread when the garbage collector finds the last server of
+# an event loop that is closed already, and waits for it without the GIL's being free: for ever.
+grpc.aio.init_grpc_aio()
 
 StartRouter = Callable[..., Awaitable[str]]
 

@@ -70,7 +70,8 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         for position in range(num_done, num_tokens):
             if position == self.fail_at:
                 self.fail_at = None
-                await self.server.stop(None)
+                self._stopping = asyncio.create_task(self.server.stop(None))  # it cancels this very call
+                await self._stopping
             await asyncio.sleep(self.delay_s)
             end = max(num_chars, 2 * (position + 1) - TEXT_LAG)
             delta = inference_pb2.GenerationDelta(token_ids=[tokens[position]], text=text[num_chars:end])

