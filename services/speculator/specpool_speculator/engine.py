@@ -121,6 +121,7 @@ class EngineThread:
 
     def _loop(self) -> None:
         worked = False
+        self._update_snapshot()
         while self._receive(wait=not worked):
             self._answer()
             worked = self._drafter.step()
@@ -128,6 +129,8 @@ class EngineThread:
                 self._answer()
                 self._report_step()
             self._update_snapshot()
+            if not worked:
+                self._report_idle()
 
     def _receive(self, *, wait: bool) -> bool:
         """Apply all commands there are; with `wait`, first block until there is one or a deadline passes."""
@@ -168,14 +171,21 @@ class EngineThread:
             step_ms + _SMOOTHING * (step.step_s * 1e3 - step_ms),
         )
 
+    def _report_idle(self) -> None:
+        snapshot = self.snapshot
+        usage = 1 - snapshot.num_free_kv_blocks / snapshot.num_kv_blocks
+        self._metrics.set_idle(
+            num_sequences=snapshot.num_sequences, num_targets=snapshot.num_targets, kv_cache_usage=usage
+        )
+
     def _update_snapshot(self) -> None:
         estimates = self._drafter.estimates[VerificationMode.GREEDY]
-        old = self.snapshot
-        if old.num_sequences != self._drafter.num_sequences or not old.miss_power_law:
-            laws = estimates.miss_laws
-            law = tuple(value for fitted in laws for value in (fitted.constant, fitted.exponent))
-        else:
-            law = old.miss_power_law
+        old, law = self.snapshot, self.snapshot.miss_power_law
+        # A fit is too dear for every step: when sequences come and go is often enough.
+        if old.num_sequences != self._drafter.num_sequences or not law:
+            fits = [(fitted.constant, fitted.exponent) for fitted in estimates.miss_laws]
+            law = (*fits[0], *fits[1])
+            self._metrics.set_estimates(estimates.acceptance, {"rejection": fits[0], "acceptance": fits[1]})
         num_free = self._num_free_kv_blocks()
         self.snapshot = EngineSnapshot(
             num_sequences=self._drafter.num_sequences,
