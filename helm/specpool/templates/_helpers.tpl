@@ -53,8 +53,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- define "specpool.podMetadata" -}}
 labels:
   {{- include "specpool.labels" . | nindent 2 }}
-{{- if eq .root.Values.telemetry.scrape "annotations" }}
+{{- $annotated := eq .root.Values.telemetry.scrape "annotations" }}
+{{- $tenants := and (eq .component "router") .root.Values.tenants.inline }}
+{{- if or $annotated $tenants }}
 annotations:
+{{- end }}
+{{- if $tenants }}
+  # Routers read the file once: other tenants are another pod.
+  checksum/tenants: {{ toYaml $tenants | sha256sum }}
+{{- end }}
+{{- if $annotated }}
   prometheus.io/scrape: "true"
   prometheus.io/port: {{ .root.Values.telemetry.metricsPort | quote }}
   prometheus.io/path: /metrics
@@ -69,6 +77,8 @@ imagePullSecrets:
   - name: {{ . }}
   {{- end }}
 {{- end }}
+# Variables about Services named specpool-... would look like settings.
+enableServiceLinks: false
 securityContext:
   runAsNonRoot: true
   runAsUser: 65532
@@ -153,12 +163,10 @@ lifecycle:
 {{- with .root.Values.telemetry }}
 - name: {{ $prefix }}_METRICS_PORT
   value: {{ .metricsPort | quote }}
-{{- if .otlpEndpoint }}
 - name: {{ $prefix }}_OTLP_ENDPOINT
   value: {{ .otlpEndpoint | quote }}
 - name: {{ $prefix }}_TRACE_SAMPLING_RATIO
   value: {{ .samplingRatio | quote }}
-{{- end }}
 {{- end }}
 {{- end -}}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,6 @@ Render = Callable[..., list[Manifest]]
 
 def load_module(path: Path) -> ModuleType:
     """A Python file that belongs to no package."""
-    import sys
-
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -71,3 +70,7 @@ def render(template: Helm) -> Render:
 
 def _documents(text: str) -> Iterator[Manifest]:
     yield from (document for document in yaml.safe_load_all(text) if document)
+
+
+if "local_services" not in sys.modules:
+    load_module(ROOT / "tests" / "tools" / "local_services.py")

@@ -71,7 +71,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "redis.storage is 1Gi but redis.enabled is false: there is no volume to size",
     ),
     (
-        {"tenants": {"inline": {"tenants": []}, "existingSecret": "tenants"}},
+        {"tenants": {"inline": [{"name": "a", "key_sha256": "0"}], "existingSecret": "tenants"}},
         "tenants.inline is set but tenants.existingSecret is tenants: keep the tenants in one place",
     ),
     (

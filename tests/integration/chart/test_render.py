@@ -10,6 +10,8 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from specpool.errors import Unauthenticated
+from specpool_router.tenants import load_tenants
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "helm" / "specpool"
@@ -199,10 +201,15 @@ def test_everything_named_exists_in_the_release(render, values: dict[str, Any]) 
         assert store["valueFrom"]["secretKeyRef"] == {"name": "sessions", "key": "url"}
 
 
-def test_inline_tenants_reach_the_router_as_a_file(render) -> None:
-    manifests = render({"tenants": {"inline": {"tenants": [{"name": "a"}]}}})
+def test_inline_tenants_reach_the_router_as_a_file_it_accepts(render, tmp_path: Path) -> None:
+    values = yaml.safe_load((CHART / "ci" / "efa-values.yaml").read_text())
+    manifests = render(values)
     secret = find(manifests, "Secret", "pool-specpool-tenants")
-    assert yaml.safe_load(secret["stringData"]["tenants.yaml"]) == {"tenants": [{"name": "a"}]}
+    (tmp_path / "tenants.yaml").write_text(secret["stringData"]["tenants.yaml"])
+    tenants = load_tenants(str(tmp_path / "tenants.yaml"))
+    with pytest.raises(Unauthenticated):
+        tenants.authenticate([])
+    assert tenants.authenticate([("authorization", "Bearer key")]).name == "acme"
     router = workloads(manifests)["router"]
     assert {"name": "tenants", "secret": {"secretName": "pool-specpool-tenants"}} in router["volumes"]
     (mount,) = [each for each in router["containers"][0]["volumeMounts"] if each["name"] == "tenants"]
@@ -213,12 +220,17 @@ def test_inline_tenants_reach_the_router_as_a_file(render) -> None:
 def test_every_value_changes_what_is_rendered(template) -> None:
     """No dead options: changing any single value changes the output, or is refused with its name."""
     schema = json.loads((CHART / "values.schema.json").read_text())
-    before = template().stdout
+    pod_monitor = {"telemetry": {"scrape": "podMonitor"}}
+    plain, monitored = template().stdout, template(pod_monitor).stdout
     notes = (CHART / "templates" / "NOTES.txt").read_text()
     for path, leaf in _leaves(schema["properties"], ()):
         values: Any = _another(leaf)
         for key in reversed(path):
             values = {key: values}
+        before = plain
+        if path[:2] == ("telemetry", "podMonitor"):
+            values["telemetry"] |= pod_monitor["telemetry"]
+            before = monitored
         finished = template(values)
         name = ".".join(path)
         assert finished.stdout != before or name in finished.stderr or f".Values.{name}" in notes, name
@@ -246,5 +258,7 @@ def _another(leaf: dict[str, Any]) -> Any:
     if isinstance(default, str):
         return "30s" if "pattern" in leaf else "another"
     if isinstance(default, list):
-        return ["another"] if leaf["items"]["type"] == "string" else [{"key": "another"}]
+        if leaf["items"]["type"] == "string":
+            return ["another"]
+        return [dict.fromkeys(leaf["items"].get("required", ["key"]), "another")]
     return {"another": "value"}
