@@ -53,11 +53,10 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         """See the protocol."""
         if self._is_draining:
             raise Draining("this target is draining and takes no new sequences")
-        parent = trace.get_current_span()
         span = tracing.tracer().start_span(f"run_sequence {self._model.name}", kind=SpanKind.INTERNAL)
         self._num_streams += 1
         try:
-            traceparent = tracing.traceparent(trace.set_span_in_context(span)) if parent.is_recording() else ""
+            traceparent = tracing.traceparent(trace.set_span_in_context(span))
             sequence = self._reader.read(request, traceparent=traceparent)
             _describe(span, request, sequence)
             async with aclosing(self._run(request, sequence, span)) as responses:
@@ -66,8 +65,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         finally:
             span.end()
             self._num_streams -= 1
-            if self._num_streams == 0 and self._is_draining:
-                self._drained.set()
+            self._check_drained()
 
     async def _run(
         self, request: target_pb2.RunSequenceRequest, sequence: SequenceRequest, span: Span
@@ -138,7 +136,10 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
 
     def _start_draining(self) -> None:
         self._is_draining = True
-        if self._num_streams == 0:
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self._is_draining and self._num_streams == 0:
             self._drained.set()
 
     async def _end_after(self, grace_s: float) -> None:

@@ -63,10 +63,12 @@ class ResponseStream:
 
     def started(self, request_id: str) -> Response:
         """The first message."""
+        seed = self.request.sampling.seed
+        assert seed is not None, "drawn when the request was read"
         started = inference_pb2.GenerationStarted(
             request_id=request_id,
             model=self._model_name,
-            seed=self.request.sampling.seed,
+            seed=seed,
             num_prompt_tokens=len(self.request.prompt_tokens),
         )
         return Response(started=started)
