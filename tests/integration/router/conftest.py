@@ -26,8 +26,8 @@ from specpool_router.config import RouterConfig
 from specpool_router.embedded import EmbeddedValkey, find_binary
 from specpool_router.server import serve
 
-# Held for the whole process: otherwise gRPC stops its polling thread when the garbage collector finds the last server of
-# an event loop that is closed already, and waits for it without the GIL's being free: for ever.
+# Held for the whole process: otherwise gRPC ends its polling thread when the garbage collector finds the last server
+# of an event loop that is closed already, and waits for that thread for ever.
 grpc.aio.init_grpc_aio()
 
 StartRouter = Callable[..., Awaitable[str]]

@@ -45,6 +45,7 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         self.endpoint = ""
         self.server: Any = None
         self.fail_at: int | None = None
+        self._stopping: asyncio.Task[None] | None = None
 
     async def RunSequence(self, request: Any, context: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
         self.requests.append(request)
@@ -71,7 +72,7 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
             if position == self.fail_at:
                 self.fail_at = None
                 self._stopping = asyncio.create_task(self.server.stop(None))  # it cancels this very call
-                await self._stopping
+                await asyncio.sleep(60)
             await asyncio.sleep(self.delay_s)
             end = max(num_chars, 2 * (position + 1) - TEXT_LAG)
             delta = inference_pb2.GenerationDelta(token_ids=[tokens[position]], text=text[num_chars:end])
@@ -82,6 +83,11 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         yield target_pb2.RunSequenceResponse(
             finished=inference_pb2.GenerationFinished(finish_reason=types_pb2.FINISH_REASON_LENGTH, usage=usage)
         )
+
+    async def stopped(self) -> None:
+        """Wait for a stop that `fail_at` began."""
+        if self._stopping is not None:
+            await self._stopping
 
     async def GetTargetStatus(self, request: Any, context: Any) -> target_pb2.GetTargetStatusResponse:
         return target_pb2.GetTargetStatusResponse(
@@ -128,5 +134,7 @@ async def running(*services: FakeTarget | FakeSpeculator) -> AsyncIterator[list[
     try:
         yield [endpoint for _, endpoint, _ in started]
     finally:
-        for server, _, _ in started:
+        for service, (server, _, _) in zip(services, started, strict=True):
+            if isinstance(service, FakeTarget):
+                await service.stopped()
             await server.stop(None)
