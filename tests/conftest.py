@@ -10,7 +10,7 @@ from specpool.models.paths import models_directory
 
 SMALL_MODEL = "smollm2-135m-instruct"
 
-# Tests look in $SPECPOOL_TEST_MODELS: a folder with a directory per model. By default it is where `make models` fetches.
+# Tests look in $SPECPOOL_TEST_MODELS, a folder with a directory per model. Default: where `make models` fetches to.
 if (models_directory() / SMALL_MODEL / "config.json").is_file():
     os.environ.setdefault("SPECPOOL_TEST_MODELS", str(models_directory()))
 

@@ -26,11 +26,13 @@ def run_status(endpoint: str, *, output: str, api_key: str = "") -> None:
     if output == "json":
         print(json.dumps(document))
         return
-    console = Console()
+    console = Console() if Console().is_terminal else Console(width=180)
     router = document["router"]
     store = f"{document['session_store']} ({'up' if document['session_store_reachable'] else 'DOWN'})"
     console.print(f"router {router['id']} at {endpoint}: {router['state']}, session store {store}")
-    table = Table("role", "id", "incarnation", "endpoint", "state", "model", "running", "free KV", "linked to")
+    table = Table(
+        "role", "id", "incarnation", "endpoint", "state", "model", "running", "free KV", "linked to", box=None
+    )
     for role, entries, links in (("target", "targets", "speculators"), ("speculator", "speculators", "targets")):
         for entry in document[entries]:
             table.add_row(*_row(role, entry, links))
@@ -45,7 +47,7 @@ def _row(role: str, entry: dict, links: str) -> list[str]:  # type: ignore[type-
     return [
         role,
         entry["id"],
-        entry["incarnation"],
+        entry["incarnation"][:8],
         entry["endpoint"],
         entry["state"],
         f"{model['name']} {model['dtype']} {model['attention_backend']} {model['device']}",

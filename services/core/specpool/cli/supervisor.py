@@ -15,6 +15,7 @@ from pathlib import Path
 from specpool.cli.guardian import Guardian, kill_group
 
 _FIRST_BACKOFF_S = 0.5
+_POLL_S = 0.05
 _LONGEST_BACKOFF_S = 15.0
 _STABLE_AFTER_S = 30.0
 _LOG_LINE_LIMIT_BYTES = 1 << 20
@@ -107,15 +108,15 @@ class Child:
         self.num_starts += 1
         try:
             await self._copy_log(process)
-            return await process.wait()
+            self.last_exit = await _exit_status(process)
+            return self.last_exit
         finally:
-            self.last_exit = process.returncode
             kill_group(process.pid)  # what it may have started itself
             self._guardian.forget(process.pid)
 
     async def _copy_log(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
-        exited = asyncio.create_task(process.wait())
+        exited = asyncio.create_task(_exit_status(process))
         with self.log_path.open("a", encoding="utf-8") as log:
             log.write(f"{_now()} {self.spec.name} started, pid {process.pid}\n")
             while line := await self._next_line(process.stdout, exited):
@@ -143,6 +144,13 @@ class Child:
         if not self.log_path.is_file():
             return []
         return self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
+
+
+async def _exit_status(process: asyncio.subprocess.Process) -> int:
+    """Unlike `Process.wait`, this does not wait for the process's own children to close the output too."""
+    while process.returncode is None:
+        await asyncio.sleep(_POLL_S)
+    return process.returncode
 
 
 def _now() -> str:

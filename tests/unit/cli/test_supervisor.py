@@ -1,0 +1,128 @@
+"""Child processes: logs, restarts, graceful and forced stops, and nothing left when the supervisor dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from specpool.cli.guardian import Guardian
+from specpool.cli.supervisor import Child, ChildSpec
+
+SLEEP = (sys.executable, "-c", "print('hello', flush=True); import time; time.sleep(60)")
+DEAF = (
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)",
+)
+# Starts a grandchild that ignores everything but SIGKILL, and prints its pid.
+WITH_GRANDCHILD = (
+    sys.executable,
+    "-c",
+    "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)']); print(p.pid, flush=True); time.sleep(60)",
+)
+
+
+@pytest.fixture
+def guardian() -> Iterator[Guardian]:
+    each = Guardian()
+    yield each
+    each.close()
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def test_output_goes_to_the_log_and_a_stop_is_graceful(tmp_path: Path, guardian: Guardian) -> None:
+    child = Child(ChildSpec(name="sleeper", command=SLEEP), tmp_path, guardian)
+    child.start(lambda *_: True)
+    await eventually(lambda: child.last_line == "hello")
+    pid = child.pid
+    assert pid is not None
+    assert os.getpgid(pid) == pid, "its own process group: Ctrl-C on the terminal does not reach it"
+    await child.stop(5.0)
+    assert child.last_exit == -signal.SIGTERM
+    assert child.num_starts == 1
+    assert not is_running(pid)
+    assert f"sleeper[{pid}] hello" in (tmp_path / "sleeper.log").read_text()
+
+
+async def test_what_ignores_the_request_to_stop_is_killed(tmp_path: Path, guardian: Guardian) -> None:
+    child = Child(ChildSpec(name="deaf", command=DEAF), tmp_path, guardian)
+    child.start(lambda *_: True)
+    await eventually(lambda: child.last_line == "deaf")
+    await child.stop(0.2)
+    assert child.last_exit == -signal.SIGKILL
+
+
+async def test_a_crashed_child_starts_again(tmp_path: Path, guardian: Guardian) -> None:
+    exits: list[int] = []
+    child = Child(ChildSpec(name="sleeper", command=SLEEP), tmp_path, guardian)
+    child.start(lambda _, status: not exits.append(status))
+    await eventually(lambda: child.last_line == "hello")
+    first = child.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await eventually(lambda: child.num_starts == 2 and child.pid not in (None, first))
+    assert exits == [-signal.SIGKILL]
+    await child.stop(5.0)
+
+
+async def test_a_child_that_may_not_start_again_stays_down(tmp_path: Path, guardian: Guardian) -> None:
+    spec = ChildSpec(name="failing", command=(sys.executable, "-c", "import sys; sys.exit('error: X: y')"))
+    child = Child(spec, tmp_path, guardian)
+    child.start(lambda *_: False)
+    await eventually(lambda: child.is_finished)
+    assert (child.num_starts, child.last_exit) == (1, 1)
+    assert child.log_tail(1)[0].endswith("error: X: y")
+
+
+async def test_children_of_a_crashed_child_are_killed(tmp_path: Path, guardian: Guardian) -> None:
+    child = Child(ChildSpec(name="parent", command=WITH_GRANDCHILD), tmp_path, guardian)
+    child.start(lambda *_: False)
+    await eventually(lambda: child.last_line.isdigit())
+    grandchild = int(child.last_line)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    await eventually(lambda: not is_running(grandchild))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal")
+async def test_sigkill_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
+    program = f"""
+import asyncio, pathlib, sys
+from specpool.cli.guardian import Guardian
+from specpool.cli.supervisor import Child, ChildSpec
+async def main():
+    child = Child(ChildSpec(name="parent", command={WITH_GRANDCHILD!r}), pathlib.Path({str(tmp_path)!r}), Guardian())
+    child.start(lambda *_: True)
+    while not child.last_line.isdigit():
+        await asyncio.sleep(0.02)
+    print(child.pid, child.last_line, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        pids = [int(text) for text in supervisor.stdout.readline().split()]
+        assert all(is_running(pid) for pid in pids)
+        supervisor.kill()
+        await eventually(lambda: not any(is_running(pid) for pid in pids))
