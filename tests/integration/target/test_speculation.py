@@ -1,0 +1,230 @@
+"""Whatever the speculator does, the output is that of mode `off`; and it does what the protocol says."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+import pytest
+
+GREEDY = {"temperature": 0.0}
+SAMPLED = {"temperature": 0.9, "seed": 77}
+PROMPT = (1, 2, 3)
+
+SCRIPTS = {
+    "right": {},
+    "partial": {"tables": "partial"},
+    "wrong": {"tables": "wrong", "replies": "wrong"},
+    "random": {"tables": "random", "replies": "wrong"},
+    "silent": {"tables": "none", "replies": "none"},
+    "empty": {"tables": "none", "replies": "empty"},
+    "just in time": {"tables": "none"},
+    "late": {"tables": "none", "reply_delay_s": 0.3},
+    "dies": {"die_after": 4},
+    "resync": {"resync_at": 3},
+}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, SAMPLED | {"frequency_penalty": 0.8}], ids=str)
+@pytest.mark.parametrize("mode", ["ssd", "sd"])
+@pytest.mark.parametrize("script", SCRIPTS)
+async def test_output_equals_off(target_for, speculator_for, script, mode, sampling):
+    target = await target_for()
+    expected = await target.generate(PROMPT, **sampling)
+    speculator = await speculator_for(truth={PROMPT: expected.tokens}, **SCRIPTS[script])
+    got = await target.generate(PROMPT, mode=mode, speculator=speculator.endpoint, **sampling)
+    assert got.tokens == expected.tokens
+    assert got.text == expected.text
+    assert speculator.violations == []
+    assert sum(got.stats.accepted_histogram) == got.stats.num_rounds
+
+
+async def test_right_tables_are_hits(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=5")
+    expected = await target.generate(PROMPT, max_tokens=51)
+    speculator = await speculator_for(truth={PROMPT: expected.tokens})
+    got = await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint, max_tokens=51)
+    stats = got.stats
+    assert stats.num_hits == stats.num_rounds == 10  # one token of the prefill, then ten times K + 1
+    assert stats.num_misses == stats.num_late == stats.num_backup_rounds == 0
+    assert list(stats.accepted_histogram) == [0, 0, 0, 0, 10]
+    assert stats.num_accepted_tokens == stats.num_draft_tokens == 40
+    # Of the first guess of each position nothing was right, of the second all.
+    assert list(stats.hits_by_rank) == [0, 10]
+    assert list(stats.lookups_by_position) == list(stats.hits_by_position) == [1, 0, 0, 0, 9]
+    assert speculator.seen["speculate_now"] == 0
+    assert stats.seconds_hit_rounds >= stats.seconds_hit_rounds_forward > 0.05
+
+
+async def test_partial_tables_are_used_as_they_are(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=5")
+    expected = await target.generate(PROMPT)
+    speculator = await speculator_for(truth={PROMPT: expected.tokens}, tables="partial")
+    stats = (await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)).stats
+    assert stats.num_partial >= stats.num_rounds - 1
+    assert stats.num_draft_tokens == stats.num_accepted_tokens
+
+
+async def test_sd_asks_each_round_and_starts_with_the_answer(target_for, speculator_for):
+    target = await target_for(speculation_deadline_ms=5000.0)
+    expected = await target.generate(PROMPT, max_tokens=51)
+    speculator = await speculator_for(truth={PROMPT: expected.tokens})
+    stats = (await target.generate(PROMPT, mode="sd", speculator=speculator.endpoint, max_tokens=51)).stats
+    assert stats.num_rounds == 10
+    assert list(stats.accepted_histogram) == [0, 0, 0, 0, 10]
+    assert speculator.seen["speculate_now"] == speculator.seen["start_round"] == 10
+    assert stats.num_hits == stats.num_misses == 0
+    assert stats.seconds_waiting > 0
+
+
+async def test_silent_speculator_costs_one_deadline(target_for, speculator_for):
+    target = await target_for(speculation_deadline_ms=300.0)
+    speculator = await speculator_for(tables="none", replies="none")
+    started = time.perf_counter()
+    stats = (await target.generate(PROMPT, mode="sd", speculator=speculator.endpoint, max_tokens=60)).stats
+    assert 0.3 <= time.perf_counter() - started < 0.9
+    assert speculator.seen["speculate_now"] == 1
+    assert stats.num_rounds == 59
+
+
+async def test_unreachable_speculator_costs_nothing_noticeable(target_for):
+    target = await target_for()
+    expected = await target.generate(PROMPT)
+    for mode in ("ssd", "sd"):
+        started = time.perf_counter()
+        got = await target.generate(PROMPT, mode=mode, speculator="127.0.0.1:1")
+        assert got.tokens == expected.tokens
+        assert time.perf_counter() - started < 1.0
+    (link,) = (await target.status()).speculators
+    assert not link.connected
+    assert link.last_error
+
+
+async def test_killed_speculator_comes_back_and_hits_return(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=10")
+    expected = await target.generate(PROMPT, max_tokens=2500, **SAMPLED)
+    truth = {PROMPT: expected.tokens}
+    first = await speculator_for(truth=truth)
+    port = int(first.endpoint.rpartition(":")[2])
+    restarted = []
+
+    async def kill_and_restart(num_tokens):
+        if num_tokens > 100 and not restarted:
+            await first.kill()
+            restarted.append(await speculator_for(port, truth=truth))
+
+    got = await target.generate(
+        PROMPT, mode="ssd", speculator=first.endpoint, max_tokens=2500, on_delta=kill_and_restart, **SAMPLED
+    )
+    assert got.tokens == expected.tokens
+    (second,) = restarted
+    assert [message.round > 0 for message in second.opened] == [True]
+    assert second.seen["outcomes"] > 20
+    assert second.violations == []
+    assert got.stats.num_hits > first.seen["outcomes"] + 20
+
+
+@pytest.mark.parametrize("mode", ["ssd", "sd"])
+async def test_waits_end_at_once_when_the_speculator_dies(target_for, speculator_for, mode):
+    target = await target_for(speculation_deadline_ms=30_000.0)
+    speculator = await speculator_for(tables="none", replies="none", step_ms=1000.0)
+    running = asyncio.create_task(target.generate(PROMPT, mode=mode, speculator=speculator.endpoint))
+    await asyncio.sleep(0.3)
+    await speculator.kill()
+    await asyncio.wait_for(running, 3)
+
+
+async def test_tokenizer_mismatch_is_reported_and_requests_go_on(target_for, speculator_for):
+    target = await target_for()
+    speculator = await speculator_for(fingerprint="ab" * 32)
+    got = await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
+    assert len(got.tokens) == 40
+    (link,) = (await target.status()).speculators
+    assert not link.connected
+    assert link.last_error.startswith("target (toy) and speculator (fake) have different tokenizers: ")
+    assert link.last_error.endswith(" and abababababab")
+    assert speculator.seen["open_sequence"] == 0
+
+
+async def test_protocol_mismatch_is_reported(target_for, speculator_for):
+    target = await target_for()
+    speculator = await speculator_for(protocol_version=9)
+    await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
+    (link,) = (await target.status()).speculators
+    assert link.last_error == "target speaks protocol version 1, speculator 9"
+
+
+async def test_refused_handshake_is_reported(target_for, speculator_for):
+    target = await target_for()
+    speculator = await speculator_for(refuse=grpc.StatusCode.FAILED_PRECONDITION)
+    await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
+    (link,) = (await target.status()).speculators
+    assert link.last_error == "refused by the script"
+
+
+async def test_cancellation_closes_the_sequence_at_the_speculator_at_once(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,step_ms=20")
+    speculator = await speculator_for(tables="random")
+    message = target.message(PROMPT, mode="ssd", speculator=speculator.endpoint, max_tokens=500)
+    call = target.stub.RunSequence(message)
+    for _ in range(4):
+        await call.read()
+    assert len(speculator.live) == 1
+    call.cancel()
+    for _ in range(50):
+        if not speculator.live and not (await target.status()).load.num_sequences_running:
+            break
+        await asyncio.sleep(0.02)
+    assert speculator.live == {}
+    load = (await target.status()).load
+    assert load.num_sequences_running == 0
+    assert load.num_free_kv_blocks == load.num_kv_blocks
+
+
+async def test_finished_sequences_are_closed_and_the_stream_is_half_closed(target_for, speculator_for):
+    target = await target_for()
+    speculator = await speculator_for(tables="none", replies="empty")
+    await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
+    await asyncio.sleep(0.1)
+    assert speculator.live == {}
+    assert (await target.status()).speculators[0].connected
+
+
+@pytest.mark.parametrize(("distributions", "all_rejection"), [("point", True), ("broken", False), ("none", False)])
+async def test_rejection_uses_distributions_that_are_there_and_sound(
+    target_for, speculator_for, distributions, all_rejection
+):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=10", distribution_deadline_ms=50.0)
+    greedy = await target.generate(PROMPT, **GREEDY)
+    speculator = await speculator_for(truth={PROMPT: greedy.tokens}, tables="random", distributions=distributions)
+    got = await target.generate(
+        PROMPT, mode="ssd", verification="rejection", speculator=speculator.endpoint, max_tokens=60, **SAMPLED
+    )
+    with_draft = got.stats.num_rounds - got.stats.accepted_histogram[0]
+    assert len(got.tokens) == 60
+    assert got.stats.num_draft_tokens > 0
+    if all_rejection:
+        assert got.stats.num_sample_and_match_rounds == 0
+    else:
+        assert got.stats.num_sample_and_match_rounds > 0
+    assert with_draft >= 0
+
+
+async def test_many_sequences_at_once(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=2", num_kv_blocks=60, max_batch_size=6)
+    prompts = [(i, i + 1, i + 2) for i in range(12)]
+    expected = await asyncio.gather(*(target.generate(p, **SAMPLED) for p in prompts))
+    truth = {p: e.tokens for p, e in zip(prompts, expected, strict=True)}
+    speculator = await speculator_for(truth=truth)
+    got = await asyncio.gather(
+        *(
+            target.generate(p, mode=("ssd", "sd", "off")[i % 3], speculator=speculator.endpoint, **SAMPLED)
+            for i, p in enumerate(prompts)
+        )
+    )
+    assert [g.tokens for g in got] == [e.tokens for e in expected]
+    assert speculator.violations == []
+    await asyncio.sleep(0.1)
+    load = (await target.status()).load
+    assert load.num_free_kv_blocks == load.num_kv_blocks
