@@ -51,8 +51,10 @@ def _cache_directory() -> Path:
 
 def _is_intact(binary: Path, sha256: str) -> bool:
     # Hashing 60 MB on every call would cost more than the tests: the stamp is written after the check.
-    return binary.is_file() and binary.with_suffix(".sha256").is_file() and (
-        binary.with_suffix(".sha256").read_text() == sha256
+    return (
+        binary.is_file()
+        and binary.with_suffix(".sha256").is_file()
+        and (binary.with_suffix(".sha256").read_text() == sha256)
     )
 
 

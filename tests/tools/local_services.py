@@ -37,7 +37,9 @@ class Service:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [SPECPOOL if command[0] == "specpool" else command[0], *command[1:]],
-                env=self.environment, stdout=output, stderr=subprocess.STDOUT,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
 
     def wait_until_serving(self, port: int) -> None:

@@ -117,7 +117,9 @@ def readme(roots: list[Value], template: str) -> str:
     for value in leaves(roots):
         accepted = value.constraints.get("enum")
         meaning = value.description + (f" One of {', '.join(f'`{each}`' for each in accepted)}." if accepted else "")
-        rows.append(f"| `{'.'.join(value.path)}` | `{json.dumps(value.default)}` | {meaning.replace('|', chr(92) + '|')} |")
+        rows.append(
+            f"| `{'.'.join(value.path)}` | `{json.dumps(value.default)}` | {meaning.replace('|', chr(92) + '|')} |"
+        )
     return template.replace("{{values}}", "\n".join(rows))
 
 

@@ -73,6 +73,7 @@ class EngineThread(threading.Thread):
         super().__init__(name="target engine", daemon=True)
         self.model = model
         self.metrics = metrics
+        self._transports: dict[str, str] = {}  # of the connected links; touched by the event loop alone
         self.max_context = min(model.max_context, config.max_context or model.max_context)
         self.policy = FallbackPolicy(max_batch_size=config.max_batch_size, lookahead=config.max_lookahead)
         self.scheduler = Scheduler(
@@ -170,11 +171,21 @@ class EngineThread(threading.Thread):
 
     def link_up(self, link: SpeculatorLink, epoch: int) -> None:
         """See `LinkListener`."""
+        self._show_link(link, up=True)
         self._commands.put(lambda: self._speculation.link_up(link, epoch, self._sequences.values()))
 
     def link_down(self, link: SpeculatorLink, epoch: int) -> None:
         """See `LinkListener`."""
+        self._show_link(link, up=False)
         self._commands.put(lambda: self._speculation.link_down(link, epoch, self._sequences.values()))
+
+    def _show_link(self, link: SpeculatorLink, *, up: bool) -> None:
+        if up:
+            self._transports[link.endpoint] = link.transport
+        else:
+            self._transports.pop(link.endpoint, None)
+        self.metrics.set_links(len(self._transports))
+        self.metrics.set_transports(self._transports.values())
 
     def resync(self, sequence_id: str) -> None:
         """See `LinkListener`."""

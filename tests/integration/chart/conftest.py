@@ -49,7 +49,14 @@ def template(helm: Helm) -> Helm:
 
     def run(values: Mapping[str, Any] | None = None, release: str = "pool", *arguments: str):  # type: ignore[no-untyped-def]
         return helm(
-            "template", release, str(CHART), "--namespace", "inference", "--values", "-", *arguments,
+            "template",
+            release,
+            str(CHART),
+            "--namespace",
+            "inference",
+            "--values",
+            "-",
+            *arguments,
             stdin=yaml.safe_dump(dict(values or {})),
         )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from specpool.telemetry.metrics import exported_metric_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,7 +31,8 @@ def test_one_resource_per_file(render) -> None:
 def test_every_metric_kept_by_a_pod_monitor_is_exported(render, component: str) -> None:
     manifests = render({"telemetry": {"scrape": "podMonitor"}})
     (monitor,) = [
-        each for each in manifests
+        each
+        for each in manifests
         if each["kind"] == "PodMonitor" and each["metadata"]["name"] == f"pool-specpool-{component}"
     ]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]

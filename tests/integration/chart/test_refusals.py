@@ -63,8 +63,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"redis": {"enabled": False, "external": {"url": "redis://elsewhere:6379", "existingSecret": "sessions"}}},
-        "redis.external.url is redis://elsewhere:6379 but redis.external.existingSecret is sessions: "
-        "give the URL once",
+        "redis.external.url is redis://elsewhere:6379 but redis.external.existingSecret is sessions: give the URL once",
     ),
     (
         {"redis": {"enabled": False, "storage": "1Gi", "external": {"url": "redis://elsewhere:6379"}}},

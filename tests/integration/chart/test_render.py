@@ -89,7 +89,8 @@ def test_the_router_watches_the_labels_the_engines_have(render, values: dict[str
     router = workloads(manifests)["router"]["containers"][0]
     environment = {each["name"]: each.get("value") for each in router["env"]}
     for component in ("target", "speculator"):
-        selector = dict(part.split("=") for part in environment[f"SPECPOOL_ROUTER_{component.upper()}_SELECTOR"].split(","))
+        text = environment[f"SPECPOOL_ROUTER_{component.upper()}_SELECTOR"]
+        selector = dict(part.split("=") for part in text.split(","))
         kind = {"target": "StatefulSet", "speculator": "Deployment"}[component]
         labels = find(manifests, kind, f"pool-specpool-{component}")["spec"]["template"]["metadata"]["labels"]
         assert selector.items() <= labels.items()

@@ -125,12 +125,18 @@ def kubernetes_api(pods: list[Pod]) -> Iterator[str]:
 
 def kubeconfig(url: str, path: Path) -> Path:
     """In place of the service account that is mounted into a real pod."""
-    path.write_text(yaml.safe_dump({
-        "apiVersion": "v1", "kind": "Config", "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": url}}],
-        "users": [{"name": "test", "user": {}}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-    }))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "current-context": "test",
+                "clusters": [{"name": "test", "cluster": {"server": url}}],
+                "users": [{"name": "test", "user": {}}],
+                "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+            }
+        )
+    )
     return path
 
 
@@ -142,8 +148,10 @@ def test_rendered_containers_start_and_serve_a_token(
     for component in ("target", "speculator", "router"):  # one render each: here they share one network namespace
         manifests = render(_values(services.free_port(), services.free_port(), redis_port))
         template = next(
-            each["spec"]["template"] for each in manifests
-            if each["kind"] in ("Deployment", "StatefulSet") and each["metadata"]["name"] == f"pool-specpool-{component}"
+            each["spec"]["template"]
+            for each in manifests
+            if each["kind"] in ("Deployment", "StatefulSet")
+            and each["metadata"]["name"] == f"pool-specpool-{component}"
         )
         pods[component] = Pod(component, template, tmp_path)
     secret = next(each for each in manifests if each["kind"] == "Secret")
