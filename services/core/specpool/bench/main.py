@@ -10,6 +10,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from specpool.bench.machine import recommended_arguments
 from specpool.bench.options import BenchOptions
 from specpool.bench.plots import write_plots
 from specpool.bench.report import Summary, round_table, speed_table, summarize
@@ -53,8 +54,10 @@ def _measure_layout(
 ) -> list[Measurement]:
     if options.endpoint:
         return asyncio.run(_measure(options, options.endpoint, layout, tuning, prompts, console))
-    arguments = ["--target", options.target, "--draft", options.draft, "--lookahead", str(max(options.lookaheads))]
-    arguments += [*(("--affinity", affinity) if affinity else ()), *options.up_arguments]
+    # A repeated flag replaces the one before it: what the user says comes after what suits the machine.
+    arguments = [*recommended_arguments(), "--target", options.target, "--draft", options.draft]
+    arguments += ["--lookahead", str(max(options.lookaheads)), *(("--affinity", affinity) if affinity else ())]
+    arguments += options.up_arguments
     with running_system(tuple(arguments), timeout_s=options.ready_timeout_s) as endpoint:
         return asyncio.run(_measure(options, endpoint, layout, tuning, prompts, console))
 

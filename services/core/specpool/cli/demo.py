@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from specpool.bench.machine import recommended_arguments
 from specpool.bench.system import running_system
 from specpool.cli.generate import GenerateOptions, build_request, chat_messages
 from specpool.cli.models import run_fetch
@@ -23,7 +24,8 @@ def run_demo(target: str, draft: str, *, prompt: str, max_tokens: int) -> None:
     console = Console()
     run_fetch([name for name in (target, draft) if name in CATALOGUE], Source.AUTO)
     console.print(f"starting router, target ({target}), speculator ({draft}) and session store ...")
-    with running_system(("--target", target, "--draft", draft, "--lookahead", "4")) as endpoint:
+    arguments = ("--target", target, "--draft", draft, "--lookahead", "3", *recommended_arguments())
+    with running_system(arguments) as endpoint:
         options = GenerateOptions(endpoint=endpoint, numbers={"max_tokens": max_tokens, "temperature": 0.0})
         text = prompt or _PROMPT
         asyncio.run(_answer(replace(options, numbers={"max_tokens": 8}), text, echo=False))  # warm-up

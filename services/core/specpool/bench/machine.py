@@ -1,0 +1,26 @@
+"""Settings that suit the machine at hand, for `demo` and `bench`; `up` itself guesses nothing."""
+
+from __future__ import annotations
+
+import os
+
+
+def recommended_arguments() -> tuple[str, ...]:
+    """Arguments of `specpool up` for a target and a draft on this machine.
+
+    On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
+    that this CPU supports, and as many branch rows as a draft step takes for little more than the price of one.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return ("--dtype", "bfloat16")
+    has_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", "prepacked"]
+    arguments += ["--draft-weights", "int8", "--row-budget", "6", "--fan-out", "8"]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= 2:
+        split = len(cores) // 2
+        target, speculator = (",".join(map(str, part)) for part in (cores[:split], cores[split:]))
+        arguments += ["--affinity", f"target={target};speculator={speculator}"]
+    return tuple(arguments)
