@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from typing import Any
 
 import local_services
@@ -36,24 +37,32 @@ PROMISED = {
 }
 
 
-async def _generate(endpoint: str) -> Completion:
-    request = inference_pb2.GenerateRequest(
-        tokens=inference_pb2.TokenPrompt(token_ids=[1, 2, 3, 4]),
-        sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
-        mode=types_pb2.SPECULATION_MODE_SSD,
-    )
-    deadline = time.monotonic() + 15  # the router serves before it has asked the engines for their models
+async def _generate(endpoint: str) -> tuple[str, Completion]:
+    """A completed request in which the speculator took part, and its id.
+
+    The first tries may come before the router has asked the engines for their models, or, on a busy machine, before the
+    target has connected to its speculator within its deadline: both are as they should be, but not what is tested here.
+    """
+    deadline = time.monotonic() + 30
     async with Client(endpoint) as client:
         while True:
+            request = inference_pb2.GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                tokens=inference_pb2.TokenPrompt(token_ids=[1, 2, 3, 4]),
+                sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+                mode=types_pb2.SPECULATION_MODE_SSD,
+            )
             completion = Completion()
             try:
                 async for event in client.stream(request):
                     completion.add(event)
-                return completion
             except SpecPoolError:
                 if time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(0.3)
+            if completion.stats.num_hits > 0:
+                return request.request_id, completion
+            assert time.monotonic() < deadline, completion.stats
+            await asyncio.sleep(0.3)
 
 
 def _attributes(span: Any) -> dict[str, Any]:
@@ -61,15 +70,17 @@ def _attributes(span: Any) -> dict[str, Any]:
 
 
 async def test_one_request_is_one_trace_over_three_services(stack) -> None:
-    await asyncio.sleep(2.5)  # let the router find the engines: a request that is refused is another trace
-    completion = await _generate(stack.router_endpoint)
+    request_id, completion = await _generate(stack.router_endpoint)
     assert len(completion.token_ids) == 24
     await asyncio.to_thread(stack.stop)
 
-    generations = [span for service, span in stack.receiver.spans if "gen_ai.operation.name" in _attributes(span)]
-    traces = {span.trace_id for span in generations}
-    assert len(traces) == 1, [(service, span.name) for service, span in stack.receiver.spans]
-    trace = [(service, span) for service, span in stack.receiver.spans if span.trace_id in traces]
+    spans = stack.receiver.spans
+    (router_span,) = [
+        span
+        for service, span in spans
+        if service == "specpool-router" and _attributes(span).get("gen_ai.response.id") == request_id
+    ]
+    trace = [(service, span) for service, span in spans if span.trace_id == router_span.trace_id]
     assert {service for service, _ in trace} == {"specpool-router", "specpool-target", "specpool-speculator"}
 
     by_id = {span.span_id: service for service, span in trace}
@@ -82,7 +93,6 @@ async def test_one_request_is_one_trace_over_three_services(stack) -> None:
     assert ("specpool-router", "specpool-target") in crossings
     assert ("specpool-target", "specpool-speculator") in crossings
 
-    router_span = next(span for service, span in trace if service == "specpool-router" and span in generations)
     assert _attributes(router_span)["gen_ai.usage.output_tokens"] == 24
     rounds = {
         service: sum(event.name == "specpool.round" for event in span.events) for service, span in trace if span.events
@@ -92,10 +102,10 @@ async def test_one_request_is_one_trace_over_three_services(stack) -> None:
 
 
 async def test_every_promised_metric_is_exported_after_a_request(stack) -> None:
-    completion = await _generate(stack.router_endpoint)
+    _, completion = await _generate(stack.router_endpoint)
     pages = {role: await asyncio.to_thread(local_services.scrape, port) for role, port in stack.metrics_ports.items()}
     for role, names in PROMISED.items():
         for name in names:
             assert any(line.startswith(name) for line in pages[role].splitlines()), f"{name} of the {role}"
     (accepted,) = [line for line in pages["target"].splitlines() if line.startswith("vllm:spec_decode_num_accepted")]
-    assert float(accepted.split()[-1]) == completion.stats.num_accepted_tokens > 0
+    assert float(accepted.split()[-1]) >= completion.stats.num_accepted_tokens > 0
