@@ -1,0 +1,138 @@
+"""Batching, admission and preemption, without a model."""
+
+from __future__ import annotations
+
+import pytest
+from specpool.modeling import BlockPool
+from specpool_target.scheduler import Scheduler
+from specpool_target.sequence import Draft, DraftSource, SequenceState, TargetSequence
+
+
+@pytest.fixture
+def scheduler_for(request_for):
+    def make(num_blocks=16, *, batch=4, tokens=32, context=64):
+        pool = BlockPool(num_blocks, 4)
+        return Scheduler(pool, max_context=context, max_batch_size=batch, max_batch_tokens=tokens, max_waiting=9), pool
+
+    return make
+
+
+@pytest.fixture
+def sequence_for(request_for):
+    def make(name, num_tokens, max_length=64):
+        request = request_for(name, [hash(name) % 17] * num_tokens, max_tokens=60)
+        return TargetSequence(request, emit=lambda update: None, max_length=max_length)
+
+    return make
+
+
+def compute(plan):
+    """What the engine does with a plan: the KV is written, and complete rounds commit one token."""
+    for scheduled in plan.segments:
+        segment = scheduled.segment()
+        segment.kv.reserve(len(segment.tokens))
+        segment.kv.advance(len(segment.tokens))
+        if scheduled.is_complete:
+            sequence = scheduled.sequence
+            sequence.kv.truncate(len(sequence.tokens))
+            sequence.tokens.append(1)
+            sequence.draft = Draft()
+
+
+def names(segments):
+    return {s.sequence.id: s.num_tokens for s in segments}
+
+
+def test_rounds_come_before_prefill_and_share_the_budget(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(tokens=12)
+    first, second = sequence_for("a", 5), sequence_for("b", 30)
+    scheduler.add(first)
+    compute(scheduler.plan())
+    scheduler.add(second)
+    first.draft = Draft([2, 2, 2], DraftSource.SPECULATOR)
+    plan = scheduler.plan()
+    assert names(plan.segments) == {"a": 4, "b": 8}
+    assert [s.is_complete for s in plan.segments] == [True, False]
+    assert [len(s.segment().tokens) for s in plan.segments] == [4, 8]
+    assert [s.segment().num_logits for s in plan.segments] == [4, 0]
+    compute(plan)
+    assert second.state is SequenceState.PREFILL
+
+
+def test_rounds_over_the_budget_still_leave_a_token_for_prefill(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(tokens=2)
+    first, second = sequence_for("a", 2), sequence_for("b", 6)
+    scheduler.add(first)
+    compute(scheduler.plan())
+    first.draft = Draft([2, 2, 2], DraftSource.SPECULATOR)
+    scheduler.add(second)
+    assert names(scheduler.plan().segments) == {"a": 4, "b": 1}
+
+
+def test_batch_size_and_order_of_admission(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(batch=2)
+    for name in "abc":
+        scheduler.add(sequence_for(name, 3))
+    assert [s.id for s in scheduler.plan().admitted] == ["a", "b"]
+    scheduler.remove(scheduler.running[0])
+    assert [s.id for s in scheduler.plan().admitted] == ["c"]
+
+
+def test_admission_waits_for_blocks_of_the_whole_prompt(scheduler_for, sequence_for):
+    scheduler, pool = scheduler_for(num_blocks=8, tokens=8)
+    scheduler.add(sequence_for("a", 20))  # 5 blocks
+    scheduler.add(sequence_for("b", 16))  # 4: does not fit beside it, though its first chunk would
+    compute(scheduler.plan())
+    assert [s.id for s in scheduler.plan().admitted] == []
+    assert [s.id for s in scheduler.running] == ["a"]
+    scheduler.remove(scheduler.running[0])
+    assert [s.id for s in scheduler.plan().admitted] == ["b"]
+    assert pool.num_used == 0  # nothing reserved before the forward
+
+
+def test_youngest_is_preempted_and_keeps_its_tokens_and_draft(scheduler_for, sequence_for):
+    scheduler, pool = scheduler_for(num_blocks=4)
+    old, young = sequence_for("a", 8), sequence_for("b", 8)
+    for sequence in (old, young):
+        scheduler.add(sequence)
+    compute(scheduler.plan())
+    young.draft = Draft([5], DraftSource.BACKUP)
+    young.round = 3
+    plan = scheduler.plan()
+    assert [s.id for s in plan.preempted] == ["b"]
+    assert names(plan.segments) == {"a": 1}
+    compute(plan)
+    assert (young.state, young.kv, young.round, young.draft.tokens) == (SequenceState.WAITING, None, 3, [5])
+    assert len(young.tokens) == 9
+    scheduler.remove(old)
+    plan = scheduler.plan()
+    assert [s.id for s in plan.admitted] == ["b"]
+    # Its prompt is still cached; the rest and the draft are computed at once.
+    (segment,) = plan.segments
+    assert segment.is_complete
+    assert list(segment.segment().tokens)[-1] == 5
+    assert segment.segment().num_logits == 2
+    compute(plan)
+    scheduler.remove(young)
+    assert pool.num_used == 0
+
+
+def test_sequences_that_await_a_speculation_are_left_out(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for()
+    for name in "ab":
+        scheduler.add(sequence_for(name, 3))
+    compute(scheduler.plan())
+    scheduler.running[0].await_deadline_s = 1.0
+    assert scheduler.running[0].state is SequenceState.AWAITING_SPECULATION
+    assert names(scheduler.plan().segments) == {"b": 1}
+
+
+def test_draft_is_never_cut_by_the_prefill_budget(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(tokens=6)
+    sequence = sequence_for("a", 6)
+    sequence.draft = Draft([1, 2, 3], DraftSource.BACKUP)
+    scheduler.add(sequence)
+    plan = scheduler.plan()
+    assert names(plan.segments) == {"a": 5}
+    compute(plan)
+    assert names(scheduler.plan().segments) == {"a": 4}
