@@ -44,7 +44,12 @@ class System:
         command = [*SPECPOOL, "up", "--ready-file", str(self.ready_file), "--log-dir", str(self.logs), *arguments]
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     @property
@@ -87,9 +92,13 @@ class System:
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                    found += [int(entry.name)] if state != "Z" else []
+                if not entry.name.isdigit():
+                    continue
+                # Valkey overwrites its environment with a title, the guardian has a session of its own.
+                marked = self.mark.encode() in (entry / "environ").read_bytes()
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                if state != "Z" and (marked or int(session) == self.process.pid):
+                    found.append(int(entry.name))
             except OSError:
                 continue
         return found

@@ -24,7 +24,7 @@ from specpool.cli.guardian import Guardian
 from specpool.cli.plan import Plan, UpConfig, make_plan
 from specpool.cli.supervisor import Child
 from specpool.client import Client
-from specpool.errors import DeadlineExceeded, Internal, SpecPoolError, error_from_reason
+from specpool.errors import DeadlineExceeded, Internal, SpecPoolError, TokenizerMismatch, error_from_reason
 from specpool.models.paths import logs_directory
 from specpool.rpc.client import channel
 from specpool.v1 import inference_pb2, router_pb2, target_pb2, target_pb2_grpc, types_pb2
@@ -196,19 +196,23 @@ def _why(child: Child) -> SpecPoolError:
 
 async def _become_ready(system: System, config: UpConfig) -> None:
     plan = system.plan
-    await _until(system, lambda status: _all_reachable(status, plan))
+    _refuse_mismatch(await _until(system, lambda status: _all_reachable(status, plan)))
     if plan.speculator:
         # A target connects to a speculator when it is first given one: do that before users do.
         for target in plan.targets:
             await _link(target.endpoint, plan.speculator.endpoint)
 
 
-async def _until(system: System, is_good: Callable[[router_pb2.GetClusterStatusResponse], bool]) -> None:
+async def _until(
+    system: System, is_good: Callable[[router_pb2.GetClusterStatusResponse], bool]
+) -> router_pb2.GetClusterStatusResponse:
+    """The first status that is good."""
     async with Client(system.endpoint) as client:
         while True:
             with contextlib.suppress(SpecPoolError):
-                if is_good(await client.cluster_status()):
-                    return
+                status = await client.cluster_status()
+                if is_good(status):
+                    return status
             await asyncio.sleep(_POLL_S)
 
 
@@ -224,7 +228,7 @@ def _all_reachable(status: router_pb2.GetClusterStatusResponse, plan: Plan) -> b
 
 
 async def _link(target: str, speculator: str) -> None:
-    """Run a short sequence on a target with this speculator; raises when they do not fit together."""
+    """Run a short sequence on a target with this speculator, until they are connected."""
     request = target_pb2.RunSequenceRequest(
         request=inference_pb2.GenerateRequest(
             tokens=inference_pb2.TokenPrompt(token_ids=[1, 2]),
@@ -234,6 +238,7 @@ async def _link(target: str, speculator: str) -> None:
         tenant="warm-up",
         speculator_endpoint=speculator,
     )
+    reported = ""
     async with channel(target) as connection:
         stub = target_pb2_grpc.TargetServiceStub(connection)
         while True:
@@ -244,17 +249,28 @@ async def _link(target: str, speculator: str) -> None:
                 links = [link for link in status.speculators if link.endpoint == speculator]
                 if any(link.connected for link in links):
                     return
-                _refuse_mismatch(links)
+                for link in links:
+                    reported = _say_once(reported, f"target {target}: {link.last_error}" if link.last_error else "")
             await asyncio.sleep(_POLL_S)
 
 
-def _refuse_mismatch(links: list[target_pb2.SpeculatorLinkStatus]) -> None:
-    """A mismatch does not go away by trying again."""
-    for link in links:
-        for reason in ("TOKENIZER_MISMATCH", "PROTOCOL_MISMATCH", "TRANSPORT_UNAVAILABLE"):
-            if reason in link.last_error:
-                message = link.last_error.removeprefix(f"{reason}: ")
-                raise error_from_reason(reason, message)
+def _say_once(reported: str, line: str) -> str:
+    if line and line != reported:
+        print(line, file=sys.stderr, flush=True)
+    return line
+
+
+def _refuse_mismatch(status: router_pb2.GetClusterStatusResponse) -> None:
+    """Different tokenizers do not become equal by trying again."""
+    for target in status.targets:
+        for speculator in status.speculators:
+            ours, theirs = target.status.model, speculator.status.model
+            if ours.tokenizer_fingerprint != theirs.tokenizer_fingerprint:
+                raise TokenizerMismatch(
+                    f"target {ours.name} has tokenizer {ours.tokenizer_fingerprint[:12]} ({ours.vocab_size} tokens), "
+                    f"draft {theirs.name} has {theirs.tokenizer_fingerprint[:12]} ({theirs.vocab_size} tokens)",
+                    metadata={"target": ours.tokenizer_fingerprint, "speculator": theirs.tokenizer_fingerprint},
+                )
 
 
 def _announce(endpoint: str, config: UpConfig, console: Console) -> None:
