@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from specpool.models.paths import models_directory
 
 SMALL_MODEL = "smollm2-135m-instruct"

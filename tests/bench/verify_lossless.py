@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from specpool.bench.requests import MODE_VALUES
 from specpool.bench.system import running_system
 from specpool.client import Client
 from specpool.models.prompts import load_prompts
 from specpool.models.resolve import resolve_model
 from specpool.v1 import inference_pb2, types_pb2
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEAR_TIE_STEPS = 4
 """Differences of up to this many bfloat16 steps at the logit's magnitude count as near-ties."""

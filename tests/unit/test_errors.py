@@ -7,6 +7,7 @@ import sys
 
 import grpc
 import pytest
+
 from specpool import errors
 
 

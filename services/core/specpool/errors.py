@@ -201,9 +201,7 @@ def status_code_name(error: BaseException) -> str:
     return "INTERNAL"
 
 
-def error_from_reason(
-    reason: str, message: str, metadata: Mapping[str, object] | None = None
-) -> SpecPoolError:
+def error_from_reason(reason: str, message: str, metadata: Mapping[str, object] | None = None) -> SpecPoolError:
     """Rebuild the typed error that a peer sent as (reason, message, metadata)."""
     kind = next((k for k in _all_kinds(SpecPoolError) if k.default_reason == reason), SpecPoolError)
     return kind(message, reason=reason, metadata=metadata)

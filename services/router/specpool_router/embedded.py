@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Final
 
 from specpool.errors import SessionStoreUnavailable
-
 from specpool_router.redis_store import RedisSessionStore
 
 _START_S: Final = 10.0

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from specpool.errors import ConfigError
 from specpool.process import format_address
-
 from specpool_router.discovery import Discovery, Endpoint
 
 _logger = logging.getLogger(__name__)

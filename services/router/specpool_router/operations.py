@@ -8,7 +8,6 @@ from typing import Any
 
 from specpool.errors import PermissionDenied
 from specpool.v1 import router_pb2, router_pb2_grpc, types_pb2
-
 from specpool_router.cluster import Cluster
 from specpool_router.service import InferenceService
 from specpool_router.sessions import Sessions

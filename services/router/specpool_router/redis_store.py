@@ -17,8 +17,8 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from specpool.errors import ConfigError, SessionStoreUnavailable
 
+from specpool.errors import ConfigError, SessionStoreUnavailable
 from specpool_router.session_store import (
     LEASE_S,
     WINDOW_S,

@@ -11,7 +11,6 @@ from specpool.rpc.server import add_standard_services, bind, create_server, run_
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import RouterMetrics, serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
-
 from specpool_router.cluster import Cluster
 from specpool_router.config import RouterConfig
 from specpool_router.discovery import Discovery, StaticDiscovery

@@ -11,11 +11,11 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 from opentelemetry import trace
+
 from specpool.errors import Draining, InvalidArgument, SessionNotFound, SpecPoolError
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import RouterMetrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
-
 from specpool_router.cluster import Cluster
 from specpool_router.routing import resolve_model
 from specpool_router.session_store import Session, SessionState

@@ -15,7 +15,6 @@ from typing import Final
 
 from specpool.errors import InvalidArgument, QuotaExceeded, SessionStoreUnavailable
 from specpool.telemetry.metrics import RouterMetrics
-
 from specpool_router.session_store import (
     LeaseState,
     MemorySessionStore,

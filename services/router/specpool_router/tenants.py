@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from specpool.errors import ConfigError, Unauthenticated
 
+from specpool.errors import ConfigError, Unauthenticated
 from specpool_router.session_store import QuotaLimits
 
 _KEYS = {"name", "key_sha256", "weight", "max_concurrent_requests", "tokens_per_minute", "cache_salt", "operator"}

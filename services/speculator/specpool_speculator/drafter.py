@@ -15,7 +15,6 @@ from specpool.errors import InvalidArgument, KVCacheFull
 from specpool.modeling.interface import CausalModel, Segment
 from specpool.telemetry.step_stats import DraftStepStats
 from specpool.v1 import speculator_pb2
-
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.draft_tree import DraftTree
 from specpool_speculator.estimates import Estimates

@@ -20,7 +20,6 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.errors import EngineFailed
 from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2
-
 from specpool_speculator.drafter import Drafter
 
 _logger = logging.getLogger(__name__)

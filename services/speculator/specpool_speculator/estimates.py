@@ -13,7 +13,6 @@ from specpool.algorithm.fan_out import (
     outcome_probabilities,
     uniform_fan_out,
 )
-
 from specpool_speculator.config import FanOutPolicy
 
 _REFIT_EVERY = 16

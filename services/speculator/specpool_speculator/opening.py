@@ -8,7 +8,6 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument
 from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import speculator_pb2, types_pb2
-
 from specpool_speculator.sequence import SequenceOptions
 
 

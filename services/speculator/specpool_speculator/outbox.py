@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from specpool.v1 import speculator_pb2
-
 from specpool_speculator.draft_tree import TokenDistribution
 from specpool_speculator.sequence import Outcome, SequenceState
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from specpool.algorithm.drafting import DraftRanks, draft_ranks
 from specpool.algorithm.sampling import process_logits
 from specpool.algorithm.verification import VerificationMode
-from torch import Tensor
-
 from specpool_speculator.draft_tree import Node, NodeRanks, TokenDistribution
 from specpool_speculator.sequence import SequenceState
 

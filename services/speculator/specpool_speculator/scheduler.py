@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from specpool.algorithm.fan_out import round_to_sum
 from specpool.modeling.paged_kv import BlockPool
-
 from specpool_speculator.draft_tree import DraftTree, Node, Work
 from specpool_speculator.sequence import SequenceState
 

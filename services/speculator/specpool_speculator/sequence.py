@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
-
 from specpool_speculator.draft_tree import DraftTree, Node
 from specpool_speculator.estimates import GuessPlan
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from specpool.errors import SpecPoolError
 from specpool.modeling.files import Progress, no_progress
 from specpool.modeling.interface import CausalModel, Segment
@@ -20,7 +21,6 @@ from specpool.rpc.server import add_standard_services, bind, create_server, run_
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import SpeculatorMetrics, serve_metrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
-
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.drafter import Drafter
 from specpool_speculator.engine import EngineThread

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
+
 from specpool.errors import Draining, ProtocolMismatch
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
-
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.connection import Connection
 from specpool_speculator.engine import EngineThread

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 from opentelemetry.trace import Span
-from specpool.telemetry import tracing
 
+from specpool.telemetry import tracing
 from specpool_speculator.sequence import SequenceKey, SequenceOptions, SequenceState
 
 

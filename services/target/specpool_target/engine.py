@@ -18,6 +18,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
 from specpool.errors import EngineFailed, SpecPoolError
 from specpool.modeling.detokenizer import IncrementalDetokenizer
@@ -26,8 +28,6 @@ from specpool.modeling.paged_kv import SequenceKV
 from specpool.telemetry.metrics import TargetMetrics
 from specpool.telemetry.step_stats import StepStats
 from specpool.v1 import types_pb2
-from torch import Tensor
-
 from specpool_target.config import TargetConfig
 from specpool_target.fallback_policy import Average, FallbackPolicy
 from specpool_target.link import SpeculationInbox, SpeculatorLink

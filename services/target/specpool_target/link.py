@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import grpc.aio
+
 from specpool.algorithm.speculation_cache import Lookup, SpeculationCache
 from specpool.errors import ProtocolMismatch, SpecPoolError, SpeculatorUnavailable, TokenizerMismatch
 from specpool.rpc.client import channel

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 
 from specpool.v1 import speculator_pb2
-
 from specpool_target.link import Request, SpeculatorLink
 from specpool_target.sequence import SequenceUpdate, TargetSequence
 

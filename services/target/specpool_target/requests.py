@@ -11,7 +11,6 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, ModelNotFound
 from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
-
 from specpool_target.sequence import SequenceRequest, SpeculationMode, draw_seed
 
 _MODES: Final = {

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from specpool.errors import ContextLengthExceeded, KVCacheFull, TargetUnavailable
 from specpool.modeling.interface import Segment
 from specpool.modeling.paged_kv import BlockPool, SequenceKV, num_blocks_for
-
 from specpool_target.sequence import TargetSequence
 
 

@@ -15,7 +15,6 @@ from specpool.errors import SpecPoolError
 from specpool.modeling.detokenizer import IncrementalDetokenizer
 from specpool.modeling.paged_kv import SequenceKV
 from specpool.v1 import speculator_pb2, types_pb2
-
 from specpool_target.statistics import SequenceStats
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from specpool.rpc.server import add_standard_services, bind, create_server, run_
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import TargetMetrics, serve_metrics
 from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
-
 from specpool_target.config import TargetConfig
 from specpool_target.engine import EngineThread
 from specpool_target.link import PROTOCOL_VERSION, LinkRegistry

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import grpc.aio
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
+
 from specpool.errors import Draining, EngineFailed
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
-
 from specpool_target.engine import EngineThread
 from specpool_target.link import LinkRegistry, SpeculationInbox
 from specpool_target.requests import RequestReader

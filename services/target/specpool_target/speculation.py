@@ -14,7 +14,6 @@ from specpool.algorithm.speculation_cache import LookupKind
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
 from specpool.rpc.convert import sampling_to_proto
 from specpool.v1 import speculator_pb2, types_pb2
-
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import Request, SpeculatorLink, close_request
 from specpool_target.outbox import Outbox

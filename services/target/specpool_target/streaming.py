@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from opentelemetry.trace import Span
+
 from specpool.modeling.detokenizer import IncrementalDetokenizer
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
-
 from specpool_target.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, TokenLogprobs
 
 Response = target_pb2.RunSequenceResponse

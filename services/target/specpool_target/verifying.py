@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
+
 from specpool.algorithm.noise import Stream
 from specpool.algorithm.sampling import SamplingParams, process_logits, token_logprobs
 from specpool.algorithm.verification import (
@@ -23,8 +25,6 @@ from specpool.algorithm.verification import (
     verify_rejection,
 )
 from specpool.v1 import speculator_pb2
-from torch import Tensor
-
 from specpool_target.sequence import Draft, TargetSequence, TokenLogprobs
 
 _SUM_TOLERANCE: Final = 1e-3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from specpool.telemetry.metrics import exported_metric_names
 
 ROOT = Path(__file__).resolve().parents[3]

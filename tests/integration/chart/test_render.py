@@ -10,6 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+
 from specpool.errors import Unauthenticated
 from specpool_router.tenants import load_tenants
 

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 import yaml
+
 from specpool_router.embedded import find_binary
 
 ROOT = Path(__file__).resolve().parents[3]

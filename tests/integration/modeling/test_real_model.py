@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from specpool.modeling import Segment, SequenceKV, load_model, load_tokenizer
 from specpool.modeling.detokenizer import IncrementalDetokenizer
 

@@ -22,6 +22,7 @@ if "router_fakes" not in sys.modules:
     _spec.loader.exec_module(sys.modules["router_fakes"])
 
 import grpc.aio
+
 from specpool_router.config import RouterConfig
 from specpool_router.embedded import EmbeddedValkey, find_binary
 from specpool_router.server import serve

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+
 from specpool.errors import SessionStoreUnavailable
 from specpool_router.embedded import EmbeddedValkey, find_binary
 

@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from router_fakes import NUM_TOKENS, FakeSpeculator, FakeTarget, running, start, text_of, tokens_of
+
 from specpool import errors
 from specpool.client import Client, Completion
 from specpool.rpc.client import channel

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlparse
 
 import pytest
 from kubernetes import client
+
 from specpool_router.discovery import Endpoint
 from specpool_router.kubernetes_discovery import KubernetesDiscovery
 

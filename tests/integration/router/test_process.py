@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from router_fakes import FakeTarget, running
+
 from specpool.client import Client
 from specpool.v1 import inference_pb2
 

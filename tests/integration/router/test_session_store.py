@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+
 from specpool_router.embedded import EmbeddedValkey, find_binary
 from specpool_router.redis_store import RedisSessionStore
 from specpool_router.session_store import (

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+
 from specpool.errors import ProtocolMismatch, TokenizerMismatch, TransportUnavailable
 from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.rpc.client import channel

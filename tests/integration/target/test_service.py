@@ -8,6 +8,7 @@ import urllib.request
 
 import grpc
 import pytest
+
 from specpool.errors import Draining
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import target_pb2, types_pb2

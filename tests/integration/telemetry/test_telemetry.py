@@ -8,6 +8,7 @@ import uuid
 from typing import Any
 
 import local_services
+
 from specpool.client import Client, Completion
 from specpool.errors import SpecPoolError
 from specpool.v1 import inference_pb2, types_pb2

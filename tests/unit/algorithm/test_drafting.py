@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import chisquare
+
 from specpool.algorithm.drafting import draft_ranks
 from specpool.algorithm.noise import gumbel
 from specpool.algorithm.saguaro import saguaro_distribution

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from specpool.algorithm.estimators import AcceptanceEstimator, MissPowerLawEstimator
 from specpool.algorithm.fan_out import (
     PowerLaw,

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import Tensor
+
 from specpool.algorithm import verification
 from specpool.algorithm.drafting import draft_ranks
 from specpool.algorithm.noise import Stream
@@ -29,7 +31,6 @@ from specpool.algorithm.verification import (
     verify_coupled_batch,
     verify_rejection_batch,
 )
-from torch import Tensor
 
 NUM_SAMPLES = 200_000
 VOCAB_SIZE = 4

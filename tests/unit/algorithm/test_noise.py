@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, gumbel_r, kstest
+from torch import Tensor
+
 from specpool.algorithm import noise
 from specpool.algorithm.noise import Stream, gumbel, gumbel_argmax, gumbel_topk, uniform
-from torch import Tensor
 
 MASK = (1 << 64) - 1
 

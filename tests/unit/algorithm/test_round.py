@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import Tensor
+
 from specpool.algorithm.drafting import DraftRanks, draft_ranks
 from specpool.algorithm.noise import gumbel_argmax
 from specpool.algorithm.round import RoundState, Speculation, speculative_round
 from specpool.algorithm.speculation_cache import LookupKind, Outcome, SpeculationCache
 from specpool.algorithm.verification import SparseDistribution, VerificationMode
-from torch import Tensor
 
 VOCAB_SIZE = 6
 LOOKAHEAD = 3

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from specpool.algorithm.sampling import SamplingParams, process_logits, token_logprobs
 from specpool.errors import InvalidArgument
 

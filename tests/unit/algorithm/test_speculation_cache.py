@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from specpool.algorithm.prompt_lookup import PromptLookup, prompt_lookup
 from specpool.algorithm.speculation_cache import Lookup, LookupKind, SpeculationCache
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from specpool.algorithm.noise import gumbel_argmax
 from specpool.algorithm.verification import (
     DenseDistribution,
@@ -20,7 +22,6 @@ from specpool.algorithm.verification import (
     verify_rejection_batch,
     verify_sample_and_match,
 )
-from torch import Tensor
 
 VOCAB_SIZE = 50
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from specpool.cli import endpoint, formats, plan, service
 from specpool.cli.demo import summary
 from specpool.cli.generate import GenerateOptions, build_request

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from specpool.cli.guardian import Guardian
 from specpool.cli.supervisor import Child, ChildSpec
 

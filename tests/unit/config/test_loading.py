@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from specpool.config import describe, load_config
 from specpool.errors import ConfigError
 

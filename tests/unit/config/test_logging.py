@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+
 from specpool.errors import ConfigError
 from specpool.logging import OneLineFormatter, setup_logging
 

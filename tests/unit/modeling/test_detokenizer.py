@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from specpool.modeling.detokenizer import REPLACEMENT, IncrementalDetokenizer
-from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from specpool.modeling.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 def byte_level_tokenizer(special: str = "<end>") -> PreTrainedTokenizerFast:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from specpool.errors import InvalidArgument, ModelNotFound
 from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model
 from specpool.modeling.linear import Int8Linear, PrepackedLinear, convert_linears
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.spec import ModelKind
-from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 61
 

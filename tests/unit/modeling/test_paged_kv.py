@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from specpool.errors import ContextLengthExceeded, InvalidArgument, KVCacheFull
 from specpool.modeling.interface import Segment
 from specpool.modeling.paged_kv import BlockPool, SequenceKV, reserve_all

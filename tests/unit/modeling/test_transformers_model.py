@@ -6,11 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from specpool.errors import InvalidArgument, KVCacheFull
-from specpool.modeling.attention import get_backend
-from specpool.modeling.interface import Segment
-from specpool.modeling.model import TransformersModel
-from specpool.modeling.paged_kv import BlockPool, SequenceKV
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -22,6 +17,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from specpool.errors import InvalidArgument, KVCacheFull
+from specpool.modeling.attention import get_backend
+from specpool.modeling.interface import Segment
+from specpool.modeling.model import TransformersModel
+from specpool.modeling.paged_kv import BlockPool, SequenceKV
 
 VOCAB_SIZE = 97
 LENGTH = 50

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+
 from specpool.errors import DataCorrupt, InvalidArgument, ModelNotFound
 from specpool.modeling import files
 from specpool.models import catalogue, fetch, packages, prompts

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+
 from specpool.errors import ConfigError, Unauthenticated
 from specpool_router.config import RouterConfig
 from specpool_router.redis_store import without_password

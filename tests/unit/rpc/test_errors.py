@@ -6,6 +6,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from specpool import errors
 from specpool.rpc.errors import from_rpc_error, to_status
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from specpool.errors import ConfigError
 from specpool.process import format_address, parse_address, set_cpu_affinity
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from specpool.algorithm.drafting import draft_ranks
 from specpool.algorithm.sampling import SamplingParams, process_logits
 from specpool.algorithm.verification import VerificationMode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from specpool.modeling.interface import Segment
 from specpool.modeling.paged_kv import BlockPool
 from specpool.modeling.toy import ToyModel, ToyTable

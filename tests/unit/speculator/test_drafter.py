@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import types_pb2

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+
 from specpool.algorithm.noise import Stream, gumbel_argmax
 from specpool.algorithm.sampling import SamplingParams, process_logits
 from specpool.modeling import BlockPool, ToyModel, ToyTokenizer

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from specpool.errors import ContextLengthExceeded, EngineFailed, KVCacheFull, TargetUnavailable
 from specpool_target.sequence import FinishReason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from specpool_target.fallback_policy import FallbackPolicy
 
 

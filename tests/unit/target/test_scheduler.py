@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from specpool.modeling import BlockPool
 from specpool_target.scheduler import Scheduler
 from specpool_target.sequence import Draft, DraftSource, SequenceState, TargetSequence

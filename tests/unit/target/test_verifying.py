@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from specpool.v1 import speculator_pb2
 from specpool_target.verifying import read_distributions
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.request
 
 import pytest
+
 from specpool.errors import ConfigError
 from specpool.telemetry.metrics import (
     LabelCap,
