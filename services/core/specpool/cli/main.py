@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -258,7 +259,8 @@ def bench(
             json_path=json_path,
             plot_directory=plots,
         )
-        run_bench(options, Console())
+        # In a file nothing limits the width; 80 columns would cut the tables' figures off.
+        run_bench(options, Console(width=None if sys.stdout.isatty() else 150))
 
 
 @app.command()
