@@ -54,6 +54,8 @@ class Reference:
         path = resolve_model(model)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        # Every prompt is to give the full number of tokens: an end token is a token like any other here.
+        self.model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def generate(self, text: str, max_tokens: int) -> list[int]:
@@ -86,7 +88,9 @@ async def complete_all(endpoint: str, texts: Sequence[str], mode: str, max_token
 
         async def complete(text: str) -> list[int]:
             request = inference_pb2.GenerateRequest(
-                text=text, mode=MODE_VALUES[mode], sampling=types_pb2.SamplingParams(max_tokens=max_tokens)
+                text=text,
+                mode=MODE_VALUES[mode],
+                sampling=types_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             )
             async with limit:
                 return (await client.complete(request)).token_ids
