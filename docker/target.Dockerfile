@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir "/source[target]"
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 65532 --user-group --home-dir /var/cache/specpool --create-home --shell /usr/sbin/nologin specpool
 COPY --from=build /opt/specpool /opt/specpool
-ENV PATH=/opt/specpool/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/specpool/bin:$PATH PYTHONUNBUFFERED=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 USER 65532:65532
 WORKDIR /var/cache/specpool
 EXPOSE 50051 9100

@@ -16,7 +16,7 @@ from specpool.modeling.interface import CausalModel, Segment
 from specpool.modeling.loading import load_model
 from specpool.modeling.paged_kv import SequenceKV
 from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
-from specpool.process import set_cpu_affinity, set_num_threads
+from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import SpeculatorMetrics, serve_metrics
@@ -61,6 +61,7 @@ async def serve(
     service = SpeculatorService(engine, _identity(config, model, tokenizer, endpoint), config)
     speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server(service, server)
     health = add_standard_services(server, speculator_pb2.DESCRIPTOR)
+    freeze_loaded_objects()
     engine.start()
     try:
         await server.start()

@@ -15,7 +15,7 @@ from specpool.modeling.interface import CausalModel
 from specpool.modeling.loading import load_model
 from specpool.modeling.spec import ModelKind, ModelSpec
 from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
-from specpool.process import set_cpu_affinity, set_num_threads
+from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import TargetMetrics, serve_metrics
@@ -88,6 +88,7 @@ async def serve(
     health = add_standard_services(server, target_pb2.DESCRIPTOR)
     bound = bind(server, config.listen)
     peer.endpoint = config.advertise or bound
+    freeze_loaded_objects()
     engine.start()
     try:
         await asyncio.to_thread(engine.wait_ready)

@@ -148,6 +148,17 @@ def test_ranks_of_any_row(scores: list[float], seed: int, k: int) -> None:
     assert gumbel_topk(row, seed, positions, k)[0].tolist() == expected
 
 
+def test_reach_leaves_out_only_unlikely_tokens() -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = 2 * torch.randn(64, 5000, generator=generator)
+    positions = torch.arange(64)
+    full, short = (gumbel_topk(scores, 7, positions, 4, reach=reach) for reach in (None, 9.0))
+    assert (full[:, 0] == short[:, 0]).float().mean() > 0.9
+    assert gumbel_topk(scores, 7, positions, 4, reach=1e9).equal(full)
+    best = scores.argmax(dim=1, keepdim=True)
+    assert gumbel_topk(scores, 7, positions, 2, reach=0.0).equal(torch.cat([best, torch.full_like(best, -1)], dim=1))
+
+
 def test_a_row_does_not_depend_on_its_batch() -> None:
     scores = torch.randn(9, 1_000, generator=torch.Generator().manual_seed(3))
     seeds, positions = torch.arange(9) * 1_000_003, torch.arange(9) + 40

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specpool.errors import InvalidArgument, ModelNotFound
 from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model
-from specpool.modeling.linear import Int8Linear, PrepackedLinear, convert_linears
+from specpool.modeling.linear import FusedLinear, Int8Linear, LinearPart, PrepackedLinear, convert_linears
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.spec import ModelKind
 
@@ -155,6 +155,40 @@ def test_prepacked_weights_give_the_same_logits_in_float32(directory: Path) -> N
     plain = logits_of(load_model(str(directory), dtype="float32", num_blocks=8), tokens)
     packed = logits_of(load_model(str(directory), dtype="float32", num_blocks=8, weights="prepacked"), tokens)
     torch.testing.assert_close(packed, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, False, True)])
+def test_layers_over_one_input_become_one_product(biases: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    parent = torch.nn.Module()
+    layers = [torch.nn.Linear(64, size, bias=bias) for size, bias in zip((48, 16, 16), biases, strict=True)]
+    for name, layer in zip(("q_proj", "k_proj", "v_proj"), layers, strict=True):
+        parent.add_module(name, layer)
+    convert_linears(parent, "prepacked")
+    parts = [parent.q_proj, parent.k_proj, parent.v_proj]
+    assert all(type(part) is LinearPart for part in parts)
+    with torch.inference_mode():
+        for _ in range(2):
+            x = torch.randn(1, 5, 64)
+            for part, layer in zip(parts, layers, strict=True):
+                torch.testing.assert_close(part(x), layer(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_fused_product_is_never_handed_to_another_input() -> None:
+    products: list[torch.Tensor] = []
+
+    class Product(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            products.append(x)
+            return torch.cat([x, 2 * x], dim=-1)
+
+    fused = FusedLinear(Product(), [3, 3])
+    first, second = torch.ones(1, 3), torch.full((1, 3), 5.0)
+    assert fused.part(first, 0).equal(first)
+    assert fused.part(second, 1).equal(2 * second)
+    assert fused.part(first, 1).equal(2 * first)
+    assert fused.part(first, 1).equal(2 * first), "the same part again is computed again"
+    assert len(products) == 4
 
 
 def test_int8_converts_every_linear_layer(directory: Path) -> None:

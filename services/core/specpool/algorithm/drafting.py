@@ -16,6 +16,8 @@ from specpool.algorithm.saguaro import saguaro_scores
 from specpool.algorithm.verification import SparseDistribution, VerificationMode
 
 DEFAULT_NUM_KEPT: Final = 64
+_REACH: Final = 12.0
+"""Tokens less likely than exp(-12) of the likeliest are not drafted: guesses there would not be right often enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def draft_ranks(
     if positions is None:
         raise ValueError(f"{mode} drafting needs positions")
     if mode is VerificationMode.COUPLED:
-        return _same_ranks(gumbel_topk(scores, seed, positions, num_ranks))
+        return _same_ranks(gumbel_topk(scores, seed, positions, num_ranks, reach=_REACH))
     distribution, drafted = _sample_sparse(
         scores, seed, positions, saguaro_fan_out, saguaro_constant, max(num_kept, saguaro_fan_out + 1)
     )

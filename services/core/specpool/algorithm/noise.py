@@ -86,7 +86,13 @@ def gumbel_argmax(scores: Tensor, seed: int | Tensor, positions: Tensor, stream:
 
 
 def gumbel_topk(
-    scores: Tensor, seed: int | Tensor, positions: Tensor, k: int, stream: Stream = Stream.TARGET
+    scores: Tensor,
+    seed: int | Tensor,
+    positions: Tensor,
+    k: int,
+    stream: Stream = Stream.TARGET,
+    *,
+    reach: float | None = None,
 ) -> Tensor:
     """The k tokens with the largest scores + noise, best first, int64 [N, k].
 
@@ -100,10 +106,16 @@ def gumbel_topk(
         positions: [N].
         k: how many tokens per row.
         stream: what the noise is for.
+        reach: leave out tokens whose score is further below the row's best than this, for a draft: it costs no noise
+            over the vocabulary, and misses only what would be sampled with a probability under exp(-reach) each.
     """
     keys = _row_keys(seed, positions, stream).to(scores.device)
     num_rows, vocab_size = scores.shape
-    rows, tokens = _candidates(scores, keys, min(k, vocab_size))
+    if reach is None:
+        rows, tokens = _candidates(scores, keys, min(k, vocab_size))
+    else:
+        possible = (scores >= scores.amax(dim=1, keepdim=True) - reach) & (scores > -torch.inf)
+        rows, tokens = possible.nonzero(as_tuple=True)
     values = scores[rows, tokens].double() + _exact_gumbel(_bits(keys.expand(num_rows)[rows], tokens))
     return _topk_of_candidates(rows, tokens, values, num_rows, k)
 

@@ -9,7 +9,8 @@ def recommended_arguments() -> tuple[str, ...]:
     """Arguments of `specpool up` for a target and a draft on this machine.
 
     On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
-    that this CPU supports, and as many branch rows as a draft step takes for little more than the price of one.
+    that this CPU supports, and as many branch rows as a draft step takes for little more than the price of one. The draft
+    computes in float32 between its int8 products: they take and give float32, conversions would only cost.
     """
     import torch
 
@@ -17,7 +18,7 @@ def recommended_arguments() -> tuple[str, ...]:
         return ("--dtype", "bfloat16")
     has_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", "prepacked"]
-    arguments += ["--draft-weights", "int8", "--row-budget", "6", "--fan-out", "8"]
+    arguments += ["--draft-weights", "int8", "--draft-dtype", "float32", "--row-budget", "6", "--fan-out", "8"]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= 2:
         split = len(cores) // 2

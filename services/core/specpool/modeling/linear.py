@@ -5,13 +5,16 @@ Formats:
     prepacked  same numbers and data type, reordered once into oneDNN's blocked layout
     int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
 
+In the last two, layers of one parent that read the same input become one product: with few rows, a layer costs about as
+much to start as to read.
+
 Shapes: M = rows, I = input features, O = output features.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +30,9 @@ _PACKING_ROWS = 8
 MIN_ROWS = 4
 """oneDNN is slower for one to three rows than for four: fewer rows are padded. It also makes one token and the few
 tokens of a verification go through one kernel, so that they round alike."""
+
+_SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names, in `transformers`, of layers that read the same input."""
 
 
 class PrepackedLinear(nn.Module):
@@ -80,6 +86,40 @@ class Int8Linear(nn.Module):
         return output.to(x.dtype)
 
 
+class FusedLinear:
+    """Layers over the same input as one product: the first of them to be called runs it for all."""
+
+    def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
+        self._product = product
+        self._sizes = list(sizes)
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def part(self, x: Tensor, index: int) -> Tensor:  # [..., I] -> [..., sizes[index]]
+        """Output of one layer. A result is handed out once, and only for the very tensor it was computed from."""
+        if self._input is not x or self._outputs[index] is None:
+            self._input, self._outputs = x, list(self._product(x).split(self._sizes, dim=-1))
+        output = self._outputs[index]
+        assert output is not None
+        self._outputs[index] = None
+        if not any(part is not None for part in self._outputs):
+            self._input = None
+        return output
+
+
+class LinearPart(nn.Module):
+    """One layer of a `FusedLinear`, in the place where the model looks for it."""
+
+    def __init__(self, fused: FusedLinear, index: int) -> None:
+        super().__init__()
+        self._fused = fused
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        """The layer's output."""
+        return self._fused.part(x, self._index)
+
+
 WEIGHT_FORMATS: Mapping[str, Callable[[Any], nn.Module] | None] = {
     "plain": None,
     "prepacked": PrepackedLinear,
@@ -109,14 +149,45 @@ def convert_linears(model: nn.Module, name: str, on_progress: Progress = no_prog
     previous_engine = torch.backends.quantized.engine
     if name == "int8":
         torch.backends.quantized.engine = "fbgemm"
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    groups = list(_groups(model))
     try:
-        for done, path in enumerate(names, start=1):
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, convert(model.get_submodule(path)))
-            on_progress("pack weights", done, len(names))
+        for done, (parent, names) in enumerate(groups, start=1):
+            _convert_group(parent, names, convert)
+            on_progress("pack weights", done, len(groups))
     finally:
         torch.backends.quantized.engine = previous_engine
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """Every linear layer once: parent, and the names of those that share an input."""
+    for parent in model.modules():
+        names = [name for name, child in parent.named_children() if type(child) is nn.Linear]
+        for group in _SHARE_INPUT:
+            if set(group) <= set(names) and len({parent.get_submodule(name).in_features for name in group}) == 1:
+                yield parent, group
+                names = [name for name in names if name not in group]
+        yield from ((parent, (name,)) for name in names)
+
+
+def _convert_group(parent: nn.Module, names: Sequence[str], convert: Callable[[Any], nn.Module]) -> None:
+    layers: list[Any] = [parent.get_submodule(name) for name in names]
+    if len(layers) == 1:
+        setattr(parent, names[0], convert(layers[0]))
+        return
+    fused = FusedLinear(convert(_concatenated(layers)), [layer.out_features for layer in layers])
+    for index, name in enumerate(names):
+        setattr(parent, name, LinearPart(fused, index))
+
+
+def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer with the outputs of all."""
+    size = sum(layer.out_features for layer in layers)
+    joined = nn.Linear(layers[0].in_features, size, bias=any(layer.bias is not None for layer in layers), device="meta")
+    joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if joined.bias is not None:
+        biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        joined.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+    return joined
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:
