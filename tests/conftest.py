@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from specpool.models.paths import models_directory
+
+# Held for the whole process: otherwise gRPC ends its polling thread when the garbage collector finds the last server
+# of an event loop that is closed already, and waits for that thread for ever.
+grpc.aio.init_grpc_aio()
 
 SMALL_MODEL = "smollm2-135m-instruct"
 

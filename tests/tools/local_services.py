@@ -42,13 +42,13 @@ class Service:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait_until_serving(self, port: int) -> None:
+    def wait_until_serving(self, port: int, service: str = "") -> None:
         """Ask the standard health service as the kubelet does, until it says SERVING."""
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"exited with {self.process.returncode}:\n{self.log.read_text()}")
-            if health_of(port) == health_pb2.HealthCheckResponse.SERVING:
+            if health_of(port, service) == health_pb2.HealthCheckResponse.SERVING:
                 return
             time.sleep(0.1)
         raise AssertionError(f"not serving after {_START_S} s:\n{self.log.read_text()}")
@@ -76,11 +76,13 @@ def service(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         running.process.wait()
 
 
-def health_of(port: int) -> int:
-    """Status of the whole server at a loopback port; UNKNOWN when it does not answer."""
+def health_of(port: int, service: str = "") -> int:
+    """Status of a service, or of the whole server, at a loopback port; UNKNOWN when it does not answer."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=2
+            )
         except grpc.RpcError:
             return int(health_pb2.HealthCheckResponse.UNKNOWN)
         return int(answer.status)

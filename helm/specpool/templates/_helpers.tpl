@@ -127,7 +127,12 @@ startupProbe:
   periodSeconds: 5
   failureThreshold: {{ div (add .startupTimeoutSeconds 4) 5 }}
 readinessProbe:
+  {{- if eq .component "router" }}
+  # The router is there at once, but of use only while a target can take requests.
+  grpc: {port: {{ .root.Values.grpcPort }}, service: specpool.v1.InferenceService}
+  {{- else }}
   grpc: {port: {{ .root.Values.grpcPort }}}
+  {{- end }}
   periodSeconds: 5
   timeoutSeconds: 2
   failureThreshold: 2

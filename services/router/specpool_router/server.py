@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 
 from specpool.process import parse_address
-from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
+from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import RouterMetrics, serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
@@ -20,6 +20,11 @@ from specpool_router.service import InferenceService
 from specpool_router.session_store import MemorySessionStore, SessionStore
 from specpool_router.sessions import Sessions
 from specpool_router.tenants import load_tenants
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_OPERATIONS = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+_READINESS_INTERVAL_S = 1.0
+"""At least this often; changes are seen at once."""
 
 
 async def serve(
@@ -52,6 +57,7 @@ async def serve(
         health = add_standard_services(server, inference_pb2.DESCRIPTOR, router_pb2.DESCRIPTOR)
 
         async def drain() -> None:
+            readiness.cancel()
             inference.start_draining()
             await health.set_serving(False)
             await inference.wait_until_idle()
@@ -71,7 +77,9 @@ async def serve(
         await server.start()
         if config.metrics_port is not None:
             serve_metrics(metrics.registry, config.metrics_port)
-        await health.set_serving()
+        for name in ("", _OPERATIONS):
+            await health.set_service(name, True)
+        readiness = asyncio.create_task(_report_readiness(health, cluster))
         if on_ready is not None:
             on_ready(endpoint)
         await run_until_stopped(server, drain, health=health, grace_s=config.drain_grace_s, stop=stop)
@@ -81,6 +89,13 @@ async def serve(
         await cluster.close()
         await sessions.close()
         await traces.aclose()
+
+
+async def _report_readiness(health: Health, cluster: Cluster) -> None:
+    """The inference service is healthy while a target can take requests: that is what a readiness probe asks about."""
+    while True:
+        await health.set_service(_INFERENCE, any(target.available for target in cluster.targets.candidates()))
+        await cluster.targets.wait_for_change(_READINESS_INTERVAL_S)
 
 
 def make_store(config: RouterConfig) -> SessionStore:

@@ -21,15 +21,9 @@ if "router_fakes" not in sys.modules:
     sys.modules["router_fakes"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["router_fakes"])
 
-import grpc.aio
-
 from specpool_router.config import RouterConfig
 from specpool_router.embedded import EmbeddedValkey, find_binary
 from specpool_router.server import serve
-
-# Held for the whole process: otherwise gRPC ends its polling thread when the garbage collector finds the last server
-# of an event loop that is closed already, and waits for that thread for ever.
-grpc.aio.init_grpc_aio()
 
 StartRouter = Callable[..., Awaitable[str]]
 

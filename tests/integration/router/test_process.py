@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
-from router_fakes import FakeTarget, running
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from router_fakes import FakeTarget, running, start
 
 from specpool.client import Client
 from specpool.v1 import inference_pb2
@@ -35,3 +38,35 @@ async def test_sigterm_ends_the_process(valkey: Any) -> None:
             process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(process.wait, 10) == 0
             assert time.monotonic() - started < 5
+
+
+async def health_of(endpoint: str, service: str) -> int:
+    async with grpc.aio.insecure_channel(endpoint) as to:
+        answer = await health_pb2_grpc.HealthStub(to).Check(health_pb2.HealthCheckRequest(service=service))
+    return int(answer.status)
+
+
+async def until_health(endpoint: str, service: str, expected: int) -> None:
+    async with asyncio.timeout(10):
+        while await health_of(endpoint, service) != expected:
+            await asyncio.sleep(0.05)
+
+
+async def test_ready_only_while_a_target_is_there(start_router: Any) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = await start_router(targets=(address,), session_store="memory://")
+    name = "specpool.v1.InferenceService"
+    assert await health_of(endpoint, "") == serving
+    assert await health_of(endpoint, name) == not_serving
+    server, _, health = await start(FakeTarget(delay_s=0), address)
+    await until_health(endpoint, name, serving)
+    await health.set_serving(False)
+    await until_health(endpoint, name, not_serving)
+    await health.set_serving()
+    await until_health(endpoint, name, serving)
+    await server.stop(None)
+    await until_health(endpoint, name, not_serving)
+    assert await health_of(endpoint, "") == serving

@@ -9,7 +9,7 @@ def recommended_arguments() -> tuple[str, ...]:
     """Arguments of `specpool up` for a target and a draft on this machine.
 
     On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
-    that this CPU supports, and as many branch rows as a draft step takes for little more than the price of one. The draft
+    that this CPU supports, and as many branch rows as a step takes for little more than the price of one. The draft
     computes in float32 between its int8 products, which take and give float32.
     """
     import torch

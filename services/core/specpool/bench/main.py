@@ -91,14 +91,14 @@ async def _tuned(
     """`base` with the lookahead that was fastest on the tuning prompts."""
     if base.mode == "off" or len(options.lookaheads) == 1 or not prompts:
         return base
-    speeds = {}
-    for lookahead in options.lookaheads:
-        setting = replace(base, lookahead=lookahead)
-        runs = [
-            await measure(client, prompt, setting, max_tokens=options.num_tuning_tokens, seed=options.seed)
-            for prompt in prompts
-        ]
-        speeds[lookahead] = summarize(runs)[0].tokens_per_second
+    candidates = [replace(base, lookahead=lookahead) for lookahead in options.lookaheads]
+    runs: dict[Setting, list[Measurement]] = {candidate: [] for candidate in candidates}
+    for prompt in prompts:  # the candidates in turn, so that drift of the machine hits all alike
+        for candidate in candidates:
+            runs[candidate].append(
+                await measure(client, prompt, candidate, max_tokens=options.num_tuning_tokens, seed=options.seed)
+            )
+    speeds = {candidate.lookahead: summarize(runs[candidate])[0].tokens_per_second for candidate in candidates}
     best = max(speeds, key=lambda lookahead: speeds[lookahead])
     shown = ", ".join(f"K={lookahead}: {speed:.2f}" for lookahead, speed in speeds.items())
     console.print(f"T={base.temperature:g} {base.layout} {base.mode}: tokens/s {shown}; K={best} taken")

@@ -26,7 +26,7 @@ class BenchOptions:
     sources: tuple[str, ...] = ("humaneval", "gsm8k", "mtbench")
     num_prompts: int = 18
     """Prompts measured, taken from the sources in turn."""
-    num_tuning_prompts: int = 3
+    num_tuning_prompts: int = 6
     """Other prompts, on which each mode's lookahead is chosen."""
     max_tokens: int = 64
     num_tuning_tokens: int = 32

@@ -222,7 +222,7 @@ def bench(
     mode: Annotated[list[Mode] | None, typer.Option(help="Repeatable; default all.")] = None,
     source: Annotated[list[str] | None, typer.Option(help="Prompt set; repeatable; default all.")] = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts measured.")] = 18,
-    num_tuning_prompts: Annotated[int, typer.Option(help="Other prompts, to choose K on.")] = 3,
+    num_tuning_prompts: Annotated[int, typer.Option(help="Other prompts, to choose K on.")] = 6,
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 64,
     temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default 0 and 1.")] = None,
     verification: Annotated[Verification, typer.Option(help="How draft tokens are accepted.")] = Verification.COUPLED,

@@ -28,7 +28,8 @@ def channel_options(*, use_http_proxy: bool = False) -> _Options:
         *_common_options(),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 1_000),
-        ("grpc.max_reconnect_backoff_ms", 5_000),
+        # Peers are few and near: to try each second costs nothing, and hits return a second after a restart.
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.enable_http_proxy", int(use_http_proxy)),
     ]
 

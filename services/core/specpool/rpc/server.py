@@ -54,10 +54,13 @@ class Health:
 
     async def set_serving(self, serving: bool = True) -> None:
         """Tell probes and watchers. Has no effect once the server is stopping."""
-        statuses = health_pb2.HealthCheckResponse
-        status = statuses.SERVING if serving else statuses.NOT_SERVING
         for name in ("", *self.services):
-            await self.servicer.set(name, status)
+            await self.set_service(name, serving)
+
+    async def set_service(self, name: str, serving: bool) -> None:
+        """One service; "" is the server as a whole."""
+        statuses = health_pb2.HealthCheckResponse
+        await self.servicer.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)
 
     async def stop_serving(self) -> None:
         """NOT_SERVING for good."""
