@@ -30,7 +30,7 @@ async def both(
     while not all(task.done() for task in running):
         await asyncio.sleep(0.5)
         status = await client.cluster_status()
-        spread |= [target.load.num_sequences_running for target in status.targets] == [1, 1]
+        spread |= [target.status.load.num_sequences_running for target in status.targets] == [1, 1]
     return [await task for task in running], spread
 
 

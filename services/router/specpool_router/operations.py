@@ -51,13 +51,17 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
                 router_pb2.TargetEntry(
                     endpoint=pod.endpoint.address, reachable=pod.reachable, error=pod.error, status=pod.status
                 )
-                for pod in self._cluster.targets.all()
+                for pod in sorted(
+                    self._cluster.targets.all(), key=lambda pod: pod.status.target.id if pod.status else ""
+                )
             ],
             speculators=[
                 router_pb2.SpeculatorEntry(
                     endpoint=pod.endpoint.address, reachable=pod.reachable, error=pod.error, status=pod.status
                 )
-                for pod in self._cluster.speculators.all()
+                for pod in sorted(
+                    self._cluster.speculators.all(), key=lambda pod: pod.status.speculator.id if pod.status else ""
+                )
             ],
             session_store=self._sessions.store.kind,
             session_store_reachable=self._sessions.reachable,

@@ -225,8 +225,8 @@ class RedisSessionStore(SessionStore):
             return await operation()
         except (RedisError, OSError) as error:
             raise SessionStoreUnavailable(
-                f"session store {self._url} cannot be used: {error}. Start it, correct session_store, or set "
-                "memory:// to run one router without it",
+                f"session store {self._url} cannot be used: {str(error).rstrip('.')}. Start it, correct session_store, "
+                "or set memory:// to run one router without it",
                 metadata={"url": self._url},
             ) from error
 

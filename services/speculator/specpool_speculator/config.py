@@ -45,6 +45,9 @@ class SpeculatorConfig:
     """Torch device."""
     weights: Literal["plain", "prepacked", "int8"] = "plain"
     """How linear layers hold their weights."""
+    draft_vocab_size: int = 0
+    """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.
+    A smaller head makes draft steps faster; what is generated stays the same."""
     attention_backend: str = "sdpa"
     """Attention over the paged cache."""
     kv_cache_bytes: int = 0
@@ -79,6 +82,7 @@ class SpeculatorConfig:
         for name in ("max_lookahead", "row_budget", "fan_out_budget", "distribution_top_m", "max_prefill_tokens"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("max_sequences", self.max_sequences >= 1, "at least 1")
+        self._check("draft_vocab_size", self.draft_vocab_size >= 0, "at least 0")
         self._check("block_size", self.block_size >= 1, "at least 1")
         self._check("saguaro_constant", 0 <= self.saguaro_constant <= 1, "between 0 and 1")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")

@@ -111,6 +111,8 @@ def _load(config: SpeculatorConfig, on_progress: Progress) -> tuple[CausalModel,
         block_size=config.block_size,
         attention_backend=config.attention_backend,
         weights=config.weights,
+        num_frequent_tokens=config.draft_vocab_size,
+        other_tokens=tokenizer.all_special_ids,
         on_progress=on_progress,
     )
     _warm_up(model, config.row_budget)

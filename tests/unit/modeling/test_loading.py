@@ -13,6 +13,7 @@ from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model
 from specpool.modeling.linear import FusedLinear, Int8Linear, LinearPart, PrepackedLinear, convert_linears
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.spec import ModelKind
+from specpool.modeling.vocabulary import keep_frequent_tokens
 
 VOCAB_SIZE = 61
 
@@ -195,3 +196,31 @@ def test_int8_converts_every_linear_layer(directory: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     convert_linears(model, "int8")
     assert not [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+
+
+@pytest.mark.parametrize("weights", ["plain", "prepacked", "int8"])
+def test_a_head_over_frequent_tokens_knows_only_these(directory: Path, weights: str) -> None:
+    tokens = list(range(20))
+    full = logits_of(load_model(str(directory), dtype="float32", num_blocks=8, weights=weights), tokens)
+    model = load_model(
+        str(directory),
+        dtype="float32",
+        num_blocks=8,
+        weights=weights,
+        num_frequent_tokens=16,
+        other_tokens=(3, 40, 10**9),
+    )
+    cut = logits_of(model, tokens)
+    kept = [*range(16), 40]
+    assert cut.shape == full.shape
+    torch.testing.assert_close(cut[:, kept], full[:, kept], atol=1e-4, rtol=1e-4)
+    left_out = [token for token in range(full.shape[1]) if token not in kept]
+    assert left_out
+    assert cut[:, left_out].eq(-torch.inf).all()
+
+
+def test_a_head_over_more_than_the_vocabulary_is_the_whole_head(directory: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(directory)
+    head = model.get_output_embeddings()
+    keep_frequent_tokens(model, 10**6, ())
+    assert model.get_output_embeddings() is head

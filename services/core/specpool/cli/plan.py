@@ -41,6 +41,8 @@ class UpConfig:
     """Weight format of the targets: plain or prepacked."""
     draft_weights: str = ""
     """Weight format of the draft: plain, prepacked or int8."""
+    draft_vocab_size: int = 0
+    """Tokens that are drafted, the first ones of the vocabulary; 0: all."""
     lookahead: int = 0
     """Largest K; 0 for the services' default."""
     row_budget: int = 0
@@ -67,7 +69,13 @@ class UpConfig:
     def __post_init__(self) -> None:
         if not self.target:
             raise ConfigError("target is required: give --target MODEL", metadata={"field": "target"})
-        for name, least in (("targets", 1), ("lookahead", 0), ("row_budget", 0), ("fan_out", 0)):
+        for name, least in (
+            ("targets", 1),
+            ("lookahead", 0),
+            ("row_budget", 0),
+            ("fan_out", 0),
+            ("draft_vocab_size", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"{name} must be at least {least}, got {getattr(self, name)}", metadata={"field": name}
@@ -171,6 +179,7 @@ def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
         "dtype": config.draft_dtype or config.dtype or None,
         "device": config.draft_device or config.device or None,
         "weights": config.draft_weights or None,
+        "draft-vocab-size": str(config.draft_vocab_size) if config.draft_vocab_size else None,
         "row-budget": str(config.row_budget) if config.row_budget else None,
         "fan-out-budget": str(config.fan_out) if config.fan_out else None,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from specpool.modeling.model import KVGeometry, TransformersModel
 from specpool.modeling.paged_kv import BlockPool
 from specpool.modeling.spec import ModelKind, ModelSpec
 from specpool.modeling.toy import DraftTable, RandomModel, ToyModel, ToyTable
+from specpool.modeling.vocabulary import keep_frequent_tokens
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -39,11 +40,14 @@ def load_model(
     block_size: int = 16,
     attention_backend: str = "sdpa",
     weights: str = "plain",
+    num_frequent_tokens: int = 0,
+    other_tokens: Iterable[int] = (),
     on_progress: Progress = no_progress,
 ) -> CausalModel:
     """Load a model and allocate its KV cache of `num_blocks`, or of `kv_cache_bytes`, or of the default size.
 
-    `weights` is a format of `specpool.modeling.linear`; toy and random models have no weights and ignore it.
+    `weights` is a format of `specpool.modeling.linear`. With `num_frequent_tokens` the head knows only that many first
+    tokens and `other_tokens`, see `specpool.modeling.vocabulary`. Models without weights ignore both.
     """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
     backend = get_backend(attention_backend)
@@ -54,6 +58,8 @@ def load_model(
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
     model = _transformers_model(spec, torch_dtype, torch_device, on_progress)
+    if num_frequent_tokens:
+        keep_frequent_tokens(model, num_frequent_tokens, other_tokens)
     convert_linears(model, weights, on_progress)
     on_progress("allocate", 0, 1)
     if num_blocks is None:
