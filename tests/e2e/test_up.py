@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,6 +147,29 @@ def test_ctrl_c_ends_everything_in_order(start_system: SystemStarter) -> None:
     result = system.run("generate", "hi")
     assert result.returncode == 1
     assert "nothing was started with `specpool up`" in result.stderr, f"{endpoint} is forgotten"
+
+
+_HOLD_A_SYSTEM = """
+import time
+from specpool.bench.system import running_system
+with running_system(("--target", "toy#vocab=64", "--session-store", "memory://")) as endpoint:
+    print(endpoint, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal")
+def test_sigkill_of_a_bench_ends_the_system_it_started() -> None:
+    with subprocess.Popen([sys.executable, "-c", _HOLD_A_SYSTEM], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        host, _, port = process.stdout.readline().strip().rpartition(":")
+        socket.create_connection((host, int(port)), 5).close()
+        process.kill()
+    deadline = time.monotonic() + 15
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            socket.create_connection((host, int(port)), 5).close()
+            time.sleep(0.1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal")

@@ -249,7 +249,7 @@ class Sessions:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(_RENEW_S)
-            for lease in self._leases.values():
+            for lease in list(self._leases.values()):
                 await self._local.renew(lease.session.request_id, lease.session.owner, lease.tenant.name)
             try:
                 if not self._up:
@@ -261,7 +261,9 @@ class Sessions:
                 self._set_up(False, error)
 
     async def _renew_leases(self) -> None:
-        for lease in list(self._leases.values()):
+        for request_id, lease in list(self._leases.items()):
+            if self._leases.get(request_id) is not lease:
+                continue  # it ended while others were renewed
             session = lease.session
             state = await self.store.renew(session.request_id, session.owner, lease.tenant.name)
             if state is LeaseState.CANCEL_REQUESTED:

@@ -28,6 +28,7 @@ from specpool_router.sessions import Lease, Sessions
 _logger = logging.getLogger(__name__)
 _MAX_FRUITLESS_FAILOVERS: Final = 5
 """In a row, without a single new token: the request itself may be what breaks targets."""
+_OVERLOADED: Final = "TARGET_OVERLOADED"
 # What gRPC itself reports when a peer dies; with an ErrorInfo these codes are a target's own answer.
 _LOST_CODES: Final = (
     grpc.StatusCode.UNAVAILABLE,
@@ -41,6 +42,14 @@ Event = target_pb2.RunSequenceResponse
 
 class _TargetLost(Exception):
     """The target went away; another may continue."""
+
+
+class _TargetBusy(Exception):
+    """The target has as many requests as it takes; another may have room."""
+
+    def __init__(self, error: SpecPoolError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -94,9 +103,17 @@ class Stream:
     async def events(self) -> AsyncGenerator[Event, None]:
         """`started`, deltas, `finished`: from as many targets as it takes."""
         lost: set[str] = set()
+        busy: dict[str, _TargetBusy] = {}
         num_fruitless, wait_s = 0, 0.0
         while not self._is_stopped():
-            pod, speculator = await self._choose(lost, wait_s)
+            try:
+                pod, speculator = await self._choose(lost | busy.keys(), wait_s)
+            except TargetUnavailable as error:
+                if self._is_stopped():
+                    break
+                raise next((each.error for each in busy.values()), error) from error
+            if self._is_stopped():
+                break
             num_tokens = len(self._progress.token_ids)
             try:
                 async with aclosing(self._run_on(pod, speculator)) as events:
@@ -104,6 +121,11 @@ class Stream:
                         yield event
                         if event.HasField("finished"):
                             return
+            except _TargetBusy as error:
+                num_fruitless += 1
+                if num_fruitless >= _MAX_FRUITLESS_FAILOVERS:
+                    raise error.error from error
+                busy[pod.endpoint.address] = error
             except _TargetLost as error:
                 if self._is_stopped():
                     break
@@ -166,6 +188,8 @@ class Stream:
             return await call.read()
         except grpc.aio.AioRpcError as error:
             typed = from_rpc_error(error)
+            if typed.reason == _OVERLOADED:
+                raise _TargetBusy(typed) from error
             if not _is_loss(error, typed):
                 raise typed from error
             raise self._lost(pod, str(typed)) from error

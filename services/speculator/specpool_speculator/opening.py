@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument
@@ -32,6 +32,9 @@ def sequence_options(
     sampling = sampling_from_proto(message.sampling)
     vocab_size = min(limits.vocab_size, target_vocab_size)
     sampling.validate(max(limits.vocab_size, target_vocab_size))
+    # One model's vocabulary may be padded further than the other's: tokens that only one of them has are never drafted.
+    known = {token: bias for token, bias in sampling.logit_bias.items() if token < vocab_size}
+    sampling = replace(sampling, logit_bias=known)
     if not message.token_ids:
         raise InvalidArgument("open_sequence without tokens", metadata={"field": "token_ids"})
     is_rejection = message.verification == types_pb2.VERIFICATION_MODE_REJECTION

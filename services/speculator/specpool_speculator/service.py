@@ -115,7 +115,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             return
         self._is_draining = True
         for connection in self._connections.values():
-            connection.send(speculator_pb2.SpeculateResponse(go_away=speculator_pb2.GoAway(reason=reason)))
+            connection.send(_go_away(reason))
 
     async def drain(self) -> None:
         """Start draining and wait until every target has ended its stream."""
@@ -128,6 +128,8 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         self._connections[number] = connection
         self._no_streams.clear()
         self._engine.connect(number, vocab_size, connection)
+        if self._is_draining:  # it began while this target was greeted
+            connection.send(_go_away("the speculator is draining"))
         _logger.info("target %s connected", connection.target.id)
 
     def _close(self, number: int) -> None:
@@ -164,3 +166,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             rows_per_step=snapshot.rows_per_step,
             step_ms=snapshot.step_ms,
         )
+
+
+def _go_away(reason: str) -> speculator_pb2.SpeculateResponse:
+    return speculator_pb2.SpeculateResponse(go_away=speculator_pb2.GoAway(reason=reason))

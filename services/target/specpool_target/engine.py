@@ -92,6 +92,10 @@ class EngineThread(threading.Thread):
             deadline_s=config.speculation_deadline_ms / 1e3,
         )
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._submitting = threading.Lock()
+        """Guards `failure` and the next: whatever was submitted before a failure hears of it."""
+        self._num_submitted = 0
+        """Sequences in the queue of commands."""
         self._deferred: list[Command] = []
         """Taken from the queue in the middle of a step, when nothing may change."""
         self._sequences: dict[str, TargetSequence] = {}
@@ -117,9 +121,8 @@ class EngineThread(threading.Thread):
         inbox: SpeculationInbox | None = None,
     ) -> None:
         """Run a sequence; `emit` is called on the event loop. Raises at once what can never run."""
-        if self.failure is not None:
-            raise self.failure
-        self.scheduler.check_admissible(len(request.prompt_tokens) + len(request.committed_tokens))
+        num_tokens = len(request.prompt_tokens) + len(request.committed_tokens)
+        self.scheduler.check_admissible(num_tokens, num_submitted=self._num_submitted)
         sequence = TargetSequence(
             request,
             emit=emit,
@@ -130,7 +133,11 @@ class EngineThread(threading.Thread):
             backup_ngram=self._config.backup_ngram,
             arrived_s=time.perf_counter(),
         )
-        self._commands.put(partial(self._add, sequence))
+        with self._submitting:
+            if self.failure is not None:
+                raise self.failure
+            self._num_submitted += 1
+            self._commands.put(partial(self._add, sequence))
 
     def cancel(self, sequence_id: str) -> None:
         """Free a sequence without another update. Unknown ids are ignored."""
@@ -394,6 +401,8 @@ class EngineThread(threading.Thread):
     # ---- commands, on the engine thread -----------------------------------------------------------------------
 
     def _add(self, sequence: TargetSequence) -> None:
+        with self._submitting:
+            self._num_submitted -= 1
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
 
@@ -430,11 +439,23 @@ class EngineThread(threading.Thread):
 
     def _fail(self, error: Exception) -> None:
         _logger.critical("the engine failed", exc_info=error)
-        self.failure = EngineFailed(f"the target engine failed: {type(error).__name__}: {error}")
+        with self._submitting:
+            self.failure = EngineFailed(f"the target engine failed: {type(error).__name__}: {error}")
+        self._take_in_the_last()
         for sequence in self._sequences.values():
             self._outbox.emit(sequence, SequenceUpdate(error=self.failure))
         self._outbox.flush()
         self._outbox.call(self._on_failed)
+
+    def _take_in_the_last(self) -> None:
+        """Commands that nobody will run any more, for the sequences among them."""
+        commands = self._deferred
+        with suppress(queue.Empty):
+            while True:
+                commands.append(self._commands.get_nowait())
+        for command in commands:
+            with suppress(Exception):
+                command()
 
     # ---- around the loop --------------------------------------------------------------------------------------
 

@@ -69,8 +69,11 @@ class Scheduler:
         """Longest sequence: what the context and the whole KV cache can hold (the last token needs no KV)."""
         return min(self._max_context, self._pool.num_blocks * self._pool.block_size)
 
-    def check_admissible(self, num_tokens: int) -> None:
-        """Refuse a prompt that can never run, or that would wait too long. Callable from any thread."""
+    def check_admissible(self, num_tokens: int, num_submitted: int = 0) -> None:
+        """Refuse a prompt that can never run, or that would wait too long. Callable from any thread.
+
+        `num_submitted` sequences are on their way here.
+        """
         if num_tokens + 1 > self._max_context:
             raise ContextLengthExceeded(
                 f"prompt of {num_tokens} tokens leaves no room for output in the context of {self._max_context} tokens",
@@ -84,7 +87,7 @@ class Scheduler:
                 f"the cache has {total}",
                 metadata={"num_tokens": num_tokens, "wanted_blocks": wanted, "total_blocks": total},
             )
-        num_waiting = len(self.waiting)
+        num_waiting = len(self.waiting) + num_submitted
         if num_waiting >= self._max_waiting > 0:
             raise TargetUnavailable(
                 f"{num_waiting} sequences are waiting already, at most {self._max_waiting} may",

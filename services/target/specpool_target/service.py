@@ -76,6 +76,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             span,
             num_text_chars_sent=request.num_text_chars_sent,
             model_name=self._model.name,
+            max_length=self._engine.scheduler.max_length,
         )
         request_id = request.request.request_id or sequence.id
         if stream.is_complete is not None:

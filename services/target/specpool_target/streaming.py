@@ -20,13 +20,14 @@ class ResponseStream:
     """Turns updates into responses, and rounds into span events."""
 
     def __init__(
-        self, request: SequenceRequest, tokenizer: Any, span: Span, *, num_text_chars_sent: int, model_name: str
+        self, request: SequenceRequest, tokenizer: Any, span: Span, *, num_text_chars_sent: int, model_name: str, max_length: int
     ) -> None:
         self.updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
         self.request = request
         self._span = span
         self._rounds = tracing.RoundEvents(span)
         self._model_name = model_name
+        self._max_length = max_length
         self._num_tokens = len(request.committed_tokens)
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_tokens=request.prompt_tokens, stop=request.sampling.stop
@@ -48,7 +49,8 @@ class ResponseStream:
             return self._committed_stop
         if committed and committed[-1] in self.request.stop_token_ids:
             return FinishReason.STOP
-        if len(committed) >= self.request.sampling.max_tokens:
+        length = len(self.request.prompt_tokens) + len(committed)
+        if len(committed) >= self.request.sampling.max_tokens or (committed and length >= self._max_length):
             return FinishReason.LENGTH
         return None
 

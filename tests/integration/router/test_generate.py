@@ -298,3 +298,45 @@ async def test_status_lists_what_is_away(start_router: Any) -> None:
     assert next(entry for entry in status.targets if not entry.reachable).error
     assert status.speculators[0].status.model.name == "d"
     assert (status.session_store, status.session_store_reachable) == ("memory", True)
+
+
+def overloaded() -> errors.TargetUnavailable:
+    return errors.TargetUnavailable("9 sequences are waiting already, at most 9 may", reason="TARGET_OVERLOADED")
+
+
+async def test_an_overloaded_target_is_not_lost_and_its_error_is_the_clients(start_router: Any) -> None:
+    target = FakeTarget()
+    target.error = overloaded()
+    async with running(target) as (endpoint,):
+        # Polls are far apart: a target marked as lost would stay so.
+        async with Client(await start_router(targets=(endpoint,), poll_interval_s=60.0)) as client:
+            with pytest.raises(errors.TargetUnavailable, match="9 sequences are waiting already") as caught:
+                await client.complete(request_of())
+            assert caught.value.reason == "TARGET_OVERLOADED"
+            assert len(target.requests) == 1
+            target.error = None
+            assert is_whole(await client.complete(request_of()))
+
+
+async def test_another_target_takes_what_an_overloaded_one_refuses(start_router: Any) -> None:
+    busy, free = FakeTarget(), FakeTarget()
+    busy.error = overloaded()
+    free.num_reported = 3  # so that the busy one is tried first
+    async with running(busy, free) as targets, Client(await start_router(targets=tuple(targets))) as client:
+        assert is_whole(await client.complete(request_of()))
+    assert (len(busy.requests), len(free.requests)) == (1, 1)
+
+
+async def test_cancel_while_waiting_for_another_target(start_router: Any) -> None:
+    target = FakeTarget()
+    target.fail_at = 7
+    async with running(target) as (endpoint,):
+        router = await start_router(targets=(endpoint,), failover_wait_s=1.0)
+        partial = Completion()
+        task = asyncio.create_task(_collect(router, request_of(request_id="r"), partial))
+        await until(lambda: target.requests and target.num_running == 0)
+        await asyncio.sleep(0.3)
+        assert await _cancel(router, "r")
+        completion = await asyncio.wait_for(task, 4)
+    assert completion.finish_reason == types_pb2.FINISH_REASON_CANCELLED
+    assert completion.token_ids == tokens_of(SEED)[:7]

@@ -165,6 +165,15 @@ async def test_continuation_of_a_complete_output_only_finishes(target_for):
     assert rest.finished.finish_reason == types_pb2.FINISH_REASON_LENGTH
 
 
+async def test_continuation_of_an_output_that_filled_the_context_only_finishes(target_for):
+    target = await target_for(max_context=32)
+    whole = await target.generate(max_tokens=100)
+    assert whole.finished.finish_reason == types_pb2.FINISH_REASON_LENGTH
+    rest = await target.generate(max_tokens=100, committed=whole.tokens, num_text_chars_sent=len(whole.text))
+    assert (rest.tokens, rest.text) == ([], "")
+    assert rest.finished.finish_reason == types_pb2.FINISH_REASON_LENGTH
+
+
 async def test_drain_refuses_new_and_ends_running_after_the_grace(target_for):
     target = await target_for("toy#vocab=24,seed=3,step_ms=20")
     running = asyncio.create_task(target.generate(max_tokens=1000))

@@ -8,7 +8,7 @@ import pytest
 
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
-from specpool.v1 import types_pb2
+from specpool.v1 import speculator_pb2, types_pb2
 
 from .conftest import CONNECTION, VOCAB_SIZE, ScriptedTarget, exchange, make_drafter, naive_draft
 
@@ -214,3 +214,18 @@ def test_nothing_is_drafted_beyond_the_last_token(prompt) -> None:
     target = ScriptedTarget(drafter, prompt, sampling=SamplingParams(temperature=0, max_tokens=3, seed=1))
     exchange(drafter, [target], num_steps=50)
     assert {len(tokens) for tokens in target.table.values()} == {2}
+
+
+def test_a_bias_on_a_token_that_only_the_target_has_changes_nothing() -> None:
+    drafter, _ = make_drafter()
+    drafter.connect(2, VOCAB_SIZE + 8)
+    tables = []
+    for bias in ({5: 3.0}, {5: 3.0, VOCAB_SIZE + 3: 9.0}):
+        sampling = SamplingParams(temperature=0, max_tokens=1000, seed=7, logit_bias=bias)
+        target = ScriptedTarget(drafter, [1, 2, 3], name=str(len(bias)), sampling=sampling, connection=2)
+        exchange(drafter, [target], num_steps=4)
+        tables.append(target.table)
+        target.send(close_sequence=speculator_pb2.CloseSequence(sequence_id=target.name))
+    assert drafter.counters.num_refused == 0
+    assert tables[0]
+    assert tables[0] == tables[1]

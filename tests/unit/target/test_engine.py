@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import math
 
 import pytest
@@ -207,3 +208,38 @@ async def test_failure_of_the_model_ends_every_sequence_with_a_typed_error(bench
     assert str(result.error) == "the target engine failed: RuntimeError: no memory"
     with pytest.raises(EngineFailed):
         bench.submit(request_for("b", [1, 2]))
+
+
+async def test_failure_reaches_sequences_that_were_still_in_the_queue(bench_for, request_for):
+    bench = bench_for()
+    updates = bench.submit(request_for("a", [1, 2], max_tokens=100))
+    await updates.get()
+    entered, released = threading.Event(), threading.Event()
+
+    def broken(segments):
+        entered.set()
+        released.wait(5)
+        raise RuntimeError("no memory")
+
+    bench.model.forward = broken
+    assert await asyncio.to_thread(entered.wait, 5)
+    late = [bench.submit(request_for(name, [1, 2])) for name in ("b", "c")]
+    released.set()
+    for queue in (updates, *late):
+        result = await asyncio.wait_for(bench.collect(queue), 5)
+        assert isinstance(result.error, EngineFailed)
+
+
+async def test_a_burst_during_one_forward_counts_as_waiting(bench_for, request_for):
+    bench = bench_for(max_batch_size=1, max_waiting=2)
+    bench.model.step_ms = 300
+    await asyncio.sleep(0.05)
+    kept = [bench.submit(request_for("running", [1, 2], max_tokens=5))]
+    await asyncio.sleep(0.1)
+    kept += [bench.submit(request_for(f"s{i}", [1, 2], max_tokens=5)) for i in range(2)]
+    with pytest.raises(TargetUnavailable, match="2 sequences are waiting already, at most 2 may"):
+        bench.submit(request_for("more", [1, 2]))
+    for name in ("running", "s0", "s1"):
+        bench.engine.cancel(name)
+    await bench.idle()
+    del kept

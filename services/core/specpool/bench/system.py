@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ def running_system(arguments: tuple[str, ...], *, timeout_s: float = 900.0) -> I
     """
     with tempfile.TemporaryDirectory(prefix="specpool-bench-") as folder:
         ready, log = Path(folder, "ready"), Path(folder, "log")
-        command = [sys.executable, "-m", "specpool.cli.main", "up", "--ready-file", str(ready), *arguments]
+        # Through the shim, so that the system ends with us even if we are killed.
+        command = [sys.executable, "-m", "specpool.cli.shim", str(os.getpid())]
+        command += [sys.executable, "-m", "specpool.cli.main", "up", "--ready-file", str(ready), *arguments]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
