@@ -18,8 +18,7 @@ def recommended_arguments() -> tuple[str, ...]:
         return ("--dtype", "bfloat16")
     has_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", "prepacked"]
-    arguments += ["--draft-weights", "int8", "--draft-dtype", "float32"]
-    arguments += ["--draft-vocab-size", "65536", "--row-budget", "6", "--fan-out", "8"]
+    arguments += ["--draft-weights", "int8", "--draft-dtype", "float32", "--row-budget", "6", "--fan-out", "8"]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= 2:
         split = len(cores) // 2
