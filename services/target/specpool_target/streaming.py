@@ -20,7 +20,14 @@ class ResponseStream:
     """Turns updates into responses, and rounds into span events."""
 
     def __init__(
-        self, request: SequenceRequest, tokenizer: Any, span: Span, *, num_text_chars_sent: int, model_name: str, max_length: int
+        self,
+        request: SequenceRequest,
+        tokenizer: Any,
+        span: Span,
+        *,
+        num_text_chars_sent: int,
+        model_name: str,
+        max_length: int,
     ) -> None:
         self.updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
         self.request = request

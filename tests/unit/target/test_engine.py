@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import math
+import threading
 
 import pytest
 import torch
