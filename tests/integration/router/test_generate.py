@@ -307,15 +307,17 @@ def overloaded() -> errors.TargetUnavailable:
 async def test_an_overloaded_target_is_not_lost_and_its_error_is_the_clients(start_router: Any) -> None:
     target = FakeTarget()
     target.error = overloaded()
-    async with running(target) as (endpoint,):
-        # Polls are far apart: a target marked as lost would stay so.
-        async with Client(await start_router(targets=(endpoint,), poll_interval_s=60.0)) as client:
-            with pytest.raises(errors.TargetUnavailable, match="9 sequences are waiting already") as caught:
-                await client.complete(request_of())
-            assert caught.value.reason == "TARGET_OVERLOADED"
-            assert len(target.requests) == 1
-            target.error = None
-            assert is_whole(await client.complete(request_of()))
+    # Polls are far apart: a target marked as lost would stay so.
+    async with (
+        running(target) as (endpoint,),
+        Client(await start_router(targets=(endpoint,), poll_interval_s=60.0)) as client,
+    ):
+        with pytest.raises(errors.TargetUnavailable, match="9 sequences are waiting already") as caught:
+            await client.complete(request_of())
+        assert caught.value.reason == "TARGET_OVERLOADED"
+        assert len(target.requests) == 1
+        target.error = None
+        assert is_whole(await client.complete(request_of()))
 
 
 async def test_another_target_takes_what_an_overloaded_one_refuses(start_router: Any) -> None:
