@@ -122,7 +122,6 @@ class EngineThread(threading.Thread):
     ) -> None:
         """Run a sequence; `emit` is called on the event loop. Raises at once what can never run."""
         num_tokens = len(request.prompt_tokens) + len(request.committed_tokens)
-        self.scheduler.check_admissible(num_tokens, num_submitted=self._num_submitted)
         sequence = TargetSequence(
             request,
             emit=emit,
@@ -136,6 +135,7 @@ class EngineThread(threading.Thread):
         with self._submitting:
             if self.failure is not None:
                 raise self.failure
+            self.scheduler.check_admissible(num_tokens, num_submitted=self._num_submitted)
             self._num_submitted += 1
             self._commands.put(partial(self._add, sequence))
 

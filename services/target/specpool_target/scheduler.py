@@ -72,7 +72,7 @@ class Scheduler:
     def check_admissible(self, num_tokens: int, num_submitted: int = 0) -> None:
         """Refuse a prompt that can never run, or that would wait too long. Callable from any thread.
 
-        `num_submitted` sequences are on their way here.
+        `num_submitted` sequences are on their way here; those that find a place in the batch will not wait.
         """
         if num_tokens + 1 > self._max_context:
             raise ContextLengthExceeded(
@@ -87,7 +87,8 @@ class Scheduler:
                 f"the cache has {total}",
                 metadata={"num_tokens": num_tokens, "wanted_blocks": wanted, "total_blocks": total},
             )
-        num_waiting = len(self.waiting) + num_submitted
+        num_places = 0 if self.waiting else self._max_batch_size - len(self.running)
+        num_waiting = len(self.waiting) + max(0, num_submitted - num_places)
         if num_waiting >= self._max_waiting > 0:
             raise TargetUnavailable(
                 f"{num_waiting} sequences are waiting already, at most {self._max_waiting} may",
