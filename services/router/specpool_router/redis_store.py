@@ -3,7 +3,7 @@
 Keys, each with a TTL ({...} keeps a session's or a tenant's keys on one shard):
     PREFIX:session:{ID}          hash: the session, "cancel" when cancellation was asked for
     PREFIX:session:{ID}:journal  list: one serialized delta per entry
-    PREFIX:quota:{TENANT}:leases sorted set: request id by expiry
+    PREFIX:quota:{TENANT}:leases sorted set: owner of a session by expiry
     PREFIX:quota:{TENANT}:N      tokens used in minute N
 """
 
@@ -96,18 +96,21 @@ if session[1] ~= ARGV[1] or session[2] ~= 'running' then return 0 end
 redis.call('HSET', KEYS[1], 'cancel', '1')
 return 1
 """
-# KEYS: leases, token counter without its minute. ARGV: request id, max requests, tokens per minute, lease s, window s.
+# KEYS: leases, token counter without its minute.
+# ARGV: owner, the owner that it replaces, max requests, tokens per minute, lease s, window s.
 # One shard holds both because of the hash tag. Returns which limit (0: admitted), used, now.
 _ACQUIRE: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 local running = redis.call('ZCARD', KEYS[1])
-if tonumber(ARGV[2]) > 0 and running >= tonumber(ARGV[2]) then return {1, running, tostring(now)} end
-local used = tonumber(redis.call('GET', KEYS[2] .. math.floor(now / ARGV[5])) or '0')
-if tonumber(ARGV[3]) > 0 and used >= tonumber(ARGV[3]) then return {2, used, tostring(now)} end
-redis.call('ZADD', KEYS[1], now + ARGV[4], ARGV[1])
-redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[4] * 2000))
+if redis.call('ZSCORE', KEYS[1], ARGV[2]) then running = running - 1 end
+if tonumber(ARGV[3]) > 0 and running >= tonumber(ARGV[3]) then return {1, running, tostring(now)} end
+local used = tonumber(redis.call('GET', KEYS[2] .. math.floor(now / ARGV[6])) or '0')
+if tonumber(ARGV[4]) > 0 and used >= tonumber(ARGV[4]) then return {2, used, tostring(now)} end
+redis.call('ZREM', KEYS[1], ARGV[2])
+redis.call('ZADD', KEYS[1], now + ARGV[5], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[5] * 2000))
 return {0, running, tostring(now)}
 """
 _ADD_TOKENS: Final = """
@@ -186,25 +189,29 @@ class RedisSessionStore(SessionStore):
 
     async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
         """See `SessionStore`."""
-        await self._eval(_RENEW_LEASE, [self._quota_key(tenant, "leases")], [request_id, LEASE_S])
-        return LeaseState((await self._eval(_RENEW, self._keys(request_id), [owner, self._ttl_ms])).decode())
+        state = LeaseState((await self._eval(_RENEW, self._keys(request_id), [owner, self._ttl_ms])).decode())
+        if state is not LeaseState.LOST:
+            await self._eval(_RENEW_LEASE, [self._quota_key(tenant, "leases")], [owner, LEASE_S])
+        return state
 
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
         """See `SessionStore`."""
         return bool(await self._eval(_CANCEL, [self._keys(request_id)[0]], [tenant]))
 
-    async def acquire(self, tenant: str, request_id: str, limits: QuotaLimits) -> QuotaRefusal | None:
+    async def acquire(
+        self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
+    ) -> QuotaRefusal | None:
         """See `SessionStore`."""
         keys = [self._quota_key(tenant, "leases"), self._quota_key(tenant, "")]
-        wanted = [request_id, limits.max_concurrent_requests, limits.tokens_per_minute, LEASE_S, WINDOW_S]
+        wanted = [owner, instead_of, limits.max_concurrent_requests, limits.tokens_per_minute, LEASE_S, WINDOW_S]
         refused, used, now = await self._eval(_ACQUIRE, keys, wanted)
         if refused == 1:
             return concurrency_refusal(limits, used)
         return token_refusal(limits, used, float(now)) if refused == 2 else None
 
-    async def release(self, tenant: str, request_id: str) -> None:
+    async def release(self, tenant: str, owner: str) -> None:
         """See `SessionStore`."""
-        await self._call(lambda: self._redis.zrem(self._quota_key(tenant, "leases"), request_id))
+        await self._call(lambda: self._redis.zrem(self._quota_key(tenant, "leases"), owner))
 
     async def add_tokens(self, tenant: str, num_tokens: int) -> None:
         """See `SessionStore`."""

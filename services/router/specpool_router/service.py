@@ -7,12 +7,12 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any, Final
 
 from opentelemetry import trace
 
-from specpool.errors import Draining, InvalidArgument, SessionNotFound, SpecPoolError
+from specpool.errors import Draining, InvalidArgument, SpecPoolError
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import RouterMetrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
@@ -77,7 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             request=request.SerializeToString(),
         )
         stream = self._stream(request)
-        async with self._counted(), self._place(tenant, request.request_id):
+        async with self._counted(), self._place(tenant, session.owner):
             stream.lease = await self._sessions.open(session, tenant, stream.stop)
             async with aclosing(self._events(stream)) as events:
                 async for event in events:
@@ -88,22 +88,27 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncGenerator[inference_pb2.ResumeResponse, None]:
         """See the proto."""
         tenant = self._admittable(context)
-        session, journal = await self._take(request.request_id, tenant)
-        original = inference_pb2.GenerateRequest.FromString(session.request)
-        progress = Progress()
-        yield _as(inference_pb2.ResumeResponse, _started(original))
-        for entry in journal:
-            delta = inference_pb2.GenerationDelta.FromString(entry)
-            if new := _after(delta, request.num_tokens_received - len(progress.token_ids)):
-                yield inference_pb2.ResumeResponse(delta=new)
-            progress.add(delta)
-        if session.ending:
-            yield inference_pb2.ResumeResponse(finished=inference_pb2.GenerationFinished.FromString(session.ending))
-            return
-        progress.started = bool(journal)
-        async with self._counted(), self._place(tenant, request.request_id):
+        session = await self._sessions.find(request.request_id, tenant)
+        async with self._counted(), AsyncExitStack() as stack:
+            if not session.ending:
+                owner = uuid.uuid4().hex
+                await stack.enter_async_context(self._place(tenant, owner, instead_of=session.owner))
+                session = await self._sessions.take_over(request.request_id, tenant, owner)
+            journal = await self._sessions.store.read_journal(request.request_id)
+            original = inference_pb2.GenerateRequest.FromString(session.request)
+            progress = Progress()
+            yield _as(inference_pb2.ResumeResponse, _started(original))
+            for entry in journal:
+                delta = inference_pb2.GenerationDelta.FromString(entry)
+                if new := _after(delta, request.num_tokens_received - len(progress.token_ids)):
+                    yield inference_pb2.ResumeResponse(delta=new)
+                progress.add(delta)
+            if session.ending:
+                yield inference_pb2.ResumeResponse(finished=inference_pb2.GenerationFinished.FromString(session.ending))
+                return
+            progress.started = bool(journal)
             stream = self._stream(original, progress)
-            stream.lease = await self._sessions.reopen(session, journal, tenant, stream.stop)
+            stream.lease = self._sessions.reopen(session, journal, tenant, stream.stop)
             num_tokens = len(progress.token_ids)
             async with aclosing(self._events(stream)) as events:
                 async for event in events:
@@ -164,23 +169,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             progress=progress,
         )
 
-    async def _take(self, request_id: str, tenant: Tenant) -> tuple[Session, list[bytes]]:
-        """The session to resume, owned by nobody else any more unless it has ended, and its journal."""
-        self._sessions.take_from_here(request_id, tenant)
-        await self._sessions.flushed(request_id)
-        store = self._sessions.store
-        session = await store.load(request_id)
-        if session is None or session.tenant != tenant.name:
-            raise SessionNotFound(
-                f"no session {request_id!r}: it never was, or it has expired", metadata={"request_id": request_id}
-            )
-        if not session.ending:
-            session = Session(
-                request_id=request_id, tenant=tenant.name, owner=uuid.uuid4().hex, request=session.request
-            )
-            await store.take_over(request_id, session.owner)
-        return session, await store.read_journal(request_id)
-
     async def _events(self, stream: Stream) -> AsyncGenerator[Event, None]:
         """The stream's events; whatever way it ends, the session knows."""
         lease = stream.lease
@@ -213,13 +201,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         span.set_attribute(tracing.GEN_AI_USAGE_OUTPUT_TOKENS, usage.num_completion_tokens)
 
     @asynccontextmanager
-    async def _place(self, tenant: Tenant, request_id: str) -> AsyncIterator[None]:
+    async def _place(self, tenant: Tenant, owner: str, *, instead_of: str = "") -> AsyncIterator[None]:
         """A place in the tenant's quota."""
-        await self._sessions.admit(tenant, request_id)
+        await self._sessions.admit(tenant, owner, instead_of=instead_of)
         try:
             yield
         finally:
-            await self._sessions.release(tenant, request_id)
+            await self._sessions.release(tenant, owner)
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:

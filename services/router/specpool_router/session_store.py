@@ -130,11 +130,17 @@ class SessionStore(ABC):
         """Ask the owner, on whatever router, to stop. False if nothing of this tenant runs under the id."""
 
     @abstractmethod
-    async def acquire(self, tenant: str, request_id: str, limits: QuotaLimits) -> QuotaRefusal | None:
-        """Take a place among the tenant's requests, or say which limit is in the way."""
+    async def acquire(
+        self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
+    ) -> QuotaRefusal | None:
+        """Take a place among the tenant's requests, or say which limit is in the way.
+
+        The place belongs to the ``owner`` of a session, so that nobody else who names the same request can free it.
+        ``instead_of`` is the owner whose session is to be taken over: if admitted, its place is free.
+        """
 
     @abstractmethod
-    async def release(self, tenant: str, request_id: str) -> None:
+    async def release(self, tenant: str, owner: str) -> None:
         """Give the place back."""
 
     @abstractmethod
@@ -223,12 +229,12 @@ class MemorySessionStore(SessionStore):
 
     async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
         """See `SessionStore`."""
-        self._leases.setdefault(tenant, {})[request_id] = self._clock() + LEASE_S
         record = self._get(request_id)
+        if record is not None and record.session.owner != owner:
+            return LeaseState.LOST
+        self._leases.setdefault(tenant, {})[owner] = self._clock() + LEASE_S
         if record is None:
             return LeaseState.UNKNOWN
-        if record.session.owner != owner:
-            return LeaseState.LOST
         record.expires = self._clock() + self._ttl_s
         return LeaseState.CANCEL_REQUESTED if record.cancel_requested else LeaseState.HELD
 
@@ -240,22 +246,26 @@ class MemorySessionStore(SessionStore):
         record.cancel_requested = True
         return True
 
-    async def acquire(self, tenant: str, request_id: str, limits: QuotaLimits) -> QuotaRefusal | None:
+    async def acquire(
+        self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
+    ) -> QuotaRefusal | None:
         """See `SessionStore`."""
         now = self._clock()
         leases = {key: until for key, until in self._leases.get(tenant, {}).items() if until > now}
         self._leases[tenant] = leases
-        if limits.max_concurrent_requests and len(leases) >= limits.max_concurrent_requests:
-            return concurrency_refusal(limits, len(leases))
+        num_running = len(leases) - (instead_of in leases)
+        if limits.max_concurrent_requests and num_running >= limits.max_concurrent_requests:
+            return concurrency_refusal(limits, num_running)
         window, used = self._tokens.get(tenant, (0, 0))
         if limits.tokens_per_minute and window == int(now) // WINDOW_S and used >= limits.tokens_per_minute:
             return token_refusal(limits, used, now)
-        leases[request_id] = now + LEASE_S
+        leases.pop(instead_of, None)
+        leases[owner] = now + LEASE_S
         return None
 
-    async def release(self, tenant: str, request_id: str) -> None:
+    async def release(self, tenant: str, owner: str) -> None:
         """See `SessionStore`."""
-        self._leases.get(tenant, {}).pop(request_id, None)
+        self._leases.get(tenant, {}).pop(owner, None)
 
     async def add_tokens(self, tenant: str, num_tokens: int) -> None:
         """See `SessionStore`."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from specpool.errors import InvalidArgument, QuotaExceeded, SessionStoreUnavailable
+from specpool.errors import InvalidArgument, QuotaExceeded, SessionNotFound, SessionStoreUnavailable
 from specpool.telemetry.metrics import RouterMetrics
 from specpool_router.session_store import (
     LeaseState,
@@ -86,16 +86,16 @@ class Sessions:
                 await self._flush()
         await self.store.close()
 
-    async def admit(self, tenant: Tenant, request_id: str) -> None:
-        """Take a place in the tenant's quota: this router's, then everybody's."""
-        refusal = await self._local.acquire(tenant.name, request_id, tenant.limits)
+    async def admit(self, tenant: Tenant, owner: str, *, instead_of: str = "") -> None:
+        """Take a place in the tenant's quota, this router's, then everybody's; see `SessionStore.acquire`."""
+        refusal = await self._local.acquire(tenant.name, owner, tenant.limits, instead_of=instead_of)
         if refusal is None and self._up:
             try:
-                refusal = await self.store.acquire(tenant.name, request_id, tenant.limits)
+                refusal = await self.store.acquire(tenant.name, owner, tenant.limits, instead_of=instead_of)
             except SessionStoreUnavailable as error:
                 self._set_up(False, error)
             if refusal is not None:
-                await self._local.release(tenant.name, request_id)
+                await self._local.release(tenant.name, owner)
         if refusal is not None:
             self._metrics.quota_refused(tenant.name)
             raise QuotaExceeded(
@@ -109,12 +109,12 @@ class Sessions:
                 },
             )
 
-    async def release(self, tenant: Tenant, request_id: str) -> None:
+    async def release(self, tenant: Tenant, owner: str) -> None:
         """Give the place back."""
-        await self._local.release(tenant.name, request_id)
+        await self._local.release(tenant.name, owner)
         if self._up:
             try:
-                await self.store.release(tenant.name, request_id)
+                await self.store.release(tenant.name, owner)
             except SessionStoreUnavailable as error:  # the lease runs out by itself
                 self._set_up(False, error)
 
@@ -134,11 +134,32 @@ class Sessions:
             )
         return self._hold(Lease(session, tenant, stop))
 
-    async def reopen(
+    async def find(self, request_id: str, tenant: Tenant) -> Session:
+        """The tenant's session; `SessionNotFound` if there is none."""
+        await self._flushed(request_id)
+        session = await self.store.load(request_id)
+        if session is None or session.tenant != tenant.name:
+            raise SessionNotFound(
+                f"no session {request_id!r}: it never was, or it has expired", metadata={"request_id": request_id}
+            )
+        return session
+
+    async def take_over(self, request_id: str, tenant: Tenant, owner: str) -> Session:
+        """Make `owner` the owner of a session, unless it has ended meanwhile, and stop the stream that runs it."""
+        lease = self._leases.get(request_id)
+        if lease is not None and lease.tenant.name == tenant.name:
+            lease.stop(SessionState.FAILED)
+            del self._leases[request_id]
+        session = await self.find(request_id, tenant)
+        if session.ending:
+            return session
+        await self.store.take_over(request_id, owner)
+        return Session(request_id=request_id, tenant=tenant.name, owner=owner, request=session.request)
+
+    def reopen(
         self, session: Session, journal: list[bytes], tenant: Tenant, stop: Callable[[SessionState], None]
     ) -> Lease:
-        """Own a session that exists."""
-        await self.store.take_over(session.request_id, session.owner)
+        """Run a session that was taken over."""
         return self._hold(Lease(session, tenant, stop, journal, len(journal)))
 
     def pair(self, lease: Lease, target: str, speculator: str) -> None:
@@ -166,11 +187,6 @@ class Sessions:
             del self._leases[lease.session.request_id]
         self._mark(lease)
 
-    async def flushed(self, request_id: str) -> None:
-        """Wait until this router's own writes of a session are done."""
-        while self._up and any(lease.session.request_id == request_id for lease in self._dirty):
-            await asyncio.sleep(_FLUSH_S / 5)
-
     async def cancel(self, request_id: str, tenant: Tenant) -> bool:
         """Cancel a running session, here or on another router."""
         lease = self._leases.get(request_id)
@@ -181,12 +197,13 @@ class Sessions:
             return True
         return await self.store.request_cancel(request_id, tenant.name)
 
-    def take_from_here(self, request_id: str, tenant: Tenant) -> None:
-        """If a stream of this router runs the tenant's session, stop it: another one takes it over."""
-        lease = self._leases.get(request_id)
-        if lease is not None and lease.tenant.name == tenant.name:
-            lease.stop(SessionState.FAILED)
-            del self._leases[request_id]
+    async def _flushed(self, request_id: str) -> None:
+        """Wait until this router's own writes of a session that it no longer runs are done."""
+        while self._up and any(
+            lease.session.request_id == request_id and lease is not self._leases.get(request_id)
+            for lease in self._dirty
+        ):
+            await asyncio.sleep(_FLUSH_S / 5)
 
     def _hold(self, lease: Lease) -> Lease:
         self._leases[lease.session.request_id] = lease

@@ -103,8 +103,10 @@ async def _cancel(router: str, request_id: str) -> bool:
         return bool((await stub.Cancel(inference_pb2.CancelRequest(request_id=request_id))).cancelled)
 
 
-async def _collect(router: str, request: inference_pb2.GenerateRequest, into: Completion) -> Completion:
-    async with Client(router) as client:
+async def _collect(
+    router: str, request: inference_pb2.GenerateRequest, into: Completion, *, api_key: str = ""
+) -> Completion:
+    async with Client(router, api_key=api_key) as client:
         async for event in client.stream(request):
             into.add(event)
     return into
@@ -161,12 +163,13 @@ async def test_draining_target_gets_nothing_new(start_router: Any) -> None:
     assert (len(first.requests), len(second.requests)) == (0, 1)
 
 
-async def _resume(router: str, request_id: str, num_tokens_received: int) -> Completion:
+async def _resume(router: str, request_id: str, num_tokens_received: int, api_key: str = "") -> Completion:
     completion = Completion()
     async with channel(router) as to:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(to)
         request = inference_pb2.ResumeRequest(request_id=request_id, num_tokens_received=num_tokens_received)
-        async for event in stub.Resume(request):
+        metadata = [("authorization", f"Bearer {api_key}")] if api_key else None
+        async for event in stub.Resume(request, metadata=metadata):
             completion.add(event)
     return completion
 
@@ -242,6 +245,44 @@ async def test_quota_holds_across_routers(start_router: Any, any_server: Any, tm
                 await one.complete(request_of())
             await asyncio.gather(*running_calls)
             await one.complete(request_of())
+
+
+async def test_a_repeated_request_id_does_not_free_the_place_of_the_running_request(
+    start_router: Any, any_server: Any, tmp_path: Path
+) -> None:
+    target = FakeTarget(delay_s=0.05)
+    tenants_file = _tenants_file(tmp_path, max_concurrent_requests=2)
+    async with running(target) as (endpoint,):
+        router = await start_router(targets=(endpoint,), tenants_file=tenants_file, session_store=any_server.url)
+        async with Client(router, api_key="secret") as client:
+            first = asyncio.create_task(client.complete(request_of(request_id="r")))
+            await until(lambda: target.num_running == 1)
+            with pytest.raises(errors.InvalidArgument, match="request_id 'r' is in use"):
+                await client.complete(request_of(request_id="r"))
+            second = asyncio.create_task(client.complete(request_of()))
+            await until(lambda: target.num_running == 2)
+            with pytest.raises(errors.QuotaExceeded):
+                await client.complete(request_of())
+            assert is_whole(await first)
+            assert is_whole(await second)
+
+
+async def test_resume_needs_no_second_place(start_router: Any, any_server: Any, tmp_path: Path) -> None:
+    target = FakeTarget(delay_s=0.05)
+    settings = {"tenants_file": _tenants_file(tmp_path, max_concurrent_requests=1), "session_store": any_server.url}
+    async with running(target) as (endpoint,):
+        routers = [await start_router(targets=(endpoint,), **settings) for _ in range(2)]
+        async with Client(routers[0], api_key="secret") as client:
+            partial = Completion()
+            old = asyncio.create_task(_collect(routers[0], request_of(request_id="r"), partial, api_key="secret"))
+            await until(lambda: len(partial.token_ids) >= 6)
+            resumed = asyncio.create_task(_resume(routers[1], "r", 6, api_key="secret"))
+            with pytest.raises(errors.SpecPoolError, match="another stream resumed this request"):
+                await old
+            with pytest.raises(errors.QuotaExceeded):  # the place is the new stream's now
+                await client.complete(request_of())
+            assert partial.token_ids[:6] + (await resumed).token_ids == tokens_of(SEED)
+            assert is_whole(await client.complete(request_of()))
 
 
 async def test_tokens_per_minute_hold_across_routers(start_router: Any, valkey: Any, tmp_path: Path) -> None:

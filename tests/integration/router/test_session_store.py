@@ -96,6 +96,20 @@ async def test_quotas(store: SessionStore) -> None:
     assert await store.acquire("other", "r", limits) is None
 
 
+async def test_a_take_over_takes_the_place_too(store: SessionStore) -> None:
+    limits = QuotaLimits(max_concurrent_requests=1)
+    await store.create(session())
+    assert await store.acquire("t", "o", limits) is None
+    assert await store.acquire("t", "new", limits, instead_of="another") is not None
+    assert await store.acquire("t", "new", limits, instead_of="o") is None
+    await store.take_over("r", "new")
+    assert await store.renew("r", "o", "t") is LeaseState.LOST  # and has no place any more
+    await store.release("t", "o")
+    assert (await store.acquire("t", "more", limits)).used == 1
+    await store.release("t", "new")
+    assert await store.acquire("t", "more", limits) is None
+
+
 async def test_tokens_per_minute(store: SessionStore) -> None:
     limits = QuotaLimits(tokens_per_minute=10)
     await store.add_tokens("t", 9)
