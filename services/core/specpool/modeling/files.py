@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from specpool.errors import ModelNotFound
 from specpool.modeling.spec import ACCEPTED_FORMS
@@ -130,19 +132,38 @@ def convert_gguf(path: Path, destination: Path, on_progress: Progress) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    on_progress("convert", 0, 3)
+    def bar(tensors: Collection[Any], **_: object) -> Iterator[Any]:
+        for index, tensor in enumerate(tensors):
+            on_progress("convert", index, len(tensors))
+            yield tensor
+
+    on_progress("convert", 0, 1)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        on_progress("convert", 1, 3)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        with quiet_transformers(), mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", bar):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer.save_pretrained(destination)
+            model.save_pretrained(destination)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise _not_found(str(path), f"cannot read the GGUF file: {error}") from error
-    on_progress("convert", 2, 3)
-    tokenizer.save_pretrained(destination)
-    model.save_pretrained(destination)
-    on_progress("convert", 3, 3)
+    on_progress("convert", 1, 1)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of its own: its bars would disturb ours."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

@@ -10,7 +10,7 @@ import torch
 
 from specpool.errors import InvalidArgument
 from specpool.modeling.attention import AttentionBackend, get_backend
-from specpool.modeling.files import Progress, no_progress, resolve_model_directory
+from specpool.modeling.files import Progress, no_progress, quiet_transformers, resolve_model_directory
 from specpool.modeling.interface import CausalModel
 from specpool.modeling.linear import check_weight_format, convert_linears
 from specpool.modeling.model import KVGeometry, TransformersModel
@@ -167,24 +167,17 @@ def _keep_first_layers(spec: ModelSpec, config: Any) -> None:
 
 def _transformers_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_progress: Progress) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     directory = resolve_model_directory(spec.source, on_progress)
     config = _config(spec, directory)
     on_progress("load", 0, 1)
-    # Its bar and its report of the layers left out on purpose would disturb ours.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+        with quiet_transformers():  # it would report the layers left out on purpose
+            model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
     except (ValueError, OSError) as error:
         raise InvalidArgument(
             f"cannot load the weights of {spec.text!r}: {error}", reason="MODEL_UNSUPPORTED"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
     model = model.to(device)
     on_progress("load", 1, 1)
     return model
