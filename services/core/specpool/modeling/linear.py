@@ -13,9 +13,12 @@ Shapes: M = rows, I = input features, O = output features.
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -35,31 +38,74 @@ _SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, in `transformers`, of layers that read the same input."""
 
 
-class PrepackedLinear(nn.Module):
-    """`nn.Linear` through oneDNN with the weight in its blocked layout."""
+_packed_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_next_id = itertools.count()
+
+
+class PackedLinear(nn.Module, ABC):
+    """A linear layer whose weight is in a layout that only its own kernel knows.
+
+    Its product is an operator that looks the layer up by number, so that a compiler leaves it as it is.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self._id = next(_next_id)
+        _packed_layers[self._id] = self
+
+    def product(self, rows: Tensor) -> Tensor:  # [M, I] -> [M, O]
+        """`multiply`, as an operator."""
+        output: Tensor = torch.ops.specpool.packed_linear(rows, self._id, self.out_features)
+        return output
+
+    @abstractmethod
+    def multiply(self, rows: Tensor) -> Tensor:  # [M, I] -> [M, O]
+        """What the kernel computes."""
+
+
+_LIBRARY = torch.library.Library("specpool", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor rows, int layer, SymInt out_features) -> Tensor")
+
+
+def _packed_linear(rows: Tensor, layer: int, out_features: int) -> Tensor:
+    return _packed_layers[layer].multiply(rows)
+
+
+_LIBRARY.impl("packed_linear", _packed_linear, "CPU")
+
+
+@torch.library.register_fake("specpool::packed_linear", lib=_LIBRARY)
+def _(rows: Tensor, layer: int, out_features: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], out_features)
+
+
+class PrepackedLinear(PackedLinear):
+    """`nn.Linear` through oneDNN with the weight in its blocked layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._bias = None if linear.bias is None else linear.bias.detach()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKING_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
         """The same product."""
-        rows = x.reshape(-1, self.in_features)
+        return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """With the bias."""
         num_rows = rows.shape[0]
         if num_rows < MIN_ROWS:
             rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self.bias, "none", [], "")
-        return output[:num_rows].view(*x.shape[:-1], self.out_features)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
+        return output[:num_rows]
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(PackedLinear):
     """`nn.Linear` with int8 weights and inputs through FBGEMM."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear)
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(dim=1).clamp_min(1e-12) / 127.0
         zero_points = torch.zeros(self.out_features, dtype=torch.long)
@@ -75,15 +121,19 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
         """The product, approximately."""
-        rows = x.float()
+        rows = x.reshape(-1, self.in_features).float()
         # FBGEMM quantises all rows with one scale: bring every row to the same range first, or one row with large
         # values would take the precision of all others.
         scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-        output: Tensor = torch.ops.quantized.linear_dynamic(rows / scale, self._weight, self._reduce_range)
-        output = output * scale
+        output = self.product(rows / scale) * scale
         if self.bias is not None:
             output = output + self.bias
-        return output.to(x.dtype)
+        return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """Without scale and bias."""
+        output: Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, self._reduce_range)
+        return output
 
 
 class FusedLinear:

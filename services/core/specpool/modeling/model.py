@@ -1,20 +1,22 @@
 """Any `transformers` decoder over the paged KV cache.
 
-The model's own code runs unchanged: it is given one packed row of tokens with explicit positions, a `Cache` whose
-`update` writes into the blocks, and an attention implementation that asks the forward's plan. So every linear layer
-sees a single [T, hidden] matrix, however many sequences the tokens belong to.
+The model's own code runs unchanged: it is given one packed row of tokens with explicit positions, and an attention
+implementation that writes keys and values into the blocks and asks the forward's plan. So every linear layer sees a
+single [T, hidden] matrix, however many sequences the tokens belong to.
 
 Shapes: T = packed tokens, V = vocabulary size, Hkv = key/value heads, D = head dimension.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from specpool.errors import InvalidArgument
 from specpool.modeling.attention import AttentionBackend, AttentionPlan, KVStorage, PackedSegment
@@ -24,34 +26,66 @@ from specpool.modeling.paged_kv import BlockPool, reserve_all
 PAGED_ATTENTION = "specpool_paged"
 """Name under which `transformers` finds our attention. No mask function is registered for it: it builds no masks."""
 
+_running = threading.local()
+"""`step`: the forward that runs in this thread. An operator takes tensors and numbers only, so it looks here."""
+
+
+_LIBRARY = torch.library.Library("specpool", "FRAGMENT")
+_LIBRARY.define(
+    "paged_attention(Tensor query, Tensor key, Tensor value, int layer, float scaling, int? sliding_window, "
+    "float? softcap) -> Tensor"
+)
+
+
+def _paged_attention(
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,
+    layer: int,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:  # [1, T, H, D]
+    """Write the keys and values of one layer, and attend. An operator, so that a compiler leaves it as it is.
+
+    It is declared to change nothing: the cache is no tensor of the graph, and every layer needs the one before.
+    """
+    step: _Step = _running.step
+    step.write(layer, key, value)
+    output = step.plan.attend(layer, query, scaling=scaling, sliding_window=sliding_window, softcap=softcap)
+    return output.contiguous()
+
+
+_LIBRARY.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("specpool::paged_attention", lib=_LIBRARY)
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+
 
 def paged_attention(
     module: nn.Module,
     query: Tensor,  # [1, H, T, D]
-    key: Tensor,
+    key: Tensor,  # [1, Hkv, T, D]
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    specpool_plan: AttentionPlan | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that `transformers` models call; keys and values are already in the cache."""
-    del key, value, attention_mask
-    if specpool_plan is None:
-        raise unsupported(module, "it does not hand keyword arguments through to its attention")
+    """The attention function that `transformers` models call."""
+    del attention_mask
     if s_aux is not None:
         raise unsupported(module, "its attention has sinks")
     layer = module.layer_idx
     assert isinstance(layer, int)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return (
-        specpool_plan.attend(layer, query, scaling=scaling, sliding_window=sliding_window, softcap=softcap),
-        None,
-    )
+    output = torch.ops.specpool.paged_attention(query, key, value, layer, scaling, sliding_window, softcap)
+    return output, None
 
 
 AttentionInterface.register(PAGED_ATTENTION, paged_attention)
@@ -64,26 +98,19 @@ def unsupported(subject: object, why: str) -> InvalidArgument:
     )
 
 
-class PagedCache(Cache):  # type: ignore[misc]
-    """The `Cache` of one forward: `update` writes every layer's keys and values to the packed tokens' slots."""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One forward, as its attention layers see it."""
 
-    def __init__(self, storage: KVStorage, slots: Tensor) -> None:
-        super().__init__(layers=[])
-        self._storage = storage
-        self._slots = slots
+    storage: KVStorage
+    plan: AttentionPlan
+    slots: Tensor
+    """[T]: where the packed tokens' keys and values go in the flattened cache."""
 
-    def update(
-        self,
-        key_states: Tensor,  # [1, Hkv, T, D]
-        value_states: Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Write, and hand the states back unchanged: attention reads from the blocks."""
-        self._write(self._storage.keys[layer_idx], key_states)
-        self._write(self._storage.values[layer_idx], value_states)
-        return key_states, value_states
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Into the blocks: attention reads them from there."""
+        self._write(self.storage.keys[layer], key)
+        self._write(self.storage.values[layer], value)
 
     def _write(self, cache: Tensor, states: Tensor) -> None:
         rows = states.squeeze(0).transpose(0, 1)  # [T, Hkv, D]
@@ -91,7 +118,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             raise unsupported(
                 self, f"a layer's keys have shape {tuple(rows.shape[1:])}, {tuple(cache.shape[2:])} expected"
             )
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, self._slots, rows.to(cache.dtype))
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, self.slots, rows.to(cache.dtype))
 
 
 class TransformersModel:
@@ -139,16 +166,18 @@ class TransformersModel:
 
     def _run(self, segments: Sequence[Segment]) -> Tensor:
         packed = _pack(segments)
-        plan = self.backend.plan(packed, self.storage)
+        _running.step = _Step(
+            self.storage,
+            self.backend.plan(packed, self.storage),
+            self._tensor(_slots(packed, self.pool.block_size)),
+        )
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [p for segment in packed for p in range(segment.kv.length, segment.end)]
         output = self.model(
             input_ids=self._tensor(tokens).unsqueeze(0),
             position_ids=self._tensor(positions).unsqueeze(0),
-            past_key_values=PagedCache(self.storage, self._tensor(_slots(packed, self.pool.block_size))),
             logits_to_keep=self._tensor(_logit_rows(segments, packed)),
-            use_cache=True,
-            specpool_plan=plan,
+            use_cache=False,
         )
         logits: Tensor = output.logits[0]
         return logits.float()
