@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from specpool.errors import InvalidArgument
 from specpool.modeling.files import Progress, no_progress
+from specpool.modeling.operators import define_operator
 
 _PACKING_ROWS = 8
 """Rows that oneDNN chooses the blocked layout for; the layout then serves any number of rows."""
@@ -56,28 +57,18 @@ class PackedLinear(nn.Module, ABC):
 
     def product(self, rows: Tensor) -> Tensor:  # [M, I] -> [M, O]
         """`multiply`, as an operator."""
-        output: Tensor = torch.ops.specpool.packed_linear(rows, self._id, self.out_features)
-        return output
+        return _multiply(rows, self._id, self.out_features)
 
     @abstractmethod
     def multiply(self, rows: Tensor) -> Tensor:  # [M, I] -> [M, O]
         """What the kernel computes."""
 
 
-_LIBRARY = torch.library.Library("specpool", "FRAGMENT")
-_LIBRARY.define("packed_linear(Tensor rows, int layer, SymInt out_features) -> Tensor")
-
-
-def _packed_linear(rows: Tensor, layer: int, out_features: int) -> Tensor:
-    return _packed_layers[layer].multiply(rows)
-
-
-_LIBRARY.impl("packed_linear", _packed_linear, "CPU")
-
-
-@torch.library.register_fake("specpool::packed_linear", lib=_LIBRARY)
-def _(rows: Tensor, layer: int, out_features: int) -> Tensor:
-    return rows.new_empty(rows.shape[0], out_features)
+_multiply = define_operator(
+    "packed_linear(Tensor rows, int layer, int out_features) -> Tensor",
+    lambda rows, layer, out_features: _packed_layers[layer].multiply(rows),
+    fake=lambda rows, layer, out_features: rows.new_empty(rows.shape[0], out_features),
+)
 
 
 class PrepackedLinear(PackedLinear):

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from specpool.errors import InvalidArgument
 from specpool.modeling.attention import AttentionBackend, AttentionPlan, KVStorage, PackedSegment
 from specpool.modeling.interface import Segment, check_segments
+from specpool.modeling.operators import define_operator
 from specpool.modeling.paged_kv import BlockPool, reserve_all
 
 PAGED_ATTENTION = "specpool_paged"
@@ -28,13 +29,6 @@ PAGED_ATTENTION = "specpool_paged"
 
 _running = threading.local()
 """`step`: the forward that runs in this thread. An operator takes tensors and numbers only, so it looks here."""
-
-
-_LIBRARY = torch.library.Library("specpool", "FRAGMENT")
-_LIBRARY.define(
-    "paged_attention(Tensor query, Tensor key, Tensor value, int layer, float scaling, int? sliding_window, "
-    "float? softcap) -> Tensor"
-)
 
 
 def _paged_attention(
@@ -56,12 +50,12 @@ def _paged_attention(
     return output.contiguous()
 
 
-_LIBRARY.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("specpool::paged_attention", lib=_LIBRARY)
-def _(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+_attend = define_operator(
+    "paged_attention(Tensor query, Tensor key, Tensor value, int layer, float scaling, int? sliding_window, "
+    "float? softcap) -> Tensor",
+    _paged_attention,
+    fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]),
+)
 
 
 def paged_attention(
@@ -84,8 +78,7 @@ def paged_attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = torch.ops.specpool.paged_attention(query, key, value, layer, scaling, sliding_window, softcap)
-    return output, None
+    return _attend(query, key, value, layer, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(PAGED_ATTENTION, paged_attention)
