@@ -14,6 +14,8 @@ COPY services /source/services
 RUN pip install --no-cache-dir "/source[speculator]"
 
 FROM ${PYTHON_IMAGE}
+# A C++ compiler for `compile: true`.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 65532 --user-group --home-dir /var/cache/specpool --create-home --shell /usr/sbin/nologin specpool
 COPY --from=build /opt/specpool /opt/specpool
 ENV PATH=/opt/specpool/bin:$PATH PYTHONUNBUFFERED=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1

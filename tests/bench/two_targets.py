@@ -63,7 +63,13 @@ def main() -> int:
     parser.add_argument("--target", default="qwen2.5-coder-1.5b-instruct")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--affinity", default="target-0=0;target-1=0;speculator=1")
-    parser.add_argument("--up", action="append", default=[], metavar="ARGUMENT", help="further `specpool up` argument: --up=--dtype --up=float32")
+    parser.add_argument(
+        "--up",
+        action="append",
+        default=[],
+        metavar="ARGUMENT",
+        help="further `specpool up` argument: --up=--dtype --up=float32",
+    )
     parser.add_argument("--lookahead", type=int, default=3)
     parser.add_argument("--num-pairs", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=64)

@@ -45,6 +45,8 @@ class SpeculatorConfig:
     """Torch device."""
     weights: Literal["plain", "prepacked", "int8"] = "plain"
     """How linear layers hold their weights."""
+    compile: bool = False
+    """Compile the decoder: faster steps, a start that takes a minute longer the first time."""
     draft_vocab_size: int = 0
     """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.
     A smaller head makes draft steps faster; what is generated stays the same."""

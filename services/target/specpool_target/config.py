@@ -43,6 +43,8 @@ class TargetConfig:
     """Torch device."""
     weights: Literal["plain", "prepacked"] = "plain"
     """How linear layers hold their weights."""
+    compile: bool = False
+    """Compile the decoder: faster steps, a start that takes a minute longer the first time."""
     attention_backend: str = "sdpa"
     """Attention over the paged cache."""
     kv_cache_bytes: int = 0

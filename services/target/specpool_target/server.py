@@ -120,6 +120,7 @@ def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any
         block_size=config.block_size,
         attention_backend=config.attention_backend,
         weights=config.weights,
+        compile_model=config.compile,
         on_progress=on_progress,
     )
     return model, load_tokenizer(spec, on_progress=on_progress)

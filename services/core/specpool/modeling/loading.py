@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from specpool.errors import InvalidArgument
-from specpool.modeling.attention import AttentionBackend, get_backend
+from specpool.modeling.attention import get_backend
+from specpool.modeling.compiling import compile_decoder
 from specpool.modeling.files import Progress, no_progress, quiet_transformers, resolve_model_directory
 from specpool.modeling.interface import CausalModel
 from specpool.modeling.linear import check_weight_format, convert_linears
@@ -40,6 +41,7 @@ def load_model(
     block_size: int = 16,
     attention_backend: str = "sdpa",
     weights: str = "plain",
+    compile_model: bool = False,
     num_frequent_tokens: int = 0,
     other_tokens: Iterable[int] = (),
     on_progress: Progress = no_progress,
@@ -47,7 +49,8 @@ def load_model(
     """Load a model and allocate its KV cache of `num_blocks`, or of `kv_cache_bytes`, or of the default size.
 
     `weights` is a format of `specpool.modeling.linear`. With `num_frequent_tokens` the head knows only that many first
-    tokens and `other_tokens`, see `specpool.modeling.vocabulary`. Models without weights ignore both.
+    tokens and `other_tokens`, see `specpool.modeling.vocabulary`. `compile_model` compiles the decoder, see
+    `specpool.modeling.compiling`. Models without weights ignore all three.
     """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
     backend = get_backend(attention_backend)
@@ -66,13 +69,11 @@ def load_model(
         geometry = KVGeometry.of(model.config.get_text_config())
         budget = kv_cache_bytes or _default_kv_cache_bytes(torch_device)
         num_blocks = _blocks_in(budget, geometry.bytes_per_token(torch_dtype) * block_size)
-    result = _with_cache(model, num_blocks, block_size, backend)
+    result = TransformersModel(model, pool=BlockPool(num_blocks, block_size), backend=backend)
     on_progress("allocate", 1, 1)
+    if compile_model:
+        compile_decoder(result, on_progress)
     return result
-
-
-def _with_cache(model: Any, num_blocks: int, block_size: int, backend: AttentionBackend) -> TransformersModel:
-    return TransformersModel(model, pool=BlockPool(num_blocks, block_size), backend=backend)
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -45,9 +46,13 @@ def _paged_attention(
     It is declared to change nothing: the cache is no tensor of the graph, and every layer needs the one before.
     """
     step: _Step = _running.step
+    num_tokens = step.slots.shape[0]
+    num_padding = query.shape[2] - num_tokens
+    if num_padding:
+        query, key, value = (states[:, :, :num_tokens] for states in (query, key, value))
     step.write(layer, key, value)
     output = step.plan.attend(layer, query, scaling=scaling, sliding_window=sliding_window, softcap=softcap)
-    return output.contiguous()
+    return F.pad(output, (0, 0, 0, 0, 0, num_padding)) if num_padding else output.contiguous()
 
 
 _attend = define_operator(
@@ -98,7 +103,7 @@ class _Step:
     storage: KVStorage
     plan: AttentionPlan
     slots: Tensor
-    """[T]: where the packed tokens' keys and values go in the flattened cache."""
+    """[T]: where the packed tokens' keys and values go in the flattened cache. Rows after these are padding."""
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Into the blocks: attention reads them from there."""
@@ -132,6 +137,8 @@ class TransformersModel:
         self.pool = pool
         self.backend = backend
         self.device = model.device
+        self.min_tokens = 1
+        """Forwards of fewer tokens are padded to this many."""
         self.vocab_size: int = config.vocab_size
         self.max_context: int = max_context or config.max_position_embeddings
         self.storage = KVStorage.allocate(
@@ -166,9 +173,10 @@ class TransformersModel:
         )
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [p for segment in packed for p in range(segment.kv.length, segment.end)]
+        padding = [0] * (self.min_tokens - len(tokens))
         output = self.model(
-            input_ids=self._tensor(tokens).unsqueeze(0),
-            position_ids=self._tensor(positions).unsqueeze(0),
+            input_ids=self._tensor(tokens + padding).unsqueeze(0),
+            position_ids=self._tensor(positions + padding).unsqueeze(0),
             logits_to_keep=self._tensor(_logit_rows(segments, packed)),
             use_cache=False,
         )
