@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from specpool.errors import ConfigError
 
-FanOutPolicy = Literal["geometric", "uniform"]
+FanOutPolicy = Literal["best_first", "geometric", "uniform"]
 
 
 def _default_id() -> str:
@@ -65,7 +65,8 @@ class SpeculatorConfig:
     fan_out_budget: int = 12
     """Guesses of the verification outcome per sequence and round (B)."""
     fan_out_policy: FanOutPolicy = "geometric"
-    """How the guesses are spread over accepted lengths."""
+    """How guesses and rows are chosen: `best_first` by the draft's own calibrated probabilities, `geometric` by mean
+    acceptance and miss rates, as in the paper, `uniform` the same number after every accepted length."""
     saguaro_constant: float = 1.0
     """C of Saguaro sampling for rejection verification, 0 to 1; 1 is off."""
     distribution_top_m: int = 64
@@ -89,7 +90,8 @@ class SpeculatorConfig:
         self._check("saguaro_constant", 0 <= self.saguaro_constant <= 1, "between 0 and 1")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
         self._check("drain_grace_s", self.drain_grace_s >= 0, "at least 0")
-        self._check("fan_out_policy", self.fan_out_policy in ("geometric", "uniform"), "geometric or uniform")
+        policies = get_args(FanOutPolicy)
+        self._check("fan_out_policy", self.fan_out_policy in policies, ", ".join(policies))
         self._check("weights", self.weights in ("plain", "prepacked", "int8"), "plain, prepacked or int8")
 
     def _check(self, name: str, is_good: bool, accepted: str) -> None:

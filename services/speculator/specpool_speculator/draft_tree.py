@@ -38,6 +38,16 @@ class NodeRanks:
     """Guesses for the bonus token if the draft tokens end at this node."""
     distribution: TokenDistribution | None = None
     """What rank 0 was sampled from, for rejection verification."""
+    scores: tuple[float, ...] = ()
+    """Of the drafted ranks; empty for rejection verification."""
+    probabilities: tuple[float, ...] = ()
+    """Of the drafted ranks to be the target's token, by what was known when the node was computed; empty likewise."""
+
+    def probability(self, token: int) -> float:
+        """That `token` is the target's; only with `probabilities`."""
+        if token in self.drafted:
+            return self.probabilities[self.drafted.index(token)]
+        return max(0.0, 1 - sum(self.probabilities))
 
 
 @dataclass(eq=False, slots=True)

@@ -70,6 +70,7 @@ class Drafter:
             num_ranks=min(config.fan_out_budget + 1, _MAX_RANKS),
             saguaro_constant=config.saguaro_constant,
             num_kept=config.distribution_top_m,
+            calibrations={mode: estimates.calibration for mode, estimates in self._estimates.items()},
         )
         self._vocab_sizes: dict[int, int] = {}
         self._sequences: dict[SequenceKey, SequenceState] = {}
@@ -178,6 +179,11 @@ class Drafter:
         guesses = path[k].guesses(draft_token) if path[k].is_computed else None
         estimates = self._estimates[sequence.options.verification]
         estimates.observe(k, len(path) - 1, guesses, outcome.bonus_token)
+        targets_tokens = [*(node.token for node in path[1 : k + 1]), outcome.bonus_token]
+        for node, token in zip(path, targets_tokens, strict=False):
+            if node.ranks is not None and node.ranks.scores:
+                rank = node.ranks.drafted.index(token) if token in node.ranks.drafted else None
+                estimates.calibration.observe(node.ranks.scores, rank)
         num_drafted = sequence.pushed.get((k, outcome.bonus_token))
         self._spans.round(sequence, num_accepted=k, num_drafted=num_drafted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from specpool.algorithm.calibration import RankCalibration
 from specpool.algorithm.estimators import AcceptanceEstimator, MissPowerLawEstimator
 from specpool.algorithm.fan_out import (
     DEFAULT_MISS_AFTER_ACCEPTANCE,
@@ -29,6 +30,8 @@ class GuessPlan:
     """[d + 1][fan_out[k]]: how likely guess i after k accepted tokens is the outcome."""
     acceptance: float
     """Probability that the next drafted token is accepted, given those before it were."""
+    budget: int = 0
+    """Guesses in all, where the draft's own probabilities are highest, instead of `fan_out`; 0: by `fan_out`."""
 
 
 @dataclass(slots=True)
@@ -39,6 +42,8 @@ class Estimates:
     """How guesses are spread."""
     budget: int
     """Guesses per round."""
+    calibration: RankCalibration = field(default_factory=RankCalibration)
+    """Probabilities of the draft's ranks."""
     _acceptance: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
     _after_rejection: MissPowerLawEstimator = field(default_factory=MissPowerLawEstimator)
     _after_acceptance: MissPowerLawEstimator = field(
@@ -89,4 +94,5 @@ class Estimates:
                 for p, law, count in zip(outcome_probabilities(lookahead, acceptance), law_of, fan_out, strict=True)
             ),
             acceptance,
+            self.budget if self.policy == "best_first" else 0,
         )

@@ -6,12 +6,13 @@ Shapes: N = nodes of the step, V = vocabulary of the draft model, V' = of the ta
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specpool.algorithm.calibration import RankCalibration
 from specpool.algorithm.drafting import DraftRanks, draft_ranks
 from specpool.algorithm.sampling import process_logits
 from specpool.algorithm.verification import VerificationMode
@@ -29,6 +30,8 @@ class Ranker:
     """C, for rejection verification."""
     num_kept: int
     """m, for rejection verification."""
+    calibrations: Mapping[VerificationMode, RankCalibration]
+    """What turns scores into probabilities."""
 
     def rank(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks]:
         """Ranks of N nodes from logits [N, V]."""
@@ -59,7 +62,8 @@ class Ranker:
             saguaro_constant=self.saguaro_constant,
             num_kept=self.num_kept,
         )
-        return _unbind(ranks, [sequence.options.sends_distributions for sequence, _ in group])
+        with_distribution = [sequence.options.sends_distributions for sequence, _ in group]
+        return _unbind(ranks, self.calibrations[mode], with_distribution)
 
 
 def process_rows(logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> Tensor:
@@ -95,7 +99,7 @@ def _tokens_below_root(node: Node) -> list[int]:
     return tokens[::-1]
 
 
-def _unbind(ranks: DraftRanks, with_distribution: Sequence[bool]) -> Iterable[NodeRanks]:
+def _unbind(ranks: DraftRanks, calibration: RankCalibration, with_distribution: Sequence[bool]) -> Iterable[NodeRanks]:
     drafted = [_possible(row) for row in ranks.token_ids.tolist()]
     same = ranks.bonus_ids is ranks.token_ids
     bonus = drafted if same else [_possible(row) for row in ranks.bonus_ids.tolist()]
@@ -108,7 +112,13 @@ def _unbind(ranks: DraftRanks, with_distribution: Sequence[bool]) -> Iterable[No
         distributions = [
             TokenDistribution(tuple(ids), tuple(values)) for ids, values in zip(token_ids, probabilities, strict=True)
         ]
-    return [NodeRanks(d, b, q) for d, b, q in zip(drafted, bonus, distributions, strict=True)]
+    if ranks.scores is None:
+        return [NodeRanks(d, b, q) for d, b, q in zip(drafted, bonus, distributions, strict=True)]
+    scores = [tuple(row[: len(d)]) for row, d in zip(ranks.scores.tolist(), drafted, strict=True)]
+    return [
+        NodeRanks(d, b, q, s, calibration.probabilities(s))
+        for d, b, q, s in zip(drafted, bonus, distributions, scores, strict=True)
+    ]
 
 
 def _possible(row: Sequence[int]) -> tuple[int, ...]:

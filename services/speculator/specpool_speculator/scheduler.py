@@ -170,12 +170,16 @@ def branch_candidates(sequence: SequenceState) -> list[Candidate]:
     """Tips of the running round's branches, with the value of running each."""
     if not sequence.options.speculates_ahead:
         return []
-    lookahead, acceptance = sequence.options.lookahead, sequence.plan.acceptance
+    lookahead = sequence.options.lookahead
     if sequence.awaits_start:
         # What was just drafted will most likely be verified next: know what follows it early.
         tokens, tip = sequence.tree.root.chain(lookahead + 1)
         is_open = 0 < len(tokens) <= lookahead and not sequence.is_end(tip)
-        return [Candidate(acceptance ** len(tokens), sequence, tip, False)] if is_open else []
+        return (
+            [Candidate(sequence.chain_probability(sequence.tree.root, len(tokens)), sequence, tip, False)]
+            if is_open
+            else []
+        )
     found = []
     last, best = len(sequence.tree.path) - 1, True
     for guess in sequence.guesses():
@@ -185,7 +189,7 @@ def branch_candidates(sequence: SequenceState) -> list[Candidate]:
         tokens, tip = guess.node.chain(lookahead + 1)
         if len(tokens) > lookahead or sequence.is_end(tip):
             continue
-        value = guess.probability * acceptance ** len(tokens)
+        value = guess.probability * sequence.chain_probability(guess.node, len(tokens))
         found.append(Candidate(value, sequence, tip, len(tokens) < lookahead or is_best))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -97,18 +98,58 @@ class SequenceState:
     def guesses(self) -> Iterator[Guess]:
         """Guessed outcomes of the running round, in order of accepted length, then rank."""
         path = self.tree.path
-        for k, node in enumerate(path):
-            if not node.is_computed or (k and self.is_end(node)):
-                return
+        chosen = self._best_first() if self._is_best_first else self._by_fan_out()
+        for k, (node, ranked) in enumerate(zip(path, chosen, strict=False)):
             draft_token = path[k + 1].token if k + 1 < len(path) else None
-            probabilities = self.plan.probabilities[k]
-            ranked = list(zip(node.guesses(draft_token), probabilities, strict=False))
             for token, probability in ranked:
                 yield Guess((k, token), node.child(token), probability)
             expected = {token for token, _ in ranked}
             for token, child in list(node.children.items()):
                 if child.is_computed and token != draft_token and token not in expected:
                     yield Guess((k, token), child, 0.0)
+
+    @property
+    def _is_best_first(self) -> bool:
+        return self.plan.budget > 0 and self.options.verification is not VerificationMode.REJECTION
+
+    def _open_path(self) -> Iterator[tuple[Node, int | None]]:
+        """Nodes after which the outcome may be guessed now, each with the token that is verified there."""
+        path = self.tree.path
+        for k, node in enumerate(path):
+            if not node.is_computed or (k and self.is_end(node)):
+                return
+            yield node, path[k + 1].token if k + 1 < len(path) else None
+
+    def _by_fan_out(self) -> list[list[tuple[int, float]]]:
+        """Tokens guessed after each accepted length, and their probabilities, as the plan has it."""
+        return [
+            list(zip(node.guesses(draft_token), probabilities, strict=False))
+            for (node, draft_token), probabilities in zip(self._open_path(), self.plan.probabilities, strict=False)
+        ]
+
+    def _best_first(self) -> list[list[tuple[int, float]]]:
+        """The same, chosen by the draft's probabilities along the path."""
+        reached, guesses = 1.0, []
+        for node, draft_token in self._open_path():
+            assert node.ranks is not None, "computed"
+            ranked = zip(node.ranks.drafted, node.ranks.probabilities, strict=True)
+            guesses.append([(token, reached * p) for token, p in ranked if token != draft_token])
+            if draft_token is not None:
+                reached *= node.ranks.probability(draft_token)
+        by_value = ((p, -k, token) for k, ranked in enumerate(guesses) for token, p in ranked)
+        chosen = {(-k, token) for _, k, token in heapq.nlargest(self.plan.budget, by_value)}
+        return [[(t, p) for t, p in ranked if (k, t) in chosen] for k, ranked in enumerate(guesses)]
+
+    def chain_probability(self, node: Node, num_tokens: int) -> float:
+        """That the first `num_tokens` tokens drafted after `node` are accepted, given that `node` was."""
+        if not self._is_best_first:
+            return self.plan.acceptance**num_tokens
+        probability = 1.0
+        for _ in range(num_tokens):
+            assert node.ranks is not None, "it has drafted tokens"
+            probability *= node.ranks.probabilities[0]
+            node = node.child(node.ranks.drafted[0])
+        return probability
 
     def drafted_now(self, limit: int) -> tuple[list[int], bool]:
         """Tokens drafted right after the last committed one, and whether there can be no more."""

@@ -122,7 +122,7 @@ def test_fast_selection_equals_the_exact_one(spread: float, k: int) -> None:
     scores[:, ::7] = -torch.inf
     positions = torch.arange(64)
     exact = (scores.double() + gumbel(11, positions, 5_000)).topk(k, dim=1).indices
-    assert gumbel_topk(scores, 11, positions, k).equal(exact)
+    assert gumbel_topk(scores, 11, positions, k)[0].equal(exact)
 
 
 def test_fast_selection_equals_the_exact_one_on_a_large_vocabulary() -> None:
@@ -145,26 +145,26 @@ def test_ranks_of_any_row(scores: list[float], seed: int, k: int) -> None:
     exact = (row.double() + gumbel(seed, positions, len(scores)))[0].tolist()
     order = sorted((t for t in range(len(scores)) if scores[t] > -math.inf), key=lambda t: -exact[t])
     expected = (order + [-1] * k)[:k]
-    assert gumbel_topk(row, seed, positions, k)[0].tolist() == expected
+    assert gumbel_topk(row, seed, positions, k)[0][0].tolist() == expected
 
 
 def test_reach_leaves_out_only_unlikely_tokens() -> None:
     generator = torch.Generator().manual_seed(3)
     scores = 2 * torch.randn(64, 5000, generator=generator)
     positions = torch.arange(64)
-    full, short = (gumbel_topk(scores, 7, positions, 4, reach=reach) for reach in (None, 9.0))
+    full, short = (gumbel_topk(scores, 7, positions, 4, reach=reach)[0] for reach in (None, 9.0))
     assert (full[:, 0] == short[:, 0]).float().mean() > 0.9
-    assert gumbel_topk(scores, 7, positions, 4, reach=1e9).equal(full)
+    assert gumbel_topk(scores, 7, positions, 4, reach=1e9)[0].equal(full)
     best = scores.argmax(dim=1, keepdim=True)
-    assert gumbel_topk(scores, 7, positions, 2, reach=0.0).equal(torch.cat([best, torch.full_like(best, -1)], dim=1))
+    assert gumbel_topk(scores, 7, positions, 2, reach=0.0)[0].equal(torch.cat([best, torch.full_like(best, -1)], dim=1))
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     scores = torch.randn(9, 1_000, generator=torch.Generator().manual_seed(3))
     seeds, positions = torch.arange(9) * 1_000_003, torch.arange(9) + 40
-    together = gumbel_topk(scores, seeds, positions, 5)
+    together, _ = gumbel_topk(scores, seeds, positions, 5)
     for row in range(9):
-        alone = gumbel_topk(scores[row : row + 1], int(seeds[row]), positions[row : row + 1], 5)
+        alone, _ = gumbel_topk(scores[row : row + 1], int(seeds[row]), positions[row : row + 1], 5)
         assert alone[0].equal(together[row])
 
 

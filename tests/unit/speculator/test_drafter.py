@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import speculator_pb2, types_pb2
+from specpool_speculator.config import FanOutPolicy
 
 from .conftest import CONNECTION, VOCAB_SIZE, ScriptedTarget, exchange, make_drafter, naive_draft
 
@@ -39,9 +41,10 @@ def _random_outcome(target: ScriptedTarget, rng: random.Random) -> None:
         (SAMPLED, VerificationMode.REJECTION),
     ],
 )
+@pytest.mark.parametrize("policy", get_args(FanOutPolicy))
 @pytest.mark.parametrize("num_blocks", [600, 30])
-def test_every_entry_is_what_naive_drafting_gives(sampling, mode, num_blocks, prompt) -> None:
-    drafter, model = make_drafter(num_blocks)
+def test_every_entry_is_what_naive_drafting_gives(sampling, mode, num_blocks, policy, prompt) -> None:
+    drafter, model = make_drafter(num_blocks, fan_out_policy=policy)
     verification = REJECTION if mode is VerificationMode.REJECTION else types_pb2.VERIFICATION_MODE_COUPLED
     targets = [
         ScriptedTarget(drafter, prompt[: 7 + i], name=f"s{i}", sampling=sampling, verification=verification)

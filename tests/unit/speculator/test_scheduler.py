@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+import pytest
+
+from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import types_pb2
 from specpool_speculator.scheduler import branch_candidates, plan_step, share_rows
 
@@ -100,3 +104,53 @@ def test_full_cache_sheds_branches_before_sequences(prompt) -> None:
     second.close()
     first.close()
     assert model.pool.num_used == 0
+
+
+def test_best_first_guesses_where_the_draft_is_unsure(prompt) -> None:
+    drafter, _ = make_drafter(fan_out_policy="best_first", fan_out_budget=8)
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=20)
+    (_, bonus), drafted = next(entry for entry in target.table.items() if len(entry[1]) == 3)
+    target.outcome(0, bonus, drafted)
+    exchange(drafter, [target], num_steps=1)
+    (sequence,) = drafter._sequences.values()
+    path = sequence.tree.path
+    # certain of every draft token but the second
+    for node, certainty in zip(path, (0.98, 0.3, 0.98, 0.98), strict=True):
+        rest = (1 - certainty) / (len(node.ranks.drafted) - 1)
+        node.ranks = replace(node.ranks, probabilities=(certainty, *[rest] * (len(node.ranks.drafted) - 1)))
+    guesses = [guess for guess in sequence.guesses() if guess.probability]
+    assert len(guesses) == 8
+    at = Counter(guess.outcome[0] for guess in guesses)
+    assert at[1] >= 6
+    assert at[3] >= 1
+    best = max(guesses, key=lambda guess: guess.probability)
+    assert best.outcome == (3, path[3].ranks.drafted[0])
+    assert best.probability == pytest.approx(0.98 * 0.3 * 0.98 * 0.98)
+    assert 0 < sum(guess.probability for guess in guesses) <= 1
+
+
+def test_the_value_of_a_row_is_that_all_before_it_is_used(prompt) -> None:
+    drafter, _ = make_drafter(fan_out_policy="best_first")
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=2)
+    (sequence,) = drafter._sequences.values()
+    guesses = {guess.node: guess.probability for guess in sequence.guesses()}
+    deeper = [c for c in branch_candidates(sequence) if c.node not in guesses]
+    assert deeper
+    for candidate in deeper:
+        guess = candidate.node.parent
+        assert candidate.value == pytest.approx(guesses[guess] * guess.ranks.probabilities[0])
+
+
+def test_outcomes_teach_the_calibration(prompt) -> None:
+    drafter, _ = make_drafter()
+    target = ScriptedTarget(drafter, prompt)
+    calibration = drafter.estimates[VerificationMode.GREEDY].calibration
+    before = calibration.lift
+    for _ in range(20):
+        exchange(drafter, [target], num_steps=3)
+        (_, bonus), drafted = next(entry for entry in target.table.items() if entry[1])
+        target.outcome(0, bonus, drafted)
+    assert calibration.lift != before
+    assert calibration.outside < 0.02

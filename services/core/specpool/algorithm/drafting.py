@@ -28,6 +28,8 @@ class DraftRanks:
     """[N, F]. Rank 0 is the drafted token; the others guess what the target puts there if it rejects it."""
     bonus_ids: Tensor
     """[N, F]. Guesses for the target's bonus token if the speculation ends before this node."""
+    scores: Tensor | None
+    """[N, F] of `token_ids`, noise included, -inf where there is none; None for rejection, which samples rank 0."""
     distribution: SparseDistribution | None
     """[N, m], what rank 0 was sampled from (rejection only)."""
 
@@ -56,27 +58,29 @@ def draft_ranks(
         num_kept: m, the draft samples from its m most likely tokens (rejection only).
     """
     if mode is VerificationMode.GREEDY:
-        return _same_ranks(_top(scores, num_ranks))
+        return _same_ranks(*_top(scores, num_ranks))
     if positions is None:
         raise ValueError(f"{mode} drafting needs positions")
     if mode is VerificationMode.COUPLED:
-        return _same_ranks(gumbel_topk(scores, seed, positions, num_ranks, reach=_REACH))
+        return _same_ranks(*gumbel_topk(scores, seed, positions, num_ranks, reach=_REACH))
     distribution, drafted = _sample_sparse(
         scores, seed, positions, saguaro_fan_out, saguaro_constant, max(num_kept, saguaro_fan_out + 1)
     )
-    likely = _top(scores, num_ranks + 1)
-    return DraftRanks(_moved_to_front(likely, drafted)[:, :num_ranks], likely[:, :num_ranks], distribution)
+    likely, _ = _top(scores, num_ranks + 1)
+    return DraftRanks(_moved_to_front(likely, drafted)[:, :num_ranks], likely[:, :num_ranks], None, distribution)
 
 
-def _same_ranks(token_ids: Tensor) -> DraftRanks:
-    return DraftRanks(token_ids, token_ids, None)
+def _same_ranks(token_ids: Tensor, scores: Tensor) -> DraftRanks:
+    return DraftRanks(token_ids, token_ids, scores, None)
 
 
-def _top(scores: Tensor, num_ranks: int) -> Tensor:
-    """Most likely tokens [N, F], best first, -1 where the row has no more."""
+def _top(scores: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """Most likely tokens [N, F], best first, -1 where the row has no more; and their scores."""
     best = scores.topk(min(num_ranks, scores.shape[1]), dim=1)
     tokens = best.indices.masked_fill(best.values == -torch.inf, -1)
-    return torch.nn.functional.pad(tokens, (0, num_ranks - tokens.shape[1]), value=-1)
+    padding = (0, num_ranks - tokens.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(tokens, padding, value=-1), pad(best.values, padding, value=-torch.inf)
 
 
 def _sample_sparse(

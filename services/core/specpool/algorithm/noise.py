@@ -82,7 +82,7 @@ def uniform(seed: int | Tensor, positions: Tensor, stream: Stream = Stream.ACCEP
 
 def gumbel_argmax(scores: Tensor, seed: int | Tensor, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
     """Sample a token per row, distributed as softmax(scores): argmax(scores + noise), int64 [N]."""
-    return gumbel_topk(scores, seed, positions, 1, stream)[:, 0]
+    return gumbel_topk(scores, seed, positions, 1, stream)[0][:, 0]
 
 
 def gumbel_topk(
@@ -93,12 +93,12 @@ def gumbel_topk(
     stream: Stream = Stream.TARGET,
     *,
     reach: float | None = None,
-) -> Tensor:
-    """The k tokens with the largest scores + noise, best first, int64 [N, k].
+) -> tuple[Tensor, Tensor]:
+    """The k tokens with the largest scores + noise, best first: int64 [N, k], and these sums, float64 [N, k].
 
     Float32 noise over the vocabulary selects the few tokens that can be among the best; the exact noise
     decides among these, so the result is that of the exact noise everywhere. Where a row has fewer than k
-    possible tokens (finite scores), the rest are -1.
+    possible tokens (finite scores), the rest are -1, with sum -inf.
 
     Args:
         scores: [N, V], -inf for excluded tokens.
@@ -131,7 +131,7 @@ def _candidates(scores: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return rows, tokens
 
 
-def _topk_of_candidates(rows: Tensor, tokens: Tensor, values: Tensor, num_rows: int, k: int) -> Tensor:
+def _topk_of_candidates(rows: Tensor, tokens: Tensor, values: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
     """Best k tokens of each row among its candidates: pad the ragged rows, then sort once."""
     counts = torch.bincount(rows, minlength=num_rows)
     slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
@@ -140,7 +140,8 @@ def _topk_of_candidates(rows: Tensor, tokens: Tensor, values: Tensor, num_rows: 
     padded_tokens = tokens.new_full((num_rows, width), -1)
     padded[rows, slots] = values
     padded_tokens[rows, slots] = tokens
-    return padded_tokens.gather(1, padded.topk(k, dim=1).indices)
+    best = padded.topk(k, dim=1)
+    return padded_tokens.gather(1, best.indices), best.values
 
 
 def _row_keys(seed: int | Tensor, positions: Tensor, stream: Stream) -> Tensor:
