@@ -243,6 +243,13 @@ class DraftTree:
             kv.free()
         self.base = None
 
+    def num_path_tokens_drafted(self) -> int:
+        """How many of the tokens being verified are, from the first one on, what this draft drafts."""
+        for index, node in enumerate(self.path[:-1]):
+            if node.ranks is None or node.ranks.drafted[0] != self.path[index + 1].token:
+                return index
+        return len(self.path) - 1
+
     def _extend(self, node: Node, taken: set[int]) -> tuple[SequenceKV, bool]:
         parent = node.parent
         assert parent is not None, "the root is run with its context"

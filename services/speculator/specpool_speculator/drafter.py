@@ -178,7 +178,8 @@ class Drafter:
         draft_token = path[k + 1].token if k + 1 < len(path) else None
         guesses = path[k].guesses(draft_token) if path[k].is_computed else None
         estimates = self._estimates[sequence.options.verification]
-        estimates.observe(k, len(path) - 1, guesses, outcome.bonus_token)
+        num_drafted_here = sequence.tree.num_path_tokens_drafted()
+        estimates.observe(k, len(path) - 1, guesses, outcome.bonus_token, num_drafted_here)
         targets_tokens = [*(node.token for node in path[1 : k + 1]), outcome.bonus_token]
         for node, token in zip(path, targets_tokens, strict=False):
             if node.ranks is not None and node.ranks.scores:

@@ -62,9 +62,14 @@ class Estimates:
         """Miss rate of F guesses after a rejection, and after everything was accepted."""
         return self._after_rejection.value, self._after_acceptance.value
 
-    def observe(self, num_accepted: int, num_draft: int, guesses: Sequence[int] | None, bonus_token: int) -> None:
-        """One outcome; `guesses` are the ranked ones at its accepted length, None if there were none yet."""
-        self._acceptance.observe(num_accepted, num_draft)
+    def observe(
+        self, num_accepted: int, num_draft: int, guesses: Sequence[int] | None, bonus_token: int, num_own: int
+    ) -> None:
+        """One outcome of verifying `num_draft` tokens, of which the first `num_own` are what this draft drafts.
+
+        `guesses` are the ranked ones at its accepted length, None if there were none yet.
+        """
+        self._acceptance.observe(min(num_accepted, num_own), num_own)
         if guesses is not None:
             rank = guesses.index(bonus_token) if bonus_token in guesses else None
             law = self._after_acceptance if num_accepted == num_draft else self._after_rejection

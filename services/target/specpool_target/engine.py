@@ -377,9 +377,12 @@ class EngineThread(threading.Thread):
         if sequence.round == 0:
             return None
         sequence.stats.round(num_draft, outcome.num_accepted, phases, is_hit=draft.lookup == "hit")
-        sequence.stats.num_backup_rounds += draft.source is DraftSource.BACKUP
+        is_backup = draft.source is DraftSource.BACKUP
+        sequence.stats.num_backup_rounds += is_backup
+        sequence.stats.num_tail_tokens += draft.num_tail
+        sequence.stats.num_accepted_tail_tokens += max(0, outcome.num_accepted - num_draft + draft.num_tail)
         self.policy.observe_round(
-            num_draft, outcome.num_accepted, phases.total, from_backup=draft.source is DraftSource.BACKUP
+            num_draft, outcome.num_accepted, phases.total, from_backup=is_backup, num_tail=draft.num_tail
         )
         return RoundInfo(
             num_draft_tokens=num_draft,

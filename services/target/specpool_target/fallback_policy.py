@@ -58,9 +58,15 @@ class FallbackPolicy:
         if self._num_steps % _STEPS_PER_THRESHOLD == 1:
             self._update_threshold()
 
-    def observe_round(self, num_draft: int, num_accepted: int, seconds: float, *, from_backup: bool) -> None:
-        """One round of one sequence."""
-        (self._backup_acceptance if from_backup else self._acceptance).observe(num_accepted, num_draft)
+    def observe_round(
+        self, num_draft: int, num_accepted: int, seconds: float, *, from_backup: bool, num_tail: int = 0
+    ) -> None:
+        """One round of one sequence; the last `num_tail` of the draft tokens were the backup's in any case."""
+        num_first = num_draft - num_tail
+        first = self._backup_acceptance if from_backup else self._acceptance
+        first.observe(min(num_accepted, num_first), num_first)
+        if num_accepted >= num_first:
+            self._backup_acceptance.observe(num_accepted - num_first, num_tail)
         self._round_s.observe(seconds)
         self._tokens_per_round.observe(1 + num_accepted)
 

@@ -145,8 +145,11 @@ class Draft:
 
     tokens: list[int] = field(default_factory=list)
     source: DraftSource = DraftSource.NONE
+    """Of the first tokens."""
     lookup: str = "none"
     """hit, partial, late, miss, or none when nothing was looked up."""
+    num_tail: int = 0
+    """The last tokens that the backup added to a speculation that was not deep enough."""
 
 
 class TargetSequence:
@@ -238,15 +241,15 @@ class TargetSequence:
         """Of the prefix cache."""
         return self.request.cache_salt.hex()
 
-    def backup(self, num_tokens: int) -> list[int]:
-        """Prompt lookup in the sequence's own tokens."""
+    def backup(self, num_tokens: int, *, after: Sequence[int] = (), min_ngram: int = 1) -> list[int]:
+        """Prompt lookup in the sequence's own tokens, see `PromptLookup.propose`."""
         if self._backup_ngram == 0 or num_tokens <= 0:
             return []
         if self._backup is None:
             self._backup = PromptLookup(max_ngram=self._backup_ngram)
         self._backup.extend(self.tokens[self._num_indexed :])
         self._num_indexed = len(self.tokens)
-        return self._backup.propose(num_tokens)
+        return self._backup.propose(num_tokens, after=after, min_ngram=min_ngram)
 
     def publish_and_free(self) -> None:
         """Give the KV back, keeping its full blocks findable."""

@@ -18,11 +18,14 @@ from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import Request, SpeculatorLink, close_request
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
+from specpool_target.verifying import effective_mode
 
 _SLACK: Final = 1.5
 """A just-in-time speculation may take this many times what was measured."""
 _MARGIN_S: Final = 0.01
 """For the way there and back, beyond the measured round trip."""
+_TAIL_NGRAM: Final = 2
+"""A single token that occurred before says too little to lengthen a speculation by what followed it."""
 _SD_SHARE: Final = 0.8
 """Of our own deadline: what the speculator is given, so that its answer arrives before we give up."""
 
@@ -96,10 +99,20 @@ class Speculation:
         self.lookups[kind.value] += 1
         self._policy.observe_lookup(found=kind in (LookupKind.HIT, LookupKind.PARTIAL))
         if tokens:
-            sequence.draft = Draft(tokens, DraftSource.SPECULATOR, kind.value)
+            tail = self._tail(sequence, tokens, limit)
+            sequence.draft = Draft([*tokens, *tail], DraftSource.SPECULATOR, kind.value, len(tail))
             return 0
         sequence.draft = Draft(lookup=kind.value)
         return self._after_miss(sequence, limit, batch_size) if limit > 0 else 0
+
+    def _tail(self, sequence: TargetSequence, tokens: Sequence[int], limit: int) -> list[int]:
+        """Tokens of the backup after a speculation that is not deep enough: a forward over a few more costs the same.
+
+        Not for rejection verification, which needs the distribution that every draft token was sampled from.
+        """
+        if effective_mode(sequence.request.sampling, sequence.request.verification) is VerificationMode.REJECTION:
+            return []
+        return self._valid(sequence.backup(limit - len(tokens), after=tokens, min_ngram=_TAIL_NGRAM))
 
     def _after_miss(self, sequence: TargetSequence, limit: int, batch_size: int) -> int:
         backup = sequence.backup(limit)

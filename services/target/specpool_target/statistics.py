@@ -30,6 +30,8 @@ class SequenceStats:
     num_accepted_tokens: int = 0
     num_rounds: int = 0
     num_backup_rounds: int = 0
+    num_tail_tokens: int = 0
+    num_accepted_tail_tokens: int = 0
     num_sample_and_match_rounds: int = 0
     phases: Phases = field(default_factory=Phases)
     hit_phases: Phases = field(default_factory=Phases)
@@ -75,6 +77,8 @@ class SequenceStats:
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
             num_backup_rounds=self.num_backup_rounds,
+            num_tail_tokens=self.num_tail_tokens,
+            num_accepted_tail_tokens=self.num_accepted_tail_tokens,
             num_sample_and_match_rounds=self.num_sample_and_match_rounds,
             seconds_to_first_token=seconds_to_first_token,
             seconds=seconds,

@@ -28,10 +28,17 @@ class PromptLookup:
                 self._after[tuple(self._tokens[end - n : end])] = end
             self._tokens.append(token)
 
-    def propose(self, num_tokens: int) -> list[int]:
-        """What followed the latest earlier occurrence of the longest known suffix, up to ``num_tokens``."""
-        for n in range(min(self._max_ngram, len(self._tokens)), 0, -1):
-            start = self._after.get(tuple(self._tokens[-n:]))
+    def propose(self, num_tokens: int, *, after: Sequence[int] = (), min_ngram: int = 1) -> list[int]:
+        """What followed the latest earlier occurrence of the longest known suffix, up to ``num_tokens``.
+
+        Args:
+            num_tokens: at most so many are proposed.
+            after: tokens that are not committed, assumed to come next; looked up, but not searched.
+            min_ngram: shorter matches do not count.
+        """
+        ending = [*self._tokens[-self._max_ngram :], *after][-self._max_ngram :]
+        for n in range(len(ending), min_ngram - 1, -1):
+            start = self._after.get(tuple(ending[-n:]))
             if start is not None:
                 return self._tokens[start : start + num_tokens]
         return []

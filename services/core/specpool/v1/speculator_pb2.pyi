@@ -308,7 +308,9 @@ class Outcome(_message.Message):
     awaits_speculation: _builtins.bool
     @_builtins.property
     def draft_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What round + 1 verifies after the bonus token. Not decided yet when `awaits_speculation`: start_round follows."""
+        """What round + 1 verifies after the bonus token. Not decided yet when `awaits_speculation`: start_round follows.
+        A speculation that is not deep enough may be followed by tokens of the backup, except for verification mode REJECTION.
+        """
 
     def __init__(
         self,

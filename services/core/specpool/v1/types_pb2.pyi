@@ -348,6 +348,8 @@ class GenerationStats(_message.Message):
     SECONDS_HIT_ROUNDS_FIELD_NUMBER: _builtins.int
     SECONDS_HIT_ROUNDS_FORWARD_FIELD_NUMBER: _builtins.int
     HITS_BY_RANK_FIELD_NUMBER: _builtins.int
+    NUM_TAIL_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_TAIL_TOKENS_FIELD_NUMBER: _builtins.int
     num_rounds: _builtins.int
     """Verification forwards this request took part in, the prefill not counted."""
     num_hits: _builtins.int
@@ -374,6 +376,11 @@ class GenerationStats(_message.Message):
     seconds_hit_rounds: _builtins.float
     """The same, for rounds that were hits only: to see what a hit costs beyond its forward."""
     seconds_hit_rounds_forward: _builtins.float
+    num_tail_tokens: _builtins.int
+    """Draft tokens that the backup added behind a speculation that was not deep enough, and those that were accepted; both
+    are contained in the numbers above.
+    """
+    num_accepted_tail_tokens: _builtins.int
     @_builtins.property
     def accepted_histogram(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Index j: rounds in which exactly j draft tokens were accepted."""
@@ -414,10 +421,12 @@ class GenerationStats(_message.Message):
         seconds_hit_rounds: _builtins.float = ...,
         seconds_hit_rounds_forward: _builtins.float = ...,
         hits_by_rank: _abc.Iterable[_builtins.int] | None = ...,
+        num_tail_tokens: _builtins.int = ...,
+        num_accepted_tail_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_histogram", b"accepted_histogram", "hits_by_position", b"hits_by_position", "hits_by_rank", b"hits_by_rank", "lookups_by_position", b"lookups_by_position", "num_accepted_tokens", b"num_accepted_tokens", "num_backup_rounds", b"num_backup_rounds", "num_draft_tokens", b"num_draft_tokens", "num_hits", b"num_hits", "num_late", b"num_late", "num_misses", b"num_misses", "num_partial", b"num_partial", "num_rounds", b"num_rounds", "num_sample_and_match_rounds", b"num_sample_and_match_rounds", "seconds", b"seconds", "seconds_forward", b"seconds_forward", "seconds_hit_rounds", b"seconds_hit_rounds", "seconds_hit_rounds_forward", b"seconds_hit_rounds_forward", "seconds_other", b"seconds_other", "seconds_to_first_token", b"seconds_to_first_token", "seconds_verify", b"seconds_verify", "seconds_waiting", b"seconds_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_histogram", b"accepted_histogram", "hits_by_position", b"hits_by_position", "hits_by_rank", b"hits_by_rank", "lookups_by_position", b"lookups_by_position", "num_accepted_tail_tokens", b"num_accepted_tail_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_backup_rounds", b"num_backup_rounds", "num_draft_tokens", b"num_draft_tokens", "num_hits", b"num_hits", "num_late", b"num_late", "num_misses", b"num_misses", "num_partial", b"num_partial", "num_rounds", b"num_rounds", "num_sample_and_match_rounds", b"num_sample_and_match_rounds", "num_tail_tokens", b"num_tail_tokens", "seconds", b"seconds", "seconds_forward", b"seconds_forward", "seconds_hit_rounds", b"seconds_hit_rounds", "seconds_hit_rounds_forward", b"seconds_hit_rounds_forward", "seconds_other", b"seconds_other", "seconds_to_first_token", b"seconds_to_first_token", "seconds_verify", b"seconds_verify", "seconds_waiting", b"seconds_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
