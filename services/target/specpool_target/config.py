@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from specpool.errors import ConfigError
+
+Fallback = Literal["auto", "wait", "backup"]
 
 
 def _default_id() -> str:
@@ -69,6 +71,9 @@ class TargetConfig:
     """Longest wait, after the forward, for draft distributions of rejection verification."""
     connect_deadline_ms: float = 250.0
     """Longest wait of a request for the first connection to a speculator nobody used before."""
+    fallback: Fallback = "auto"
+    """After a miss: `auto` waits for the speculator where that is expected to be faster, `wait` always does, `backup`
+    never."""
     backup_ngram: int = 3
     """Longest n-gram of the prompt-lookup backup; 0 is no backup."""
     num_threads: int = 0
@@ -87,6 +92,7 @@ class TargetConfig:
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
         self._check("weights", self.weights in ("plain", "prepacked"), "plain or prepacked")
+        self._check("fallback", self.fallback in get_args(Fallback), ", ".join(get_args(Fallback)))
 
     def _check(self, name: str, is_good: bool, accepted: str) -> None:
         if not is_good:

@@ -75,7 +75,9 @@ class EngineThread(threading.Thread):
         self.metrics = metrics
         self._transports: dict[str, str] = {}  # of the connected links; touched by the event loop alone
         self.max_context = min(model.max_context, config.max_context or model.max_context)
-        self.policy = FallbackPolicy(max_batch_size=config.max_batch_size, lookahead=config.max_lookahead)
+        self.policy = FallbackPolicy(
+            max_batch_size=config.max_batch_size, lookahead=config.max_lookahead, fallback=config.fallback
+        )
         self.scheduler = Scheduler(
             model.pool,
             max_context=self.max_context,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from specpool.algorithm.estimators import AcceptanceEstimator
-from specpool.algorithm.fallback import (
-    FallbackChoice,
-    MissCosts,
-    TimeTable,
-    batch_size_threshold,
-    choose_fallback,
-    expected_tokens,
-)
+from specpool.algorithm.fallback import NO_WAIT, DraftTimes, FallbackChoice, TimeTable, choose_fallback, expected_tokens
+from specpool_target.config import Fallback
 
 _SMOOTHING: Final = 0.1
 _STEPS_PER_THRESHOLD: Final = 32
@@ -36,20 +31,20 @@ class Average:
 class FallbackPolicy:
     """Keeps the measurements and recomputes b* now and then."""
 
-    def __init__(self, *, max_batch_size: int, lookahead: int) -> None:
+    def __init__(self, *, max_batch_size: int, lookahead: int, fallback: Fallback = "auto") -> None:
+        self._fallback = fallback
         self._lookahead = lookahead
         self._max_batch_size = max_batch_size
         self._acceptance = AcceptanceEstimator()
         self._backup_acceptance = AcceptanceEstimator(_BACKUP_ACCEPTANCE_PRIOR)
         self._backup_length = Average()
-        self._hit_rate = Average(0.02)
         self._round_s = Average()
         self._tokens_per_round = Average()
         self._verify_s: dict[int, Average] = {}
         self._draft_step_s = Average()
         self._num_steps = 0
         self.batch_size_threshold = 0
-        """b*; 0: not measured yet."""
+        """b*: from this batch size on a miss goes on at once; 0: not measured yet."""
 
     def observe_step(self, batch_size: int, seconds: float) -> None:
         """One verification of so many sequences."""
@@ -70,43 +65,47 @@ class FallbackPolicy:
         self._round_s.observe(seconds)
         self._tokens_per_round.observe(1 + num_accepted)
 
-    def observe_lookup(self, *, found: bool) -> None:
-        """One lookup in the speculation cache."""
-        self._hit_rate.observe(float(found))
+    def choose(self, times: DraftTimes, *, batch_size: int, lookahead: int, num_backup: int) -> FallbackChoice:
+        """After a miss.
 
-    def choose(
-        self, *, batch_size: int, lookahead: int, draft_step_s: float, round_trip_s: float, num_backup: int
-    ) -> FallbackChoice:
-        """After a miss in a batch of `batch_size`, with `num_backup` tokens of the backup at hand."""
-        self._draft_step_s.observe(draft_step_s)
+        Args:
+            times: of tokens drafted now, for this sequence alone.
+            batch_size: sequences in the batch. With others in it, whoever waits misses the forward that starts
+                meanwhile.
+            lookahead: K.
+            num_backup: tokens of the backup at hand.
+        """
+        self._draft_step_s.observe(times.step_s)
         self._backup_length.observe(num_backup)
-        if draft_step_s <= 0 or self._round_s.value <= 0:
-            return FallbackChoice(0, 0.0)  # nothing measured: never wait on a guess
-        if 0 < self.batch_size_threshold <= batch_size:
-            return FallbackChoice(0, 0.0)
+        if self._fallback == "backup" or times.step_s <= 0 or self._round_s.value <= 0:
+            return NO_WAIT  # nothing measured: never wait on a guess
+        if self._fallback == "wait":
+            return FallbackChoice(lookahead, 0.0, times.waiting_s(lookahead))
+        return self._choose(times, batch_size, lookahead, num_backup)
+
+    def _choose(self, times: DraftTimes, batch_size: int, lookahead: int, num_backup: int) -> FallbackChoice:
+        if batch_size > 1:
+            times = replace(times, at_least_s=self._verify_time(batch_size - 1))
         return choose_fallback(
+            times,
             lookahead=lookahead,
             acceptance=self._acceptance.value,
-            draft_step_s=draft_step_s,
             steady_tokens_per_s=self._tokens_per_round.value / self._round_s.value,
-            round_trip_s=round_trip_s,
             tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value),
         )
 
+    def _verify_time(self, batch_size: int) -> float:
+        if not self._verify_s:
+            return 0.0
+        return TimeTable({size: average.value for size, average in self._verify_s.items()})(batch_size)
+
     def _update_threshold(self) -> None:
-        if self._draft_step_s.value <= 0 or not self._verify_s:
+        """b*: from which batch size on a miss does not wait, on average."""
+        step_s = self._draft_step_s.value
+        if step_s <= 0 or self._round_s.value <= 0:
             return
-        lookahead = self._lookahead
-        costs = MissCosts(
-            hit_rate=self._hit_rate.value,
-            tokens_on_hit=expected_tokens(lookahead, self._acceptance.value),
-            tokens_just_in_time=expected_tokens(lookahead, self._acceptance.value),
-            tokens_backup=expected_tokens(round(self._backup_length.value), self._backup_acceptance.value),
-            lookahead=lookahead,
-        )
-        self.batch_size_threshold = batch_size_threshold(
-            costs,
-            verify_s=TimeTable({size: average.value for size, average in self._verify_s.items()}),
-            draft_step_s=lambda batch_size: self._draft_step_s.value,
-            max_batch_size=self._max_batch_size,
-        )
+        times = DraftTimes(first_s=step_s, step_s=step_s)
+        num_backup = round(self._backup_length.value)
+        sizes = range(1, self._max_batch_size + 1)
+        waits = (size for size in sizes if not self._choose(times, size, self._lookahead, num_backup).depth)
+        self.batch_size_threshold = next(waits, self._max_batch_size + 1)

@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import grpc.aio
 
+from specpool.algorithm.fallback import DraftTimes
 from specpool.algorithm.speculation_cache import Lookup, SpeculationCache
 from specpool.errors import ProtocolMismatch, SpecPoolError, SpeculatorUnavailable, TokenizerMismatch
 from specpool.rpc.client import channel
@@ -118,8 +119,16 @@ class LinkMeasurements:
     """From the last load report; 0: none yet."""
     round_trip_s: float = 0.0
     """Of the handshake."""
+    last_push_s: float = 0.0
+    """When the last table came, which is at the end of a draft step (`perf_counter`)."""
     num_received: int = 0
     """Messages of its engine so far: tells a speculator that is silent."""
+
+    def draft_times(self) -> DraftTimes:
+        """Of tokens drafted now: the running step has to end first."""
+        running_s = self.last_push_s + self.draft_step_s - time.perf_counter()
+        left_s = min(max(running_s, 0.0), self.draft_step_s)
+        return DraftTimes(first_s=self.round_trip_s + left_s + self.draft_step_s, step_s=self.draft_step_s)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -301,6 +310,7 @@ class SpeculatorLink:
 
     def _dispatch(self, kind: str | None, response: speculator_pb2.SpeculateResponse) -> None:
         if kind == "tables":
+            self.measured.last_push_s = time.perf_counter()
             for table in response.tables.tables:
                 if (inbox := self._inbox(table.sequence_id)) is not None:
                     inbox.add_table(table)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from specpool.algorithm.fallback import NO_WAIT, FallbackChoice
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
 from specpool.rpc.convert import sampling_to_proto
@@ -57,7 +58,7 @@ class Speculation:
         ended = sequence.round
         sequence.round += 1
         sequence.draft = Draft()
-        wanted = self._choose(sequence, ended, outcome, batch_size)
+        choice = self._choose(sequence, ended, outcome, batch_size)
         epoch = self._epoch(sequence)
         if epoch is None or sequence.link is None:
             return
@@ -68,26 +69,28 @@ class Speculation:
             bonus_token=outcome.bonus_token,
             draft_tokens=sequence.draft.tokens,
             draft_source=sequence.draft.source.value,
-            awaits_speculation=wanted > 0,
+            awaits_speculation=choice.depth > 0,
         )
         self._outbox.outcome(sequence.link, epoch, message)
-        if wanted:
-            self._await_speculation(sequence, sequence.link, epoch, ended, wanted)
+        if choice.depth:
+            self._await_speculation(sequence, sequence.link, epoch, ended, choice)
 
-    def _choose(self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int) -> int:
-        """Set the draft, or return how many tokens to wait for."""
+    def _choose(
+        self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int
+    ) -> FallbackChoice:
+        """Set the draft, or return what to wait for."""
         mode, limit = sequence.request.mode, self._limit(sequence)
         if mode is SpeculationMode.SSD:
             return self._choose_ssd(sequence, ended, outcome, limit, batch_size)
         if mode is SpeculationMode.SD and limit > 0:
             if self._may_wait(sequence):
-                return limit
+                return FallbackChoice(limit, 0.0, self._deadline_s)
             self.fallbacks["speculator_lost" if self._epoch(sequence) is None else "no_draft"] += 1
-        return 0
+        return NO_WAIT
 
     def _choose_ssd(
         self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, limit: int, batch_size: int
-    ) -> int:
+    ) -> FallbackChoice:
         kind, tokens, rank = LookupKind.MISS, [], None
         if sequence.inbox is not None and self._epoch(sequence) is not None:
             # Near the end of the output the table is deeper than what can be used: still a hit.
@@ -97,40 +100,46 @@ class Speculation:
             kind, tokens = lookup.kind, self._valid(lookup.tokens)[:limit]
         sequence.stats.lookup(kind, outcome.num_accepted, rank)
         self.lookups[kind.value] += 1
-        self._policy.observe_lookup(found=kind in (LookupKind.HIT, LookupKind.PARTIAL))
-        if tokens:
-            tail = self._tail(sequence, tokens, limit)
-            sequence.draft = Draft([*tokens, *tail], DraftSource.SPECULATOR, kind.value, len(tail))
-            return 0
         sequence.draft = Draft(lookup=kind.value)
-        return self._after_miss(sequence, limit, batch_size) if limit > 0 else 0
+        if limit == 0:
+            return NO_WAIT
+        if tokens:
+            self._use(sequence, tokens)
+            return NO_WAIT
+        return self._after_miss(sequence, limit, batch_size)
+
+    def _after_miss(self, sequence: TargetSequence, limit: int, batch_size: int) -> FallbackChoice:
+        if sequence.link is not None and self._may_wait(sequence):
+            choice = self._policy.choose(
+                sequence.link.measured.draft_times(),
+                batch_size=batch_size,
+                lookahead=limit,
+                num_backup=len(sequence.backup(limit)),
+            )
+            if choice.depth:
+                self.fallbacks["wait"] += 1
+                return choice
+        self._use_backup(sequence)
+        return NO_WAIT
+
+    def _use(self, sequence: TargetSequence, tokens: Sequence[int]) -> None:
+        """Verify what the speculator drafted."""
+        tail = self._tail(sequence, tokens, self._limit(sequence))
+        sequence.draft = Draft([*tokens, *tail], DraftSource.SPECULATOR, sequence.draft.lookup, len(tail))
 
     def _tail(self, sequence: TargetSequence, tokens: Sequence[int], limit: int) -> list[int]:
         """Tokens of the backup after a speculation that is not deep enough: a forward over a few more costs the same.
 
         Not for rejection verification, which needs the distribution that every draft token was sampled from.
         """
-        if effective_mode(sequence.request.sampling, sequence.request.verification) is VerificationMode.REJECTION:
+        request = sequence.request
+        is_rejection = effective_mode(request.sampling, request.verification) is VerificationMode.REJECTION
+        if is_rejection or request.mode is not SpeculationMode.SSD:
             return []
         return self._valid(sequence.backup(limit - len(tokens), after=tokens, min_ngram=_TAIL_NGRAM))
 
-    def _after_miss(self, sequence: TargetSequence, limit: int, batch_size: int) -> int:
-        backup = sequence.backup(limit)
-        if sequence.link is not None and self._may_wait(sequence):
-            choice = self._policy.choose(
-                batch_size=batch_size,
-                lookahead=limit,
-                draft_step_s=sequence.link.measured.draft_step_s,
-                round_trip_s=sequence.link.measured.round_trip_s,
-                num_backup=len(backup),
-            )
-            if choice.depth:
-                self.fallbacks["wait"] += 1
-                return choice.depth
-        self._use_backup(sequence, backup)
-        return 0
-
-    def _use_backup(self, sequence: TargetSequence, backup: list[int]) -> None:
+    def _use_backup(self, sequence: TargetSequence) -> None:
+        backup = sequence.backup(self._limit(sequence))
         self.fallbacks["backup" if backup else "no_draft"] += 1
         source = DraftSource.BACKUP if backup else DraftSource.NONE
         sequence.draft = Draft(backup, source, sequence.draft.lookup)
@@ -169,15 +178,15 @@ class Speculation:
         return self._epoch(sequence) is not None and self.may_wait_on(sequence.link)
 
     def _await_speculation(
-        self, sequence: TargetSequence, link: SpeculatorLink, epoch: int, ended: int, num_tokens: int
+        self, sequence: TargetSequence, link: SpeculatorLink, epoch: int, ended: int, choice: FallbackChoice
     ) -> None:
         if sequence.request.mode is SpeculationMode.SD:
             wait_s, speculator_s = self._deadline_s, self._deadline_s * _SD_SHARE
         else:
-            speculator_s = _SLACK * num_tokens * link.measured.draft_step_s
+            speculator_s = _SLACK * choice.waiting_s
             wait_s = min(self._deadline_s, speculator_s + link.measured.round_trip_s + _MARGIN_S)
         message = speculator_pb2.SpeculateNow(
-            sequence_id=sequence.id, round=ended, num_tokens=num_tokens, deadline_ms=speculator_s * 1e3
+            sequence_id=sequence.id, round=ended, num_tokens=choice.depth, deadline_ms=speculator_s * 1e3
         )
         self._outbox.send(link, epoch, Request(speculate_now=message))
         sequence.await_started_s = time.perf_counter()
@@ -189,7 +198,7 @@ class Speculation:
             return False
         tokens = self._valid(tokens)[: self._limit(sequence)]
         if tokens:
-            sequence.draft = Draft(tokens, DraftSource.SPECULATOR, sequence.draft.lookup)
+            self._use(sequence, tokens)
             self._end_wait(sequence)
         else:
             self._end_wait_without(sequence)
@@ -205,7 +214,7 @@ class Speculation:
 
     def _end_wait_without(self, sequence: TargetSequence) -> None:
         if sequence.request.mode is SpeculationMode.SSD:
-            self._use_backup(sequence, sequence.backup(self._limit(sequence)))
+            self._use_backup(sequence)
         self._end_wait(sequence)
 
     def _end_wait(self, sequence: TargetSequence) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specpool.algorithm.fallback import (
-    FallbackChoice,
+    NO_WAIT,
+    DraftTimes,
     MissCosts,
     TimeTable,
     batch_size_threshold,
@@ -68,38 +69,42 @@ def test_a_time_table_interpolates_and_never_extrapolates() -> None:
     assert TimeTable({4: 0.2})(1) == 0.2
 
 
-CHOICE = {"lookahead": 4, "acceptance": 0.8}
+CHOICE = {"lookahead": 4, "acceptance": 0.8, "steady_tokens_per_s": 20.0}
+
+
+def _times(step_s: float, first_s: float | None = None, at_least_s: float = 0.0) -> DraftTimes:
+    return DraftTimes(first_s=step_s if first_s is None else first_s, step_s=step_s, at_least_s=at_least_s)
 
 
 def test_a_fast_draft_is_waited_for_to_full_depth() -> None:
-    choice = choose_fallback(**CHOICE, draft_step_s=0.001, steady_tokens_per_s=20)
+    choice = choose_fallback(_times(0.001), **CHOICE)
     assert choice.depth == 4
+    assert choice.waiting_s == pytest.approx(0.004)
     assert choice.gain == pytest.approx(0.8 + 0.64 + 0.512 + 0.4096 - 4 * 0.001 * 20)
 
 
 def test_depth_stops_where_a_token_costs_more_than_it_brings() -> None:
     # the third token brings .512 and costs .6
-    assert choose_fallback(**CHOICE, draft_step_s=0.03, steady_tokens_per_s=20).depth == 2
+    assert choose_fallback(_times(0.03), **CHOICE).depth == 2
 
 
 @pytest.mark.parametrize(
-    "worse",
+    ("times", "worse"),
     [
-        {"draft_step_s": 0.05},
-        {"round_trip_s": 1.0},
-        {"num_waiting": 50},
-        {"tokens_backup": 3.5},
-        {"acceptance": 0.01},
+        (_times(0.05), {}),
+        (_times(0.01, first_s=1.0), {}),
+        (_times(0.01, at_least_s=0.2), {}),
+        (_times(0.01), {"tokens_backup": 3.5}),
+        (_times(0.01), {"acceptance": 0.01}),
     ],
     ids=str,
 )
-def test_otherwise_the_backup_is_taken_at_once(worse: dict[str, float]) -> None:
-    arguments = {**CHOICE, "draft_step_s": 0.01, "steady_tokens_per_s": 20, **worse}
-    assert choose_fallback(**arguments) == FallbackChoice(0, 0.0)  # type: ignore[arg-type]
+def test_otherwise_it_goes_on_at_once(times: DraftTimes, worse: dict[str, float]) -> None:
+    assert choose_fallback(times, **{**CHOICE, **worse}) == NO_WAIT  # type: ignore[arg-type]
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 100), st.integers(0, 12))
-def test_a_choice_is_never_worse_than_the_backup(acceptance: float, step: float, rate: float, lookahead: int) -> None:
-    choice = choose_fallback(lookahead=lookahead, acceptance=acceptance, draft_step_s=step, steady_tokens_per_s=rate)
+def test_a_choice_is_never_worse_than_going_on(acceptance: float, step: float, rate: float, lookahead: int) -> None:
+    choice = choose_fallback(_times(step), lookahead=lookahead, acceptance=acceptance, steady_tokens_per_s=rate)
     assert 0 <= choice.depth <= lookahead
     assert choice.gain >= 0

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import pytest
-
+from specpool.algorithm.fallback import DraftTimes
 from specpool_target.fallback_policy import FallbackPolicy
 
 
-@pytest.fixture
-def policy():
-    policy = FallbackPolicy(max_batch_size=16, lookahead=4)
+def measured(**options):
+    """Rounds of 100 ms that bring 3 to 4 tokens, at any batch size."""
+    policy = FallbackPolicy(max_batch_size=16, lookahead=4, **options)
     for _ in range(40):
         policy.observe_round(4, 3, 0.1, from_backup=False)
-        policy.observe_lookup(found=True)
-        policy.observe_step(1, 0.1)
+        for size in (1, 8, 16):
+            policy.observe_step(size, 0.1)
     return policy
 
 
-def choose(policy, **options):
-    fields = {"batch_size": 1, "lookahead": 4, "draft_step_s": 0.005, "round_trip_s": 0.001, "num_backup": 0} | options
-    return policy.choose(**fields).depth
+def choose(policy, *, first_s=0.005, step_s=0.005, **options):
+    fields = {"batch_size": 1, "lookahead": 4, "num_backup": 0} | options
+    return policy.choose(DraftTimes(first_s=first_s, step_s=step_s), **fields).depth
 
 
-def test_fast_draft_is_waited_for_and_a_slow_one_is_not(policy):
-    assert choose(policy) == 4
-    assert choose(policy, draft_step_s=0.5) == 0
+def test_fast_draft_is_waited_for_and_a_slow_one_is_not():
+    assert choose(measured()) == 4
+    assert choose(measured(), first_s=0.5, step_s=0.5) == 0
 
 
-def test_nothing_is_waited_for_without_measurements(policy):
+def test_nothing_is_waited_for_without_measurements():
     assert choose(FallbackPolicy(max_batch_size=16, lookahead=4)) == 0
-    assert choose(policy, draft_step_s=0.0) == 0
+    assert choose(measured(), step_s=0.0) == 0
 
 
-def test_from_the_threshold_on_the_backup_is_used(policy):
+def test_in_a_batch_waiting_costs_the_others_forward():
+    policy = measured()
+    assert choose(policy, batch_size=2) == 0
+
+
+def test_the_threshold_is_where_misses_stop_to_wait():
+    policy = measured()
     for _ in range(40):
-        choose(policy, draft_step_s=0.02)
-        policy.observe_lookup(found=False)
-        for size in (1, 8, 16):
-            policy.observe_step(size, 0.1)
+        choose(policy)
+        policy.observe_step(1, 0.1)
     threshold = policy.batch_size_threshold
-    assert threshold >= 1
+    assert threshold == 2
+    assert choose(policy, batch_size=threshold - 1) > 0
     assert choose(policy, batch_size=threshold) == 0
+
+
+def test_fixed_policies():
+    assert choose(measured(fallback="backup")) == 0
+    assert choose(measured(fallback="wait"), first_s=0.5, step_s=0.5) == 4

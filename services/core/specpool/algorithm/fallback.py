@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 TimeOfBatch = Callable[[int], float]
 """Seconds as a function of batch size."""
@@ -103,6 +104,22 @@ def batch_size_threshold(
     return max_batch_size + 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftTimes:
+    """How fast further tokens would come."""
+
+    first_s: float
+    """Seconds until the first token."""
+    step_s: float
+    """Seconds per further token."""
+    at_least_s: float = 0.0
+    """Waiting for anything costs this much, such as the forward of others that starts meanwhile."""
+
+    def waiting_s(self, num_tokens: int) -> float:
+        """Seconds until `num_tokens` are there."""
+        return max(self.at_least_s, self.first_s + (num_tokens - 1) * self.step_s)
+
+
 @dataclass(frozen=True, slots=True)
 class FallbackChoice:
     """What to verify after a miss."""
@@ -111,17 +128,20 @@ class FallbackChoice:
     """Tokens to draft just in time; 0 is the backup, at once."""
     gain: float
     """Expected tokens by which it beats the backup; 0 for the backup."""
+    waiting_s: float
+    """How long it will take."""
+
+
+NO_WAIT: Final = FallbackChoice(0, 0.0, 0.0)
 
 
 def choose_fallback(
+    times: DraftTimes,
     *,
     lookahead: int,
     acceptance: float,
-    draft_step_s: float,
     steady_tokens_per_s: float,
-    round_trip_s: float = 0.0,
     tokens_backup: float = 1.0,
-    num_waiting: int = 1,
 ) -> FallbackChoice:
     """How deep to draft just in time after a miss, or 0 for the backup.
 
@@ -130,19 +150,16 @@ def choose_fallback(
     drops out.
 
     Args:
+        times: of tokens drafted now.
         lookahead: the largest depth.
         acceptance: per drafted token.
-        draft_step_s: seconds per drafted token now.
-        steady_tokens_per_s: of one sequence over the recent rounds.
-        round_trip_s: seconds to the speculator and back.
+        steady_tokens_per_s: of this sequence over the recent rounds.
         tokens_backup: expected tokens of a round with the backup's tokens.
-        num_waiting: sequences of the batch that would wait.
     """
-    best = FallbackChoice(0, 0.0)
+    best = NO_WAIT
     for depth in range(1, lookahead + 1):
-        waiting_s = round_trip_s + depth * draft_step_s
-        lost = waiting_s * steady_tokens_per_s * num_waiting
-        gain = expected_tokens(depth, acceptance) - tokens_backup - lost
+        waiting_s = times.waiting_s(depth)
+        gain = expected_tokens(depth, acceptance) - tokens_backup - waiting_s * steady_tokens_per_s
         if gain > best.gain:
-            best = FallbackChoice(depth, gain)
+            best = FallbackChoice(depth, gain, waiting_s)
     return best
