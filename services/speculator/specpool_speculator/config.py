@@ -64,7 +64,7 @@ class SpeculatorConfig:
     """Branch rows per draft step, shared by all sequences."""
     fan_out_budget: int = 12
     """Guesses of the verification outcome per sequence and round (B)."""
-    fan_out_policy: FanOutPolicy = "geometric"
+    fan_out_policy: FanOutPolicy = "best_first"
     """How guesses and rows are chosen: `best_first` by the draft's own calibrated probabilities, `geometric` by mean
     acceptance and miss rates, as in the paper, `uniform` the same number after every accepted length."""
     saguaro_constant: float = 1.0
