@@ -47,7 +47,7 @@ def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, timeou
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     try:
         process.wait(30)
     except subprocess.TimeoutExpired:
