@@ -61,7 +61,9 @@ class SpeculatorConfig:
     max_lookahead: int = 8
     """Largest K: draft tokens per round."""
     row_budget: int = 16
-    """Branch rows per draft step, shared by all sequences."""
+    """Branch rows per draft step, shared by all sequences; at most so many with `plan_rows`."""
+    plan_rows: bool = True
+    """Leave out rows that would bring less than they delay the others, by measured step times."""
     fan_out_budget: int = 12
     """Guesses of the verification outcome per sequence and round (B)."""
     fan_out_policy: FanOutPolicy = "best_first"

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from specpool.algorithm.planning import LinearTime
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull
 from specpool.modeling.interface import CausalModel, Segment
@@ -25,6 +26,8 @@ from specpool_speculator.scheduler import PlannedWork, plan_step
 from specpool_speculator.sequence import Request, SequenceKey, SequenceState
 from specpool_speculator.spans import SequenceSpans
 
+_MAX_FITTED_ROWS = 128
+"""Steps with more rows are prefills: their time says nothing about a few rows more."""
 _MAX_RANKS = 33
 """Ranks kept per node: more guesses after one accepted length are never worth a row."""
 
@@ -76,6 +79,8 @@ class Drafter:
         self._sequences: dict[SequenceKey, SequenceState] = {}
         self._refused: set[SequenceKey] = set()
         self._spans = SequenceSpans()
+        self.step_time = LinearTime()
+        """Seconds of a step by its rows."""
         self._on_draft = on_draft
 
     # ---- state ----------------------------------------------------------------------------------------------
@@ -276,6 +281,7 @@ class Drafter:
             self._model.pool,
             row_budget=row_budget,
             max_prefill_tokens=self._config.max_prefill_tokens,
+            step_s=self.step_time if self._config.plan_rows else lambda num_rows: 0.0,
         )
 
     def _run(self, planned: Sequence[PlannedWork]) -> float:
@@ -298,6 +304,8 @@ class Drafter:
 
     def _account(self, planned: Sequence[PlannedWork], forward_s: float, step_s: float) -> None:
         num_rows = sum(len(p.work.tokens) for p in planned)
+        if num_rows <= _MAX_FITTED_ROWS:
+            self.step_time.observe(num_rows, step_s)
         drafted = Counter[str]()
         for p in planned:
             drafted[p.sequence.options.tenant] += len(p.work.nodes)

@@ -50,6 +50,8 @@ class EngineSnapshot:
     acceptance_rate: float = 0.0
     miss_power_law: tuple[float, ...] = ()
     """c, r after a rejection; c, r after everything was accepted."""
+    plan: str = ""
+    """What the rows of a step are planned from, in words."""
 
 
 class EngineThread:
@@ -195,4 +197,14 @@ class EngineThread:
             step_ms=self._averages[1],
             acceptance_rate=estimates.acceptance,
             miss_power_law=law,
+            plan=self._explain_plan(),
+        )
+
+    def _explain_plan(self) -> str:
+        time = self._drafter.step_time
+        calibration = self._drafter.estimates[VerificationMode.GREEDY].calibration
+        return (
+            f"a step takes {time.base_s * 1e3:.1f} ms and {time.per_row_s * 1e3:.2f} ms per row, "
+            f"{self._averages[0]:.1f} rows on average; the draft's scores count {calibration.slope:.2f} times, "
+            f"its first rank {calibration.lift:+.2f} more, {calibration.outside:.1%} of tokens are outside its ranks"
         )

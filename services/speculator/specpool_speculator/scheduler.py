@@ -3,7 +3,8 @@
 In this order:
   1. what a target waits for (`speculate_now`);
   2. missing tokens of in-flight paths: context first, in chunks, then the nodes whose ranks give the guesses;
-  3. branches, one row each, those most likely to be used first, the rows shared among tenants by weight.
+  3. branches, one row each, those most likely to be used first, the rows shared among tenants by weight, and no more
+     than are worth the time that they add to the step.
 A step takes no more blocks than are free: branches are left out first (width, then depth), then branches of other
 sequences are given up, then whole sequences, which are computed again when there is room.
 """
@@ -11,10 +12,11 @@ sequences are given up, then whole sequences, which are computed again when ther
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from specpool.algorithm.fan_out import round_to_sum
+from specpool.algorithm.planning import rows_worth_running
 from specpool.modeling.paged_kv import BlockPool
 from specpool_speculator.draft_tree import DraftTree, Node, Work
 from specpool_speculator.sequence import SequenceState
@@ -54,6 +56,7 @@ class _Step:
 
     def __init__(self, pool: BlockPool) -> None:
         self.planned: list[PlannedWork] = []
+        self.num_path_tokens = 0
         self._pool = pool
         self._num_blocks = 0
         self._taken: set[int] = set()
@@ -68,6 +71,7 @@ class _Step:
         if work is None:
             return 0
         self._add(sequence, work, blocks_for(len(work.tokens), self._pool), is_branch=False)
+        self.num_path_tokens += len(work.tokens)
         return len(work.tokens)
 
     def add_row(self, sequence: SequenceState, node: Node) -> bool:
@@ -89,15 +93,28 @@ def blocks_for(num_tokens: int, pool: BlockPool) -> int:
 
 
 def plan_step(
-    sequences: Sequence[SequenceState], pool: BlockPool, *, row_budget: int, max_prefill_tokens: int
+    sequences: Sequence[SequenceState],
+    pool: BlockPool,
+    *,
+    row_budget: int,
+    max_prefill_tokens: int,
+    step_s: Callable[[int], float] = lambda num_rows: 0.0,
 ) -> list[PlannedWork]:
-    """Rows of the next forward; empty when there is nothing worth a step."""
+    """Rows of the next forward; empty when there is nothing worth a step.
+
+    `step_s` gives the seconds of a step by its rows, 0 while nothing is measured: of the branches within `row_budget`
+    those are left out that would bring less than they delay the others.
+    """
     step = _Step(pool)
     num_rows = _plan_asked(step, sequences)
     _plan_paths(step, sequences, max_prefill_tokens)
     candidates = [c for sequence in sequences for c in branch_candidates(sequence)]
     if step.planned or any(c.is_worth_a_step for c in candidates):
-        for candidate in share_rows(candidates, row_budget - num_rows):
+        values = sorted((c.value for c in candidates), reverse=True)
+        num_branches = rows_worth_running(
+            values, step_s, num_rows=row_budget - num_rows, num_fixed=num_rows + step.num_path_tokens
+        )
+        for candidate in share_rows(candidates, num_branches):
             step.add_row(candidate.sequence, candidate.node)
     return step.planned
 

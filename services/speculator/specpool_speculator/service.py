@@ -96,6 +96,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             acceptance_rate=snapshot.acceptance_rate,
             miss_power_law=snapshot.miss_power_law,
             fan_out_policy=self._config.fan_out_policy,
+            plan=snapshot.plan,
         )
 
     async def DrainSpeculator(

@@ -31,6 +31,7 @@ from specpool.v1 import types_pb2
 from specpool_target.config import TargetConfig
 from specpool_target.fallback_policy import Average, FallbackPolicy
 from specpool_target.link import SpeculationInbox, SpeculatorLink
+from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.scheduler import ScheduledSegment, Scheduler, StepPlan
 from specpool_target.sequence import (
@@ -87,9 +88,11 @@ class EngineThread(threading.Thread):
         )
         self._config = config
         self._outbox = Outbox(loop)
+        self.lookahead_planner = LookaheadPlanner(self.policy, max_lookahead=config.max_lookahead)
         self._speculation = Speculation(
             self._outbox,
             self.policy,
+            self.lookahead_planner,
             vocab_size=model.vocab_size,
             deadline_s=config.speculation_deadline_ms / 1e3,
         )
@@ -497,7 +500,9 @@ class EngineThread(threading.Thread):
         self._step_s.observe(seconds)
         self._rows_per_step.observe(sum(1 + item.num_draft for item in items))
         if not any(s.is_prefill for s in plan.segments):
-            self.policy.observe_step(len(items), phases.forward + phases.verify)
+            seconds = phases.forward + phases.verify
+            self.policy.observe_step(len(items), seconds)
+            self.lookahead_planner.observe_step(sum(1 + item.num_draft for item in items), seconds)
 
     def _report_idle(self) -> None:
         self.metrics.set_queue(

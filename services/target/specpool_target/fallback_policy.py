@@ -46,6 +46,11 @@ class FallbackPolicy:
         self.batch_size_threshold = 0
         """b*: from this batch size on a miss goes on at once; 0: not measured yet."""
 
+    @property
+    def acceptance(self) -> float:
+        """Of the speculator's draft tokens, each given those before it."""
+        return self._acceptance.value
+
     def observe_step(self, batch_size: int, seconds: float) -> None:
         """One verification of so many sequences."""
         self._verify_s.setdefault(batch_size, Average()).observe(seconds)

@@ -61,6 +61,7 @@ class RequestReader:
             mode=_lookup("mode", _MODES, request.mode),
             verification=_lookup("verification", _VERIFICATIONS, request.verification),
             max_lookahead=self._lookahead(request),
+            plans_lookahead=not request.HasField("max_lookahead"),
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self.eos_token_ids,
             tenant=message.tenant,
             tenant_weight=message.tenant_weight or 1.0,

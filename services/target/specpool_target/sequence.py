@@ -84,7 +84,9 @@ class SequenceRequest:
     mode: SpeculationMode = SpeculationMode.SSD
     verification: VerificationMode = VerificationMode.COUPLED
     max_lookahead: int = 8
-    """K of this request."""
+    """K of this request, or the largest K if it is planned."""
+    plans_lookahead: bool = False
+    """The request named no K."""
     committed_tokens: Sequence[int] = ()
     """Output of an earlier target that this one continues."""
     stop_token_ids: frozenset[int] = frozenset()
@@ -180,6 +182,8 @@ class TargetSequence:
         """Stays true when preempted."""
         self.round = 0
         self.draft = Draft()
+        self.lookahead = request.max_lookahead
+        """K now."""
         self.await_deadline_s: float | None = None
         self.opened_epoch: int | None = None
         """Connection of the link on which the speculator was told of this sequence."""

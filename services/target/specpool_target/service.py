@@ -119,6 +119,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             speculators=self._links.statuses(),
             max_lookahead=self._reader.max_lookahead,
             fallback_batch_size=self._engine.policy.batch_size_threshold,
+            plan=self._engine.lookahead_planner.explain(),
         )
 
     async def DrainTarget(

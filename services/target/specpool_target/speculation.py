@@ -17,6 +17,7 @@ from specpool.rpc.convert import sampling_to_proto
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import Request, SpeculatorLink, close_request
+from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
 from specpool_target.verifying import effective_mode
@@ -40,9 +41,18 @@ _MODES: Final = {
 class Speculation:
     """Decides after each outcome, and keeps the speculators informed."""
 
-    def __init__(self, outbox: Outbox, policy: FallbackPolicy, *, vocab_size: int, deadline_s: float) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        policy: FallbackPolicy,
+        planner: LookaheadPlanner,
+        *,
+        vocab_size: int,
+        deadline_s: float,
+    ) -> None:
         self._outbox = outbox
         self._policy = policy
+        self._planner = planner
         self._vocab_size = vocab_size
         self._deadline_s = deadline_s
         self._epochs: dict[SpeculatorLink, int] = {}
@@ -79,7 +89,11 @@ class Speculation:
         self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int
     ) -> FallbackChoice:
         """Set the draft, or return what to wait for."""
-        mode, limit = sequence.request.mode, self._limit(sequence)
+        mode = sequence.request.mode
+        if sequence.request.plans_lookahead and mode is not SpeculationMode.OFF:
+            measured = None if sequence.link is None else sequence.link.measured
+            sequence.lookahead = self._planner.lookahead(mode, measured, batch_size)
+        limit = self._limit(sequence)
         if mode is SpeculationMode.SSD:
             return self._choose_ssd(sequence, ended, outcome, limit, batch_size)
         if mode is SpeculationMode.SD and limit > 0:
@@ -145,7 +159,7 @@ class Speculation:
         sequence.draft = Draft(backup, source, sequence.draft.lookup)
 
     def _limit(self, sequence: TargetSequence) -> int:
-        lookahead = sequence.request.max_lookahead
+        lookahead = min(sequence.lookahead, sequence.request.max_lookahead)
         if sequence.link is not None and sequence.link.measured.max_lookahead:
             lookahead = min(lookahead, sequence.link.measured.max_lookahead)
         return min(lookahead, sequence.room_for_drafts)

@@ -78,7 +78,7 @@ def test_idle_when_all_guesses_are_deep_enough(prompt) -> None:
 
 
 def test_a_hit_repeats_no_work(prompt) -> None:
-    drafter, model = make_drafter(row_budget=64)
+    drafter, model = make_drafter(row_budget=64, fan_out_policy="geometric")
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=50)
     (num_accepted, bonus), tokens = next(iter(target.table.items()))

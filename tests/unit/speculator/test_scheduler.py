@@ -154,3 +154,30 @@ def test_outcomes_teach_the_calibration(prompt) -> None:
         target.outcome(0, bonus, drafted)
     assert calibration.lift != before
     assert calibration.outside < 0.02
+
+
+def test_rows_that_are_not_worth_their_time_are_left_out(prompt) -> None:
+    drafter, model = make_drafter()
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=1)
+    (sequence,) = drafter._sequences.values()
+    values = sorted((c.value for c in branch_candidates(sequence)), reverse=True)
+    free, dear = (
+        plan_step([sequence], model.pool, row_budget=6, max_prefill_tokens=64, step_s=lambda rows: 1 + per_row * rows)  # noqa: B023
+        for per_row in (0.0, 10.0)
+    )
+    assert len(free) == 6
+    assert [p.work.tokens for p in dear] == [p.work.tokens for p in free][:1]
+    assert values[0] > values[1]
+    for planned in (free, dear):
+        _cancel(planned)
+
+
+def test_the_step_time_is_learned_from_steps(prompt) -> None:
+    drafter, model = make_drafter(plan_rows=True)
+    model.step_ms, model.row_ms = 1.0, 2.0
+    targets = []
+    for index in range(4):
+        targets.append(ScriptedTarget(drafter, prompt[: 4 + index], name=f"s{index}"))
+        exchange(drafter, targets, num_steps=4)
+    assert drafter.step_time(10) > drafter.step_time(1) > 0.0005

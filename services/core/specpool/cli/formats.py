@@ -72,6 +72,7 @@ def _target(entry: router_pb2.TargetEntry) -> dict[str, Any]:
         "load": plain_fields(status.load),
         "max_lookahead": status.max_lookahead,
         "fallback_batch_size": status.fallback_batch_size,
+        "plan": status.plan,
         "speculators": [
             {**plain_fields(link), "speculator": peer_document(link.speculator)} for link in status.speculators
         ],
@@ -93,5 +94,6 @@ def _speculator(entry: router_pb2.SpeculatorEntry) -> dict[str, Any]:
         "acceptance_rate": status.acceptance_rate,
         "miss_power_law": list(status.miss_power_law),
         "fan_out_policy": status.fan_out_policy,
+        "plan": status.plan,
         "targets": [peer_document(target) for target in status.targets],
     }

@@ -677,12 +677,15 @@ class GetSpeculatorStatusResponse(_message.Message):
     ACCEPTANCE_RATE_FIELD_NUMBER: _builtins.int
     MISS_POWER_LAW_FIELD_NUMBER: _builtins.int
     FAN_OUT_POLICY_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     row_budget: _builtins.int
     max_lookahead: _builtins.int
     acceptance_rate: _builtins.float
     """Fitted online: acceptance rate per token and (c, r) of the miss power law after a rejection / after K acceptances."""
     fan_out_policy: _builtins.str
+    plan: _builtins.str
+    """What the rows of a step are planned from, for people to read."""
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
     @_builtins.property
@@ -708,10 +711,11 @@ class GetSpeculatorStatusResponse(_message.Message):
         acceptance_rate: _builtins.float = ...,
         miss_power_law: _abc.Iterable[_builtins.float] | None = ...,
         fan_out_policy: _builtins.str = ...,
+        plan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "speculator", b"speculator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "miss_power_law", b"miss_power_law", "model", b"model", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "miss_power_law", b"miss_power_law", "model", b"model", "plan", b"plan", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -164,10 +164,13 @@ class GetTargetStatusResponse(_message.Message):
     SPECULATORS_FIELD_NUMBER: _builtins.int
     MAX_LOOKAHEAD_FIELD_NUMBER: _builtins.int
     FALLBACK_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     max_lookahead: _builtins.int
     """Largest lookahead K and the batch size b* from which a miss uses the backup (0: not yet measured)."""
     fallback_batch_size: _builtins.int
+    plan: _builtins.str
+    """What K is planned from, for people to read."""
     @_builtins.property
     def target(self) -> _types_pb2.Peer: ...
     @_builtins.property
@@ -186,10 +189,11 @@ class GetTargetStatusResponse(_message.Message):
         speculators: _abc.Iterable[Global___SpeculatorLinkStatus] | None = ...,
         max_lookahead: _builtins.int = ...,
         fallback_batch_size: _builtins.int = ...,
+        plan: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback_batch_size", b"fallback_batch_size", "load", b"load", "max_lookahead", b"max_lookahead", "model", b"model", "speculators", b"speculators", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback_batch_size", b"fallback_batch_size", "load", b"load", "max_lookahead", b"max_lookahead", "model", b"model", "plan", b"plan", "speculators", b"speculators", "state", b"state", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

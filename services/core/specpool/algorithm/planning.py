@@ -1,0 +1,90 @@
+"""How many rows to draft in a step and how many tokens to verify in a round, from measured times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from specpool.algorithm.fallback import expected_tokens
+
+_LEAST_SPREAD: Final = 0.5
+"""Variance of the row counts seen, below which a slope would be noise."""
+
+
+class LinearTime:
+    """Seconds of a forward as base + per_row * rows, fitted online with exponential forgetting."""
+
+    def __init__(self, *, decay: float = 0.99) -> None:
+        self._decay = decay
+        self._weight = 0.0
+        self._mean_rows = 0.0
+        self._mean_seconds = 0.0
+        self._spread = 0.0  # sum of squares of rows around their mean
+        self._common = 0.0  # the same of rows and seconds
+
+    @property
+    def per_row_s(self) -> float:
+        """Seconds per further row; 0 while row counts have hardly differed, never negative."""
+        if self._weight == 0 or self._spread / self._weight < _LEAST_SPREAD:
+            return 0.0
+        return max(0.0, self._common / self._spread)
+
+    @property
+    def base_s(self) -> float:
+        """Seconds of a forward of no rows."""
+        return max(0.0, self._mean_seconds - self.per_row_s * self._mean_rows)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """One forward."""
+        self._weight = self._weight * self._decay + 1
+        rows, time = num_rows - self._mean_rows, seconds - self._mean_seconds
+        self._mean_rows += rows / self._weight
+        self._mean_seconds += time / self._weight
+        self._spread = self._spread * self._decay + rows * (num_rows - self._mean_rows)
+        self._common = self._common * self._decay + rows * (seconds - self._mean_seconds)
+
+    def __call__(self, num_rows: int) -> float:
+        """Expected seconds."""
+        return self.base_s + self.per_row_s * num_rows
+
+
+def rows_worth_running(
+    values: Sequence[float], step_s: Callable[[int], float], *, num_rows: int, num_fixed: int = 0
+) -> int:
+    """How many of the most valuable rows give the most value per second.
+
+    A row whose value per second is below that of the step without it only delays the next step.
+
+    Args:
+        values: probability that what a row drafts is used, the largest first.
+        step_s: seconds of a step by its rows.
+        num_rows: at most so many.
+        num_fixed: rows that are run in any case.
+    """
+    best, best_rate, total = 0, 0.0, 0.0
+    for count, value in enumerate(values[: max(num_rows, 0)], start=1):
+        total += value
+        seconds = step_s(num_fixed + count)
+        if seconds <= 0:
+            return min(len(values), max(num_rows, 0))  # nothing measured
+        if total / seconds >= best_rate:
+            best, best_rate = count, total / seconds
+    return best
+
+
+def best_lookahead(
+    max_lookahead: int, *, acceptance: float, verify_s: Callable[[int], float], draft_s: Callable[[int], float]
+) -> int:
+    """K with the largest expected tokens per second, at least 1.
+
+    Args:
+        max_lookahead: the largest K.
+        acceptance: per drafted token.
+        verify_s: seconds of verifying K draft tokens.
+        draft_s: seconds that K draft tokens hold the target up; 0 when they are drafted ahead.
+    """
+
+    def speed(lookahead: int) -> float:
+        return expected_tokens(lookahead, acceptance) / max(verify_s(lookahead) + draft_s(lookahead), 1e-9)
+
+    return max(range(1, max_lookahead + 1), key=speed, default=1)

@@ -1,0 +1,55 @@
+"""K of requests that name none, from what this target measures."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from specpool.algorithm.planning import LinearTime, best_lookahead
+from specpool_target.fallback_policy import FallbackPolicy
+from specpool_target.link import LinkMeasurements
+from specpool_target.sequence import SpeculationMode
+
+_STEPS_PER_PLAN: Final = 16
+
+
+class LookaheadPlanner:
+    """Plans K anew every few steps, so that it follows what drifts."""
+
+    def __init__(self, policy: FallbackPolicy, *, max_lookahead: int) -> None:
+        self._policy = policy
+        self._max_lookahead = max_lookahead
+        self._verify_time = LinearTime()
+        self._num_steps = 0
+        self._plans: dict[SpeculationMode, int] = {}
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """One forward that verified `num_tokens`, those of all sequences and their bonus positions."""
+        self._verify_time.observe(num_tokens, seconds)
+        self._num_steps += 1
+        if self._num_steps % _STEPS_PER_PLAN == 0:
+            self._plans.clear()
+
+    def lookahead(self, mode: SpeculationMode, measured: LinkMeasurements | None, batch_size: int) -> int:
+        """K in mode SD or SSD."""
+        if self._num_steps < _STEPS_PER_PLAN or measured is None:
+            return self._max_lookahead
+        if mode not in self._plans:
+            step_s = measured.draft_step_s if mode is SpeculationMode.SD else 0.0
+            self._plans[mode] = best_lookahead(
+                self._max_lookahead,
+                acceptance=self._policy.acceptance,
+                verify_s=lambda k: self._verify_time(batch_size * (k + 1)),
+                draft_s=lambda k: measured.round_trip_s + k * step_s if step_s else 0.0,
+            )
+        return self._plans[mode]
+
+    def explain(self) -> str:
+        """For status."""
+        if self._num_steps < _STEPS_PER_PLAN:
+            return f"K={self._max_lookahead}: nothing measured yet"
+        time = self._verify_time
+        plans = ", ".join(f"K={k} for {mode.value}" for mode, k in self._plans.items()) or "no K in use"
+        return (
+            f"{plans}: a forward takes {time.base_s * 1e3:.1f} ms and {time.per_row_s * 1e3:.2f} ms per token, "
+            f"{self._policy.acceptance:.1%} of draft tokens are accepted"
+        )
