@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -31,17 +29,6 @@ from specpool_speculator.config import FanOutPolicy
 
 Key = tuple[str, int]
 """(policy, budget)."""
-
-
-@contextmanager
-def policy_in_environment(policy: str) -> Iterator[None]:
-    """`specpool up` hands its environment on to the speculator."""
-    name = "SPECPOOL_SPECULATOR_FAN_OUT_POLICY"
-    os.environ[name] = policy
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 async def run_prompts(
@@ -119,7 +106,8 @@ def main() -> None:
             for policy in arguments.policies:
                 up = (*recommended_arguments(), "--target", arguments.target, "--draft", arguments.draft)
                 up += ("--lookahead", str(arguments.lookahead), "--row-budget", str(budget), "--fan-out", str(budget))
-                with policy_in_environment(policy), running_system((*up, *arguments.up)) as endpoint:
+                environment = {"SPECPOOL_SPECULATOR_FAN_OUT_POLICY": policy}
+                with running_system((*up, *arguments.up), environment=environment) as endpoint:
                     found = asyncio.run(
                         run_prompts(
                             endpoint, prompts[part :: arguments.num_passes], settings, warm_up, arguments.max_tokens

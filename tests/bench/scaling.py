@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -57,17 +56,6 @@ class Row:
     """Not stretched."""
     threshold: int
     """b* of the first target."""
-
-
-@contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """`specpool up` hands its environment on to the services."""
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del os.environ[name]
 
 
 def model(step_ms: float, row_ms: float, stretch: float, **options: object) -> str:
@@ -135,8 +123,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-@contextmanager
-def system(arguments: argparse.Namespace, num_targets: int, fallback: str) -> Iterator[str]:
+def system(arguments: argparse.Namespace, num_targets: int, fallback: str) -> AbstractContextManager[str]:
     """`specpool up` over models of the given times."""
     stretch = arguments.stretch
     up = ["--targets", str(num_targets), "--lookahead", str(arguments.lookahead)]
@@ -145,8 +132,7 @@ def system(arguments: argparse.Namespace, num_targets: int, fallback: str) -> It
     up += ["--draft", model(DRAFT_STEP_MS, DRAFT_ROW_MS, stretch, agreement=arguments.agreement)]
     settings = {"SPECPOOL_TARGET_FALLBACK": fallback, "SPECPOOL_TARGET_MAX_BATCH_SIZE": "64"}
     settings |= {"SPECPOOL_TARGET_SPECULATION_DEADLINE_MS": "60000", "OMP_NUM_THREADS": "1"}
-    with environment(**settings), running_system(tuple(up)) as endpoint:
-        yield endpoint
+    return running_system(tuple(up), environment=settings)
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

@@ -71,6 +71,8 @@ class SpeculatorConfig:
     acceptance and miss rates, as in the paper, `uniform` the same number after every accepted length."""
     saguaro_constant: float = 1.0
     """C of Saguaro sampling for rejection verification, 0 to 1; 1 is off."""
+    tune_saguaro: bool = False
+    """Choose C online, for tokens per second, instead of `saguaro_constant`."""
     distribution_top_m: int = 64
     """Rejection verification: the draft samples from its m most likely tokens."""
     max_prefill_tokens: int = 512

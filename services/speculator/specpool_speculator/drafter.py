@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from specpool.algorithm.planning import LinearTime
+from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull
 from specpool.modeling.interface import CausalModel, Segment
@@ -75,6 +76,7 @@ class Drafter:
             num_kept=config.distribution_top_m,
             calibrations={mode: estimates.calibration for mode, estimates in self._estimates.items()},
         )
+        self._saguaro = SaguaroTuner() if config.tune_saguaro else None
         self._vocab_sizes: dict[int, int] = {}
         self._sequences: dict[SequenceKey, SequenceState] = {}
         self._refused: set[SequenceKey] = set()
@@ -128,7 +130,7 @@ class Drafter:
                 self._open(connection, request.open_sequence)
             case "outcomes":
                 for outcome in request.outcomes.outcomes:
-                    self._apply_outcome(connection, outcome)
+                    self._apply_outcome(connection, outcome, received_s)
             case "speculate_now":
                 self._speculate_now(connection, request.speculate_now, received_s)
             case "start_round":
@@ -157,7 +159,7 @@ class Drafter:
         self._sequences[key] = SequenceState(key, options, tree, plan)
         self._spans.open(key, message.traceparent, options)
 
-    def _apply_outcome(self, connection: int, outcome: speculator_pb2.Outcome) -> None:
+    def _apply_outcome(self, connection: int, outcome: speculator_pb2.Outcome, received_s: float) -> None:
         sequence = self._find(connection, outcome.sequence_id, outcome.round)
         if sequence is None:
             return
@@ -172,6 +174,7 @@ class Drafter:
             self._resync(connection, outcome.sequence_id, text)
             return
         self._observe(sequence, outcome)
+        self._tune(sequence, outcome.num_accepted + 1, received_s)
         sequence.request = None
         self.counters.num_dropped_branches += max(0, len(sequence.pushed) - 1)
         tree.commit(outcome.num_accepted, outcome.bonus_token)
@@ -192,6 +195,14 @@ class Drafter:
                 estimates.calibration.observe(node.ranks.scores, rank)
         num_drafted = sequence.pushed.get((k, outcome.bonus_token))
         self._spans.round(sequence, num_accepted=k, num_drafted=num_drafted)
+
+    def _tune(self, sequence: SequenceState, num_tokens: int, received_s: float) -> None:
+        is_sampled = sequence.options.verification is VerificationMode.REJECTION
+        if self._saguaro is not None and is_sampled:
+            if sequence.outcome_s is not None:
+                self._saguaro.observe(num_tokens, received_s - sequence.outcome_s)
+                self._ranker.saguaro_constant = self._saguaro.constant
+            sequence.outcome_s = received_s
 
     def _start_round(self, connection: int, message: speculator_pb2.StartRound) -> None:
         sequence = self._find(connection, message.sequence_id, message.round)

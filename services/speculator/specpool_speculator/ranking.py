@@ -20,7 +20,7 @@ from specpool_speculator.draft_tree import Node, NodeRanks, TokenDistribution
 from specpool_speculator.sequence import SequenceState
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Ranker:
     """Ranks the next tokens after nodes."""
 

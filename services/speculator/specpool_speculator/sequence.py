@@ -85,6 +85,8 @@ class SequenceState:
     """Fan-out of the running round."""
     request: Request | None = None
     """What the target waits for."""
+    outcome_s: float | None = None
+    """When the last outcome came (monotonic clock)."""
     awaits_start: bool = False
     """The last outcome did not say what is verified next; `start_round` will."""
     pushed: dict[Outcome, int] = field(default_factory=dict)

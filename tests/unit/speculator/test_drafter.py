@@ -232,3 +232,19 @@ def test_a_bias_on_a_token_that_only_the_target_has_changes_nothing() -> None:
     assert drafter.counters.num_refused == 0
     assert tables[0]
     assert tables[0] == tables[1]
+
+
+def test_a_tuned_saguaro_constant_is_tried_and_what_is_reported_stays_exact(prompt) -> None:
+    drafter, _ = make_drafter(tune_saguaro=True)
+    target = ScriptedTarget(drafter, prompt, sampling=SAMPLED, verification=REJECTION)
+    tried, rng = set(), random.Random(0)
+    for _ in range(120):
+        exchange(drafter, [target], num_steps=2)
+        tried.add(drafter._ranker.saguaro_constant)
+        for answer in target.answers:
+            for token, distribution in zip(answer.draft_tokens, answer.distributions, strict=True):
+                assert token in distribution.token_ids
+                assert sum(distribution.probabilities) == pytest.approx(1, abs=1e-5)
+        target.answers.clear()
+        _random_outcome(target, rng)
+    assert len(tried) > 1

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,12 @@ from specpool.errors import Internal
 
 
 @contextmanager
-def running_system(arguments: tuple[str, ...], *, timeout_s: float = 900.0) -> Iterator[str]:
+def running_system(
+    arguments: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0
+) -> Iterator[str]:
     """The endpoint of a fresh `specpool up ARGUMENTS`, which is stopped on leaving.
+
+    `environment` is added to this process's own: `up` hands it on to the services.
 
     Raises `Internal` with the end of its log when it does not become ready.
     """
@@ -27,7 +31,13 @@ def running_system(arguments: tuple[str, ...], *, timeout_s: float = 900.0) -> I
         command = [sys.executable, "-m", "specpool.cli.shim", str(os.getpid())]
         command += [sys.executable, "-m", "specpool.cli.main", "up", "--ready-file", str(ready), *arguments]
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **(environment or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
         try:
             yield _wait_ready(process, ready, log, timeout_s)
         finally:
