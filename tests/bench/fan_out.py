@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=150)
 
     by_source = [load_prompts(source) for source in ("humaneval", "gsm8k", "mtbench")]
     in_turn = [prompts[i] for i in range(arguments.num_prompts) for prompts in by_source]

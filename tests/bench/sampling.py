@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--up", action="append", default=[], metavar="ARGUMENT", help="further `specpool up` argument")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=150)
     sources = [load_prompts(source) for source in ("humaneval", "gsm8k", "mtbench")]
     in_turn = [prompts[i] for i in range(arguments.num_prompts) for prompts in sources]
     first = arguments.num_warm_up

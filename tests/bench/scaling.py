@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    console, rows = Console(), list[Row]()
+    console, rows = Console(width=150), list[Row]()
     by_targets = arguments.what == "targets"
     settings = [Setting(mode=m, temperature=1.0, lookahead=arguments.lookahead) for m in ("off", "sd", "ssd")]
     points = [(n, 1) for n in arguments.targets] if by_targets else [(1, b) for b in arguments.batches]

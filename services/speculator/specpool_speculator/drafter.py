@@ -22,7 +22,7 @@ from specpool_speculator.draft_tree import DraftTree
 from specpool_speculator.estimates import Estimates
 from specpool_speculator.opening import DraftLimits, sequence_options
 from specpool_speculator.outbox import Outbox
-from specpool_speculator.ranking import Ranker
+from specpool_speculator.ranking import Ranker, RanksNodes
 from specpool_speculator.scheduler import PlannedWork, plan_step
 from specpool_speculator.sequence import Request, SequenceKey, SequenceState
 from specpool_speculator.spans import SequenceSpans
@@ -57,6 +57,8 @@ class Drafter:
         *,
         end_tokens: frozenset[int] = frozenset(),
         on_draft: Callable[[str, int], None] = lambda tenant, num_tokens: None,
+        ranker: RanksNodes | None = None,
+        step_time: LinearTime | None = None,
     ) -> None:
         self.outbox = Outbox()
         self.counters = DraftCounters()
@@ -70,7 +72,7 @@ class Drafter:
             end_tokens=end_tokens,
         )
         self._estimates = {mode: Estimates(config.fan_out_policy, config.fan_out_budget) for mode in VerificationMode}
-        self._ranker = Ranker(
+        self._ranker = ranker or Ranker(
             num_ranks=min(config.fan_out_budget + 1, _MAX_RANKS),
             saguaro_constant=config.saguaro_constant,
             num_kept=config.distribution_top_m,
@@ -81,7 +83,7 @@ class Drafter:
         self._sequences: dict[SequenceKey, SequenceState] = {}
         self._refused: set[SequenceKey] = set()
         self._spans = SequenceSpans()
-        self.step_time = LinearTime()
+        self.step_time = step_time or LinearTime()
         """Seconds of a step by its rows."""
         self._on_draft = on_draft
 
@@ -201,7 +203,7 @@ class Drafter:
         if self._saguaro is not None and is_sampled:
             if sequence.outcome_s is not None:
                 self._saguaro.observe(num_tokens, received_s - sequence.outcome_s)
-                self._ranker.saguaro_constant = self._saguaro.constant
+                self._ranker.saguaro_constant = self._saguaro.constant  # type: ignore[attr-defined]
             sequence.outcome_s = received_s
 
     def _start_round(self, connection: int, message: speculator_pb2.StartRound) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from specpool.algorithm.sampling import process_logits
 from specpool.algorithm.verification import VerificationMode
 from specpool_speculator.draft_tree import Node, NodeRanks, TokenDistribution
 from specpool_speculator.sequence import SequenceState
+
+
+class RanksNodes(Protocol):
+    """What turns the logits of a step into ranked tokens."""
+
+    def rank(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks]:
+        """Ranks of N nodes from logits [N, V]."""
+        ...
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specpool.cli import endpoint, formats, plan, service
+from specpool.cli import endpoint, formats, processes, service
 from specpool.cli.demo import summary
 from specpool.cli.generate import GenerateOptions, build_request
-from specpool.cli.plan import UpConfig, default_threads, make_plan, parse_affinity
+from specpool.cli.processes import UpConfig, default_threads, make_plan, parse_affinity
 from specpool.client import Completion
 from specpool.errors import ConfigError, InvalidArgument, SpecPoolError
 from specpool.v1 import router_pb2, target_pb2, types_pb2
@@ -167,7 +167,7 @@ def test_cores_are_shared_out_by_default(cores: int, targets: int, expected: tup
 
 
 def test_free_ports_are_different() -> None:
-    assert len(set(plan.free_ports(20))) == 20
+    assert len(set(processes.free_ports(20))) == 20
 
 
 def test_only_given_parameters_are_sent() -> None:

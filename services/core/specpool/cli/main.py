@@ -264,6 +264,46 @@ def bench(
 
 
 @app.command()
+def plan(
+    profile: Annotated[str, typer.Argument(help="YAML file of times and acceptance, or a profile that comes along.")],
+    targets: Annotated[list[int] | None, typer.Option(help="Targets on one speculator; repeatable.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per target.")] = 1,
+    pool_for: Annotated[int, typer.Option(help="Size a pool for so many targets.")] = 0,
+    slo_tokens_per_s: Annotated[float, typer.Option(help="Speed every sequence must have; 0: 0.9 of the best.")] = 0.0,
+    lookahead: Annotated[list[int] | None, typer.Option(help="Candidates for K; repeatable.")] = None,
+    fan_out: Annotated[list[int] | None, typer.Option(help="Candidates for B; repeatable.")] = None,
+    fit_sd: Annotated[float, typer.Option(help="Fit the acceptance rate to this speed of mode sd, tokens/s.")] = 0.0,
+    fit_sd_lookahead: Annotated[int, typer.Option(help="K of that measurement.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Simulated per scenario.")] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of the simulated text.")] = 1,
+    output: Annotated[Output, typer.Option(help="Tables, or one JSON object.")] = Output.TEXT,
+    plot: Annotated[Path | None, typer.Option(help="PNG of speed over targets.")] = None,
+) -> None:
+    """Simulate targets and a speculator: speeds, how many targets one serves, how large a pool has to be."""
+    with handled():
+        from rich.console import Console
+
+        from specpool.cli.plan import PlanOptions, run_plan
+
+        options = PlanOptions(
+            profile=profile,
+            target_counts=tuple(targets or (1, 2, 4, 8)),
+            batch_size=batch_size,
+            num_targets=pool_for,
+            slo_tokens_per_s=slo_tokens_per_s,
+            lookaheads=tuple(lookahead or ()),
+            fan_outs=tuple(fan_out or ()),
+            sd_tokens_per_s=fit_sd,
+            sd_lookahead=fit_sd_lookahead,
+            seconds=seconds,
+            seed=seed,
+            as_json=output is Output.JSON,
+            plot=plot,
+        )
+        run_plan(options, Console(width=None if sys.stdout.isatty() else 150))
+
+
+@app.command()
 def demo(
     target_model: Annotated[str, typer.Option("--target", help="Target model.")] = "qwen2.5-coder-1.5b-instruct",
     draft_model: Annotated[str, typer.Option("--draft", help="Draft model.")] = "qwen2.5-coder-0.5b-instruct",

@@ -1,261 +1,200 @@
-"""What `specpool up` starts: from its options to the command and environment of each process. No I/O but free ports."""
+"""`specpool plan`: what a pool will do, by simulation."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from specpool.cli.supervisor import ChildSpec
+from rich.console import Console
+from rich.table import Table
+
 from specpool.errors import ConfigError, InvalidArgument
-from specpool.models.resolve import resolve_model
-
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Weights in huge pages where the kernel leaves the choice to the program: a decoding step reads all of them, and
-spends a few hundredths less of its time on page tables."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpConfig:
-    """Options of `specpool up` (section `up` of the settings file)."""
-
-    target: str = ""
-    """Target model: catalogue name, hub id, directory, or GGUF file."""
-    draft: str = ""
-    """Draft model; empty or `none` runs without a speculator."""
-    targets: int = 1
-    """Number of target processes."""
-    dtype: str = ""
-    """Data type of the target and, unless `draft_dtype` is given, of the draft; empty for the services' default."""
-    draft_dtype: str = ""
-    """Data type of the draft."""
-    device: str = ""
-    """Torch device of the targets; empty for the services' default."""
-    draft_device: str = ""
-    """Torch device of the draft; empty: as `device`."""
-    weights: str = ""
-    """Weight format of the targets: plain or prepacked."""
-    draft_weights: str = ""
-    """Weight format of the draft: plain, prepacked or int8."""
-    compile: bool = False
-    """Compile target and draft: faster steps, a start that takes minutes longer the first time."""
-    draft_vocab_size: int = 0
-    """Tokens that are drafted, the first ones of the vocabulary; 0: all."""
-    lookahead: int = 0
-    """Largest K; 0 for the services' default."""
-    row_budget: int = 0
-    """Branch rows per draft step; 0 for the speculator's default."""
-    fan_out: int = 0
-    """Guesses per round (B); 0 for the speculator's default."""
-    listen: str = "127.0.0.1:0"
-    """Address of the router; port 0 takes any free one."""
-    affinity: str = ""
-    """Cores per role, such as `target=0;speculator=1` or `target-0=0,1;target-1=2,3`; empty shares all cores."""
-    session_store: str = ""
-    """redis://..., or memory://; empty starts an embedded Valkey."""
-    tenants_file: str = ""
-    """YAML file of tenants; empty: one tenant, without credentials."""
-    otlp_endpoint: str = ""
-    """OTLP collector for traces of all processes; empty is off."""
-    log_dir: str = ""
-    """Folder of the processes' logs; empty for `logs` in the cache directory."""
-    ready_file: str = ""
-    """File that gets the router's endpoint once everything is up."""
-    ready_timeout_s: float = 1800.0
-    """Give up when not everything is up by then."""
-
-    def __post_init__(self) -> None:
-        if not self.target:
-            raise ConfigError("target is required: give --target MODEL", metadata={"field": "target"})
-        for name, least in (
-            ("targets", 1),
-            ("lookahead", 0),
-            ("row_budget", 0),
-            ("fan_out", 0),
-            ("draft_vocab_size", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}", metadata={"field": name}
-                )
-        parse_affinity(self.affinity, self.targets)
-
-    @property
-    def has_speculator(self) -> bool:
-        """Whether a draft was given."""
-        return self.draft.strip().lower() not in ("", "none")
+from specpool.planning.answers import (
+    PoolPoint,
+    PoolSize,
+    best_settings,
+    fit_acceptance,
+    smallest_pool,
+    targets_per_speculator,
+)
+from specpool.planning.profile import Profile
+from specpool.planning.simulator import MODES, Figures, Scenario, simulate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """All processes, in the order in which they start; they stop in the reverse order."""
+class PlanOptions:
+    """What is asked."""
 
-    store: ChildSpec | None
-    speculator: ChildSpec | None
-    targets: tuple[ChildSpec, ...]
-    router: ChildSpec
+    profile: str
+    """File, or name of a profile that comes along."""
+    target_counts: tuple[int, ...] = (1, 2, 4, 8)
+    """Targets on one speculator to try."""
+    batch_size: int = 1
+    """Sequences per target."""
+    num_targets: int = 0
+    """Size a pool for so many; 0: do not."""
+    slo_tokens_per_s: float = 0.0
+    """Speed that every sequence is to have, for the size of the pool; 0: 0.9 of that with a speculator each."""
+    lookaheads: tuple[int, ...] = ()
+    """Candidates for K; none: the profile's."""
+    fan_outs: tuple[int, ...] = ()
+    """Candidates for B; none: the profile's."""
+    sd_tokens_per_s: float = 0.0
+    """Fit the acceptance rate to this speed of mode sd first; 0: the profile's rate."""
+    sd_lookahead: int = 0
+    """K of that measurement; 0: the profile's."""
+    seconds: float = 20.0
+    """Simulated per scenario."""
+    seed: int = 1
+    as_json: bool = False
+    plot: Path | None = None
+    """PNG of speed over targets."""
 
-    @property
-    def stop_stages(self) -> tuple[tuple[str, ...], ...]:
-        """Names of what stops together: router, targets, speculator, store."""
-        stages = [(self.router.name,), tuple(target.name for target in self.targets)]
-        stages += [(spec.name,) for spec in (self.speculator, self.store) if spec]
-        return tuple(stages)
 
-    @property
-    def children(self) -> tuple[ChildSpec, ...]:
-        """Everything, engines first: they take longest."""
-        others = [spec for spec in (self.store, self.speculator) if spec]
-        return (*others, *self.targets, self.router)
+def profile_names() -> list[str]:
+    """Profiles that come along."""
+    folder = files("specpool.planning").joinpath("profiles")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def make_plan(config: UpConfig, *, settings_file: Path | None, run_directory: Path) -> Plan:
-    """Decide ports, cores and threads, and write down every command."""
-    ports = free_ports(config.targets + 2)
-    affinity = parse_affinity(config.affinity, config.targets)
-    speculator = None
-    if config.has_speculator:
-        speculator = _engine("speculator", "speculator", ports[-1], config, affinity, settings_file)
-    targets = tuple(
-        _engine("target", f"target-{index}", ports[index], config, affinity, settings_file)
-        for index in range(config.targets)
+def read_profile(name: str) -> Profile:
+    """From a file, or one that comes along."""
+    if name in profile_names():
+        return Profile.read(Path(str(files("specpool.planning").joinpath("profiles", f"{name}.yaml"))))
+    if not Path(name).is_file():
+        raise InvalidArgument(
+            f"no profile {name!r}: neither a file nor one of {', '.join(profile_names())}",
+            metadata={"field": "profile", "value": name, "accepted": ", ".join(profile_names())},
+        )
+    return Profile.read(Path(name))
+
+
+def run_plan(options: PlanOptions, console: Console) -> None:
+    """Simulate and print."""
+    _check(options)
+    profile = read_profile(options.profile)
+    scenario = Scenario(mode="ssd", batch_size=options.batch_size, seconds=options.seconds, seed=options.seed)
+    if options.sd_tokens_per_s:
+        measured = replace(profile, lookahead=options.sd_lookahead or profile.lookahead)
+        fitted = fit_acceptance(measured, replace(scenario, mode="sd"), options.sd_tokens_per_s)
+        profile = replace(profile, acceptance=fitted.acceptance)
+    if options.lookaheads or options.fan_outs:
+        profile, _ = best_settings(
+            profile,
+            scenario,
+            lookaheads=options.lookaheads or (profile.lookahead,),
+            fan_outs=options.fan_outs or (profile.fan_out,),
+        )
+    modes = {mode: simulate(profile, replace(scenario, mode=mode)) for mode in MODES}
+    points = targets_per_speculator(profile, scenario, options.target_counts)
+    slo = options.slo_tokens_per_s or 0.9 * modes["ssd"].tokens_per_second
+    pool = None
+    if options.num_targets:
+        pool = smallest_pool(profile, scenario, num_targets=options.num_targets, slo_tokens_per_s=slo)
+    if options.plot:
+        _plot(points, modes, options.plot)
+    if options.as_json:
+        print(json.dumps(_document(profile, modes, points, pool, slo, options), indent=2))
+    else:
+        _print(profile, modes, points, pool, slo, options, console)
+
+
+def _check(options: PlanOptions) -> None:
+    at_least_one = {
+        "targets": options.target_counts,
+        "lookahead": options.lookaheads,
+        "fan_out": options.fan_outs,
+        "batch_size": (options.batch_size,),
+    }
+    for name, values in at_least_one.items():
+        if any(value < 1 for value in values):
+            raise InvalidArgument(f"{name} must be at least 1, got {min(values)}", metadata={"field": name})
+    if options.seconds <= 0:
+        raise InvalidArgument(f"seconds must be greater than 0, got {options.seconds}", metadata={"field": "seconds"})
+    if options.num_targets < 0:
+        raise InvalidArgument(f"pool_for must be at least 0, got {options.num_targets}", metadata={"field": "pool_for"})
+
+
+def _document(
+    profile: Profile,
+    modes: dict[str, Figures],
+    points: Sequence[PoolPoint],
+    pool: PoolSize | None,
+    slo: float,
+    options: PlanOptions,
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "profile": asdict(profile),
+        "modes": {mode: asdict(figures) for mode, figures in modes.items()},
+        "targets_per_speculator": [asdict(point) for point in points],
+    }
+    if options.num_targets:
+        document["pool"] = {"num_targets": options.num_targets, "slo_tokens_per_s": slo}
+        document["pool"]["smallest"] = asdict(pool) if pool else None
+    return document
+
+
+def _print(
+    profile: Profile,
+    modes: dict[str, Figures],
+    points: Sequence[PoolPoint],
+    pool: PoolSize | None,
+    slo: float,
+    options: PlanOptions,
+    console: Console,
+) -> None:
+    console.print(f"K = {profile.lookahead}, B = {profile.fan_out}, acceptance rate {profile.acceptance:.3f}")
+    table = Table(title="one target, one speculator")
+    for heading in ("mode", "tok/s per sequence", "vs off", "tok/round", "hit", "full", "rows/step", "speculator busy"):
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    for mode, f in modes.items():
+        ratio = f"{f.tokens_per_second / modes['off'].tokens_per_second:.2f}"
+        table.add_row(mode, f"{f.tokens_per_second:.1f}", ratio, f"{f.tokens_per_round:.2f}", *_shares(f))
+    console.print(table)
+    table = Table(title="mode ssd, targets on one speculator")
+    for heading in ("targets", "tok/s per sequence", "of one alone", "hit", "full", "rows/step", "speculator busy"):
+        table.add_column(heading, justify="right")
+    for p in points:
+        table.add_row(str(p.num_targets), f"{p.figures.tokens_per_second:.1f}", f"{p.share:.2f}", *_shares(p.figures))
+    console.print(table)
+    if options.num_targets:
+        console.print(_describe(pool, slo, options.num_targets, modes))
+
+
+def _shares(figures: Figures) -> tuple[str, ...]:
+    rates = (f"{figures.hit_rate:.3f}", f"{figures.full_hit_rate:.3f}")
+    return (*rates, f"{figures.rows_per_step:.1f}", f"{figures.utilisation:.2f}")
+
+
+def _describe(pool: PoolSize | None, slo: float, num_targets: int, modes: dict[str, Figures]) -> str:
+    if pool is None:
+        best = modes["ssd"].tokens_per_second
+        return f"no pool gives {slo:.1f} tokens/s: a speculator for every target gives {best:.1f}"
+    return (
+        f"{num_targets} targets at {slo:.1f} tokens/s or more: {pool.num_speculators} speculators, at most "
+        f"{pool.targets_each} targets each, {pool.tokens_per_second:.1f} tokens/s; while one is lost "
+        f"{pool.tokens_per_second_after_loss:.1f}; plain decoding {modes['off'].tokens_per_second:.1f}"
     )
-    store, store_url = _store(config, run_directory)
-    host, port = split_address(config.listen)
-    listen = f"{host}:{port or ports[-2]}"
-    flags = {
-        "id": "router",
-        "listen": listen,
-        "targets": ",".join(target.endpoint for target in targets),
-        "speculators": speculator.endpoint if speculator else None,
-        "session-store": store_url,
-        "tenants-file": str(Path(config.tenants_file).resolve()) if config.tenants_file else None,
-        "otlp-endpoint": config.otlp_endpoint or None,
-    }
-    router = ChildSpec(name="router", command=_command("router", flags, settings_file), endpoint=listen)
-    return Plan(store=store, speculator=speculator, targets=targets, router=router)
 
 
-def _engine(
-    role: str,
-    name: str,
-    port: int,
-    config: UpConfig,
-    affinity: Mapping[str, tuple[int, ...]],
-    settings_file: Path | None,
-) -> ChildSpec:
-    cores = affinity.get(name) or affinity.get(role)
-    threads = len(cores) if cores else default_threads(role, config, num_cores())
-    endpoint = f"127.0.0.1:{port}"
-    flags = {
-        "id": name,
-        "listen": endpoint,
-        **(_target_flags(config) if role == "target" else _speculator_flags(config)),
-        "max-lookahead": str(config.lookahead) if config.lookahead else None,
-        "otlp-endpoint": config.otlp_endpoint or None,
-        "compile": "true" if config.compile else None,
-        "num-threads": str(threads),
-        "cpu-affinity": ",".join(map(str, cores)) if cores else None,
-    }
-    environment = {variable: str(threads) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", HUGE_PAGES)
-    command = _command(role, flags, settings_file)
-    return ChildSpec(name=name, command=command, environment=environment, endpoint=endpoint)
+def _plot(points: Sequence[PoolPoint], modes: dict[str, Figures], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: install the extra `bench`", metadata={"field": "plot"}) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-
-def _target_flags(config: UpConfig) -> dict[str, str | None]:
-    return {
-        "model": resolve_model(config.target),
-        "dtype": config.dtype or None,
-        "device": config.device or None,
-        "weights": config.weights or None,
-    }
-
-
-def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
-    return {
-        "model": resolve_model(config.draft),
-        "dtype": config.draft_dtype or config.dtype or None,
-        "device": config.draft_device or config.device or None,
-        "weights": config.draft_weights or None,
-        "draft-vocab-size": str(config.draft_vocab_size) if config.draft_vocab_size else None,
-        "row-budget": str(config.row_budget) if config.row_budget else None,
-        "fan-out-budget": str(config.fan_out) if config.fan_out else None,
-    }
-
-
-def _store(config: UpConfig, run_directory: Path) -> tuple[ChildSpec | None, str]:
-    if config.session_store:
-        return None, config.session_store
-    from specpool_router.embedded import find_binary, server_command
-
-    path = run_directory / "valkey.sock"
-    command = server_command(find_binary(), path, directory=run_directory)
-    return ChildSpec(name="store", command=command, endpoint=f"unix://{path}"), f"unix://{path}"
-
-
-def _command(role: str, flags: Mapping[str, str | None], settings_file: Path | None) -> list[str]:
-    command = [sys.executable, "-m", "specpool.cli.main", role]
-    if settings_file:
-        command += ["--config", str(settings_file)]
-    # --flag=value: a value may begin with a dash.
-    return [*command, *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_threads(role: str, config: UpConfig, cores: int) -> int:
-    """A quarter of the cores, at least one, for the speculator; the targets share the rest."""
-    for_speculator = max(1, cores // 4) if config.has_speculator else 0
-    if role == "speculator":
-        return for_speculator
-    return max(1, (cores - for_speculator) // config.targets)
-
-
-def parse_affinity(text: str, num_targets: int) -> dict[str, tuple[int, ...]]:
-    """Cores by role or process name; ranges such as 0-3 are allowed."""
-    known = ["target", "speculator", *(f"target-{index}" for index in range(num_targets))]
-    result: dict[str, tuple[int, ...]] = {}
-    for item in filter(None, (part.strip() for part in text.split(";"))):
-        name, _, cores = item.partition("=")
-        if name not in known:
-            raise InvalidArgument(f"affinity names {name!r}; known: {', '.join(known)}", metadata={"field": "affinity"})
-        try:
-            result[name] = tuple(core for part in cores.split(",") for core in _cores(part))
-        except ValueError:
-            raise InvalidArgument(
-                f"affinity of {name} must be cores such as 0,1 or 0-3, got {cores!r}", metadata={"field": "affinity"}
-            ) from None
-    return result
-
-
-def _cores(text: str) -> Iterable[int]:
-    first, dash, last = text.partition("-")
-    cores = range(int(first), int(last if dash else first) + 1)
-    if not cores:
-        raise ValueError(text)
-    return cores
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host as written, and port."""
-    from specpool.process import parse_address
-
-    _, port = parse_address(address)
-    return address.rpartition(":")[0], port
-
-
-def free_ports(count: int) -> Sequence[int]:
-    """Ports that nobody listened on a moment ago, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    counts = [point.num_targets for point in points]
+    axes.plot(counts, [point.figures.tokens_per_second for point in points], marker="o", label="ssd")
+    for mode in ("off", "sd"):
+        axes.axhline(modes[mode].tokens_per_second, linestyle="--", label=f"{mode}, alone", color="grey")
+    axes.set(xlabel="targets on one speculator", ylabel="tokens/s of a sequence", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

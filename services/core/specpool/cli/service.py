@@ -97,7 +97,7 @@ def run_service(role: str, arguments: Sequence[str]) -> None:
 
 def resolve_up(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     """Options of `specpool up` from all sources, and the settings file, which its processes read too."""
-    from specpool.cli.plan import UpConfig
+    from specpool.cli.processes import UpConfig
 
     fields = describe(UpConfig)
     options = build_parser("up", fields, "Start router, targets, speculator and session store").parse_args(

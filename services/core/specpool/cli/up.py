@@ -21,7 +21,7 @@ from rich.table import Table
 
 from specpool.cli.endpoint import forget_endpoint, remember_endpoint, write_atomically
 from specpool.cli.guardian import Guardian
-from specpool.cli.plan import Plan, UpConfig, make_plan
+from specpool.cli.processes import Plan, UpConfig, make_plan
 from specpool.cli.supervisor import Child
 from specpool.client import Client
 from specpool.errors import DeadlineExceeded, Internal, SpecPoolError, TokenizerMismatch, error_from_reason

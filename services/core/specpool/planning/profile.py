@@ -1,0 +1,91 @@
+"""What a simulation is given: times of forwards, quality of the draft, settings of the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specpool.errors import InvalidArgument
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Hardware, pair of models, and settings. Times in milliseconds."""
+
+    verify_ms: float
+    """Forward of the target, without what each token adds."""
+    verify_row_ms: float = 0.0
+    """What each verified token adds."""
+    draft_step_ms: float
+    """Step of the draft, without what each row adds."""
+    draft_row_ms: float = 0.0
+    """What each row adds."""
+    round_trip_ms: float = 0.5
+    """Between target and speculator."""
+    acceptance: float
+    """Probability that a draft token is the target's, given that those before it were."""
+    miss_constant: float = 0.41
+    """c of the miss law c / F^r: the target's token is not among the next F ranks, given that it is not the first."""
+    miss_exponent: float = 1.0
+    """r of the miss law."""
+    lookahead: int = 4
+    """K."""
+    fan_out: int = 12
+    """Guesses per sequence and round, B."""
+    row_budget: int = 16
+    """Rows per draft step."""
+    fan_out_policy: str = "best_first"
+    """As the speculator's setting of that name."""
+
+    def __post_init__(self) -> None:
+        """Refuse what can never be."""
+        for name in ("verify_ms", "draft_step_ms"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "greater than 0")
+        for name in ("verify_row_ms", "draft_row_ms", "round_trip_ms", "miss_exponent"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("acceptance", "miss_constant"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("lookahead", "fan_out", "row_budget"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """From a YAML file; unknown and missing keys are refused by name."""
+        document = yaml.safe_load(path.read_text())
+        if not isinstance(document, Mapping):
+            raise InvalidArgument(f"{path}: a mapping of profile keys is expected", metadata={"field": "profile"})
+        return cls.parse(document)
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> Profile:
+        """From keys and values."""
+        known = {field.name: field for field in fields(cls)}
+        for name, value in document.items():
+            if name not in known:
+                raise InvalidArgument(
+                    f"unknown key {name!r} in the profile; accepted: {', '.join(known)}",
+                    metadata={"field": str(name), "accepted": ", ".join(known)},
+                )
+            accepted = _ACCEPTED_TYPES[str(known[name].type)]
+            _check(
+                name, value, isinstance(value, accepted) and not isinstance(value, bool), f"of type {known[name].type}"
+            )
+        for name in ("verify_ms", "draft_step_ms", "acceptance"):
+            if name not in document:
+                raise InvalidArgument(f"the profile lacks {name}", metadata={"field": name})
+        return cls(**document)
+
+
+_ACCEPTED_TYPES: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,)}
+
+
+def _check(name: str, value: object, is_good: bool, accepted: str) -> None:
+    if not is_good:
+        raise InvalidArgument(
+            f"{name} must be {accepted}, got {value}",
+            metadata={"field": name, "value": str(value), "accepted": accepted},
+        )
