@@ -389,6 +389,10 @@ class EngineThread(threading.Thread):
         self.policy.observe_round(
             num_draft, outcome.num_accepted, phases.total, from_backup=is_backup, num_tail=draft.num_tail
         )
+        if sequence.missed_before is not None:
+            self.policy.observe_round_after_miss(outcome.num_accepted, waited=sequence.missed_before)
+        is_miss = draft.lookup in ("miss", "late")
+        sequence.missed_before = draft.source is DraftSource.SPECULATOR if is_miss else None
         return RoundInfo(
             num_draft_tokens=num_draft,
             num_accepted=outcome.num_accepted,

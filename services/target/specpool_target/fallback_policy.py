@@ -10,6 +10,9 @@ from specpool.algorithm.fallback import NO_WAIT, DraftTimes, FallbackChoice, Tim
 from specpool_target.config import Fallback
 
 _SMOOTHING: Final = 0.1
+_SLOW_SMOOTHING: Final = 0.03
+_CHOICES_PER_TRIAL: Final = 16
+"""Every so many misses what is usually not done is done, so that both are measured."""
 _STEPS_PER_THRESHOLD: Final = 32
 _BACKUP_ACCEPTANCE_PRIOR: Final = 0.4
 
@@ -40,6 +43,9 @@ class FallbackPolicy:
         self._backup_length = Average()
         self._round_s = Average()
         self._tokens_per_round = Average()
+        self._tokens_after_backup = Average(_SLOW_SMOOTHING)
+        self._tokens_after_wait = Average(_SLOW_SMOOTHING)
+        self._num_choices = 0
         self._verify_s: dict[int, Average] = {}
         self._draft_step_s = Average()
         self._num_steps = 0
@@ -70,6 +76,14 @@ class FallbackPolicy:
         self._round_s.observe(seconds)
         self._tokens_per_round.observe(1 + num_accepted)
 
+    def observe_round_after_miss(self, num_accepted: int, *, waited: bool) -> None:
+        """The round that followed a round that began with a miss.
+
+        After a backup the speculator has had a whole round for few outcomes, after a wait a round for many: the next
+        hit comes more easily after the one than after the other, how much more is measured.
+        """
+        (self._tokens_after_wait if waited else self._tokens_after_backup).observe(1 + num_accepted)
+
     def choose(self, times: DraftTimes, *, batch_size: int, lookahead: int, num_backup: int) -> FallbackChoice:
         """After a miss.
 
@@ -86,7 +100,11 @@ class FallbackPolicy:
             return NO_WAIT  # nothing measured: never wait on a guess
         if self._fallback == "wait":
             return FallbackChoice(lookahead, 0.0, times.waiting_s(lookahead))
-        return self._choose(times, batch_size, lookahead, num_backup)
+        choice = self._choose(times, batch_size, lookahead, num_backup)
+        self._num_choices += 1
+        if self._num_choices % _CHOICES_PER_TRIAL == 0 and choice.depth:
+            return NO_WAIT
+        return choice
 
     def _choose(self, times: DraftTimes, batch_size: int, lookahead: int, num_backup: int) -> FallbackChoice:
         if batch_size > 1:
@@ -96,8 +114,14 @@ class FallbackPolicy:
             lookahead=lookahead,
             acceptance=self._acceptance.value,
             steady_tokens_per_s=self._tokens_per_round.value / self._round_s.value,
-            tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value),
+            tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value) + self._lead_of_backup(),
         )
+
+    def _lead_of_backup(self) -> float:
+        """Tokens by which the round after a backup beats the one after a wait."""
+        if self._tokens_after_backup.is_empty or self._tokens_after_wait.is_empty:
+            return 0.0
+        return self._tokens_after_backup.value - self._tokens_after_wait.value
 
     def _verify_time(self, batch_size: int) -> float:
         if not self._verify_s:

@@ -182,6 +182,8 @@ class TargetSequence:
         """Stays true when preempted."""
         self.round = 0
         self.draft = Draft()
+        self.missed_before: bool | None = None
+        """Whether the round that ended last had waited for the speculator after a miss; None if it was a hit."""
         self.lookahead = request.max_lookahead
         """K now."""
         self.await_deadline_s: float | None = None

@@ -50,3 +50,19 @@ def test_the_threshold_is_where_misses_stop_to_wait():
 def test_fixed_policies():
     assert choose(measured(fallback="backup")) == 0
     assert choose(measured(fallback="wait"), first_s=0.5, step_s=0.5) == 4
+
+
+def test_what_follows_counts_too():
+    policy = measured()
+    assert choose(policy, first_s=0.01, step_s=0.01) > 0
+    for _ in range(200):
+        policy.observe_round_after_miss(4, waited=False)
+        policy.observe_round_after_miss(1, waited=True)
+    assert choose(policy, first_s=0.01, step_s=0.01) == 0
+
+
+def test_the_backup_is_tried_now_and_then():
+    policy = measured()
+    depths = [choose(policy) for _ in range(64)]
+    assert depths.count(0) == 4
+    assert set(depths) == {0, 4}

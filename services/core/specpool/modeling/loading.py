@@ -120,9 +120,10 @@ def _toy(spec: ModelSpec, pool: BlockPool) -> ToyModel:
         spec.number("sharpness", 3.0),
     )
     agreement = spec.number("agreement", 1.0, maximum=1.0)
-    if agreement < 1.0:
+    noise = spec.number("noise", 0.0)
+    if agreement < 1.0 or noise:
         draft_seed = spec.integer("draft_seed", table.seed + 1) or 0
-        table = DraftTable(table, agreement=agreement, draft_seed=draft_seed)
+        table = DraftTable(table, agreement=agreement, draft_seed=draft_seed, noise=noise)
     return ToyModel(
         table,
         pool,

@@ -10,7 +10,7 @@ from specpool.errors import InvalidArgument
 
 ACCEPTED_FORMS = (
     "a Hugging Face hub id (ORG/NAME), a directory with config.json and *.safetensors, or a .gguf file, "
-    "each optionally followed by #layers=N; random#like=MODEL; toy#vocab=V,seed=S[,agreement=A][,step_ms=M]"
+    "each optionally followed by #layers=N; random#like=MODEL; toy#vocab=V,seed=S[,agreement=A][,noise=D][,step_ms=M]"
 )
 
 
@@ -25,7 +25,9 @@ class ModelKind(StrEnum):
 _OPTIONS: Mapping[ModelKind, frozenset[str]] = {
     ModelKind.TRANSFORMERS: frozenset({"layers"}),
     ModelKind.RANDOM: frozenset({"like"}),
-    ModelKind.TOY: frozenset({"vocab", "seed", "agreement", "draft_seed", "step_ms", "row_ms", "context", "sharpness"}),
+    ModelKind.TOY: frozenset(
+        {"vocab", "seed", "agreement", "draft_seed", "noise", "step_ms", "row_ms", "context", "sharpness"}
+    ),
 }
 
 

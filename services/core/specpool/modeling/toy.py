@@ -48,19 +48,27 @@ class ToyTable:
 
 
 class DraftTable(ToyTable):
-    """A table that has the target's logits for a share `agreement` of all pairs, and its own for the rest."""
+    """A table near the target's.
 
-    def __init__(self, target: ToyTable, *, agreement: float, draft_seed: int) -> None:
+    It has the target's logits for a share `agreement` of all pairs, and its own for the rest. To all of them normal
+    noise of deviation `noise` is added: such a draft errs as a smaller model does, seldom by much.
+    """
+
+    def __init__(self, target: ToyTable, *, agreement: float, draft_seed: int, noise: float = 0.0) -> None:
         super().__init__(target.vocab_size, draft_seed, target.sharpness)
         self.target = target
         self.agreement = agreement
+        self.noise = noise
 
     def logits(self, before: int, last: int) -> Tensor:
         """Logits [V] of the draft."""
         pair = (before, last)
         if pair not in self._rows:
             agrees = torch.rand((), generator=_generator(self.seed, *pair, 1)).item() < self.agreement
-            self._rows[pair] = self.target.logits(before, last) if agrees else super().logits(before, last)
+            row = self.target.logits(before, last) if agrees else super().logits(before, last)
+            if self.noise:
+                row = row + self.noise * torch.randn(self.vocab_size, generator=_generator(self.seed, *pair, 2))
+            self._rows[pair] = row
         return self._rows[pair]
 
 
