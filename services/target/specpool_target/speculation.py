@@ -26,6 +26,9 @@ _SLACK: Final = 1.5
 """A just-in-time speculation may take this many times what was measured."""
 _MARGIN_S: Final = 0.01
 """For the way there and back, beyond the measured round trip."""
+_MAX_WASTED_SHARE: Final = 0.01
+"""Of the time: waits after a miss that brought nothing. It bounds what a speculator can cost, whatever it reports of
+itself."""
 _TAIL_NGRAM: Final = 2
 """A single token that occurred before says too little to lengthen a speculation by what followed it."""
 _SD_SHARE: Final = 0.8
@@ -58,6 +61,8 @@ class Speculation:
         self._epochs: dict[SpeculatorLink, int] = {}
         self._silent: dict[SpeculatorLink, int] = {}
         """Links that let a wait time out, with the number of messages they had sent by then."""
+        self._not_before_s: dict[SpeculatorLink, float] = {}
+        """Misses do not wait for a link until then."""
         self.lookups: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
 
@@ -123,7 +128,7 @@ class Speculation:
         return self._after_miss(sequence, limit, batch_size)
 
     def _after_miss(self, sequence: TargetSequence, limit: int, batch_size: int) -> FallbackChoice:
-        if sequence.link is not None and self._may_wait(sequence):
+        if sequence.link is not None and self._may_wait(sequence) and self._is_reliable(sequence.link):
             choice = self._policy.choose(
                 sequence.link.measured.draft_times(),
                 batch_size=batch_size,
@@ -188,6 +193,15 @@ class Speculation:
         if link is not None:
             self._silent[link] = link.measured.num_received
 
+    def _is_reliable(self, link: SpeculatorLink) -> bool:
+        return time.perf_counter() >= self._not_before_s.get(link, 0.0)
+
+    def _note_wasted_wait(self, sequence: TargetSequence) -> None:
+        if sequence.link is not None and sequence.request.mode is SpeculationMode.SSD:
+            now_s = time.perf_counter()
+            pause_s = (now_s - sequence.await_started_s) / _MAX_WASTED_SHARE
+            self._not_before_s[sequence.link] = max(self._not_before_s.get(sequence.link, 0.0), now_s) + pause_s
+
     def _may_wait(self, sequence: TargetSequence) -> bool:
         return self._epoch(sequence) is not None and self.may_wait_on(sequence.link)
 
@@ -215,6 +229,7 @@ class Speculation:
             self._use(sequence, tokens)
             self._end_wait(sequence)
         else:
+            self._note_wasted_wait(sequence)
             self._end_wait_without(sequence)
         return True
 
@@ -224,6 +239,7 @@ class Speculation:
             if sequence.await_deadline_s is not None and sequence.await_deadline_s <= now_s:
                 self.fallbacks["deadline"] += 1
                 self.timed_out(sequence.link)
+                self._note_wasted_wait(sequence)
                 self._end_wait_without(sequence)
 
     def _end_wait_without(self, sequence: TargetSequence) -> None:
@@ -306,6 +322,7 @@ class Speculation:
         """Go on alone."""
         if self._epochs.get(link) == epoch:
             del self._epochs[link]
+            self._not_before_s.pop(link, None)
         for sequence in sequences:
             if sequence.link is link and sequence.opened_epoch == epoch:
                 self.fallbacks["speculator_lost"] += 1

@@ -191,6 +191,17 @@ async def test_finished_sequences_are_closed_and_the_stream_is_half_closed(targe
     assert (await target.status()).speculators[0].connected
 
 
+async def test_a_speculator_that_is_always_late_costs_next_to_nothing(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=20", backup_ngram=0)
+    expected = await target.generate(PROMPT, max_tokens=80)
+    speculator = await speculator_for(truth={PROMPT: expected.tokens}, tables="none", reply_delay_s=0.2)
+    got = await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint, max_tokens=80)
+    assert got.tokens == expected.tokens
+    # It says that a step takes 1 ms; the first wait shows otherwise, and there is no other for a long time.
+    assert 1 <= speculator.seen["speculate_now"] <= 2
+    assert got.stats.seconds_waiting < 0.1
+
+
 @pytest.mark.parametrize(("distributions", "all_rejection"), [("point", True), ("broken", False), ("none", False)])
 async def test_rejection_uses_distributions_that_are_there_and_sound(
     target_for, speculator_for, distributions, all_rejection
