@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGES := services tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install models demo test check format lint types imports protos generate pytest verify bench clean
+.PHONY: help install models demo test check format lint types imports protos generate pytest verify bench bench-peers clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMPS)/venv:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,13 @@ verify: models  ## Every token of ssd and sd equals plain decoding: 50 prompts (
 bench: install  ## off, sd and ssd on a real pair (long)
 	$(BIN)/specpool models fetch qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct
 	$(BIN)/specpool bench --json bench-results/bench.json --plots bench-results $(BENCH_ARGS)
+
+bench-peers: install  ## Ours beside transformers and llama.cpp, which is built here (long)
+	$(PIP) install --quiet cmake ninja sentencepiece
+	$(BIN)/specpool models fetch qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct
+	mkdir -p bench-results
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/bench/peers.py --up=--compile --up=true \
+		--json bench-results/peers.json $(PEERS_ARGS)
 
 clean:  ## Remove the environment
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
