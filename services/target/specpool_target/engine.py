@@ -397,7 +397,7 @@ class EngineThread(threading.Thread):
             num_draft_tokens=num_draft,
             num_accepted=outcome.num_accepted,
             lookup=draft.lookup,
-            duration_s=phases.total,
+            phases=phases,
         )
 
     def _finish(self, sequence: TargetSequence, reason: FinishReason) -> Finish:

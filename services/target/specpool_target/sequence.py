@@ -15,7 +15,7 @@ from specpool.errors import SpecPoolError
 from specpool.modeling.detokenizer import IncrementalDetokenizer
 from specpool.modeling.paged_kv import SequenceKV
 from specpool.v1 import speculator_pb2, types_pb2
-from specpool_target.statistics import SequenceStats
+from specpool_target.statistics import Phases, SequenceStats
 
 if TYPE_CHECKING:
     from specpool_target.link import SpeculationInbox, SpeculatorLink
@@ -115,7 +115,7 @@ class RoundInfo:
     num_accepted: int
     lookup: str
     """Of the outcome before: where this round's tokens come from."""
-    duration_s: float
+    phases: Phases
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,10 @@ class Phases:
     forward: float = 0.0
     verify: float = 0.0
 
+    def parts(self) -> dict[str, float]:
+        """Seconds by the name of the phase, without the total."""
+        return {"waiting": self.waiting, "forward": self.forward, "verify": self.verify}
+
 
 @dataclass(slots=True)
 class SequenceStats:

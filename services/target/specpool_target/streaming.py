@@ -93,7 +93,8 @@ class ResponseStream:
                     num_draft_tokens=update.round.num_draft_tokens,
                     num_accepted=update.round.num_accepted,
                     outcome=update.round.lookup,
-                    duration_s=update.round.duration_s,
+                    duration_s=update.round.phases.total,
+                    phases_s=update.round.phases.parts(),
                 )
             yield self._delta(update)
             if update.finish is not None:

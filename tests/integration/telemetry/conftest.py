@@ -10,21 +10,28 @@ from concurrent import futures
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-# Under --import-mode=importlib a folder of tests is no package: the helper module is loaded by path.
-if "local_services" not in sys.modules:
-    _path = Path(__file__).resolve().parents[2] / "tools" / "local_services.py"
-    _spec = importlib.util.spec_from_file_location("local_services", _path)
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules["local_services"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["local_services"])
-import local_services
+
+def _tool(name: str) -> ModuleType:
+    """A helper module by path: under --import-mode=importlib a folder of tests is no package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, Path(__file__).resolve().parents[2] / "tools" / f"{name}.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+local_services, slow_network = _tool("local_services"), _tool("slow_network")
 
 
 @dataclass
@@ -60,8 +67,19 @@ class Stack:
             self.processes[role].stop()
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How slow things are; a test asks for other values with `parametrize("stack", [{...}], indirect=True)`."""
+
+    step_ms: int = 20
+    """Of the target. Slow enough for tables to arrive in time."""
+    network_s: float = 0.0
+    """One way between target and speculator."""
+
+
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
+def stack(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
+    timing = Timing(**getattr(request, "param", {}))
     receiver = Receiver()
     collector = grpc.server(futures.ThreadPoolExecutor(4))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, collector)
@@ -70,15 +88,16 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     grpc_ports = {role: local_services.free_port() for role in ("speculator", "target", "router")}
     metrics_ports = {role: local_services.free_port() for role in grpc_ports}
     own = {
-        "target": {"MODEL": "toy#vocab=64,seed=1,step_ms=20"},  # slow enough for tables to arrive in time
+        "target": {"MODEL": f"toy#vocab=64,seed=1,step_ms={timing.step_ms}"},
         "speculator": {"MODEL": "toy#vocab=64,seed=1,agreement=0.8"},
         "router": {
             "TARGETS": f"127.0.0.1:{grpc_ports['target']}",
-            "SPECULATORS": f"127.0.0.1:{grpc_ports['speculator']}",
         },
     }
     processes = {}
     with ExitStack() as running:
+        reached = running.enter_context(slow_network.delayed(grpc_ports["speculator"], timing.network_s))
+        own["router"]["SPECULATORS"] = f"127.0.0.1:{reached}"
         for role, port in grpc_ports.items():
             settings = own[role] | {
                 "LISTEN": f"127.0.0.1:{port}",

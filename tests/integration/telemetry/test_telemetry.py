@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 import uuid
 from typing import Any
 
 import local_services
+import pytest
 
 from specpool.client import Client, Completion
 from specpool.errors import SpecPoolError
@@ -38,7 +40,9 @@ PROMISED = {
 }
 
 
-async def _generate(endpoint: str) -> tuple[str, Completion]:
+async def _generate(
+    endpoint: str, mode: types_pb2.SpeculationMode = types_pb2.SPECULATION_MODE_SSD
+) -> tuple[str, Completion]:
     """A completed request in which the speculator took part, and its id.
 
     The first tries may come before the router has asked the engines for their models, or, on a busy machine, before the
@@ -51,7 +55,7 @@ async def _generate(endpoint: str) -> tuple[str, Completion]:
                 request_id=uuid.uuid4().hex,
                 tokens=inference_pb2.TokenPrompt(token_ids=[1, 2, 3, 4]),
                 sampling=types_pb2.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
-                mode=types_pb2.SPECULATION_MODE_SSD,
+                mode=mode,
             )
             completion = Completion()
             try:
@@ -60,7 +64,7 @@ async def _generate(endpoint: str) -> tuple[str, Completion]:
             except SpecPoolError:
                 if time.monotonic() > deadline:
                     raise
-            if completion.stats.num_hits > 0:
+            if completion.stats.num_accepted_tokens > 0:
                 return request.request_id, completion
             assert time.monotonic() < deadline, completion.stats
             await asyncio.sleep(0.3)
@@ -98,6 +102,29 @@ async def test_one_request_is_one_trace_over_three_services(stack) -> None:
     }
     assert rounds.get("specpool-target", 0) > 1, rounds
     assert rounds.get("specpool-speculator", 0) > 1, rounds
+
+
+@pytest.mark.parametrize("stack", [{"step_ms": 200, "network_s": 0.06}], indirect=True)
+async def test_a_hit_never_waits_for_the_network(stack) -> None:
+    """60 ms one way: a hit would show it if it needed one message of the speculator. Only mode sd does."""
+    _, completion = await _generate(stack.router_endpoint)
+    _, just_in_time = await _generate(stack.router_endpoint, types_pb2.SPECULATION_MODE_SD)
+    await asyncio.to_thread(stack.stop)
+
+    rounds = [
+        {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in event.attributes}
+        for service, span in stack.receiver.spans
+        if service == "specpool-target"
+        for event in span.events
+        if event.name == "specpool.round"
+    ]
+    hits = [each for each in rounds if each["specpool.round.lookup"] in ("hit", "partial")]
+    assert len(hits) >= completion.stats.num_hits > 0
+    assert max(each["specpool.round.waiting_ms"] for each in hits) < 30.0
+    beyond_forward = [each["specpool.round.duration_ms"] - each["specpool.round.forward_ms"] for each in hits]
+    print(f"{len(hits)} hits; round - forward, ms: {sorted(beyond_forward)}")
+    assert statistics.median(beyond_forward) < 30.0
+    assert just_in_time.stats.seconds_waiting / just_in_time.stats.num_rounds > 0.1
 
 
 async def test_every_promised_metric_is_exported_after_a_request(stack) -> None:

@@ -30,12 +30,13 @@ def test_round_events_are_capped_and_counted() -> None:
     with provider.get_tracer("test").start_as_current_span("request") as span:
         events = RoundEvents(span, limit=3)
         for _ in range(5):
-            events.add(num_draft_tokens=4, num_accepted=2, outcome="hit", duration_s=0.01)
+            events.add(num_draft_tokens=4, num_accepted=2, outcome="hit", duration_s=0.01, phases_s={"waiting": 0.002})
         events.finish()
     (finished,) = exporter.get_finished_spans()
     assert len(finished.events) == 3
     assert finished.events[2].attributes is not None
     assert finished.events[2].attributes["specpool.round.index"] == 2
+    assert finished.events[2].attributes["specpool.round.waiting_ms"] == 2.0
     assert finished.attributes is not None
     assert finished.attributes["specpool.num_rounds"] == 5
     assert finished.attributes["specpool.num_rounds_without_event"] == 2

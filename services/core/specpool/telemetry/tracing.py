@@ -132,9 +132,26 @@ class RoundEvents:
         self._limit = limit if span.is_recording() else 0
         self._num_rounds = 0
 
-    def add(self, *, num_draft_tokens: int, num_accepted: int, outcome: str, duration_s: float) -> None:
-        """One more round ended. ``outcome`` is that of the lookup: hit, partial, late, miss or none."""
+    def add(
+        self,
+        *,
+        num_draft_tokens: int,
+        num_accepted: int,
+        outcome: str,
+        duration_s: float,
+        phases_s: Mapping[str, float] | None = None,
+    ) -> None:
+        """One more round ended.
+
+        Args:
+            num_draft_tokens: tokens verified.
+            num_accepted: of these.
+            outcome: that of the lookup: hit, partial, late, miss or none.
+            duration_s: from the end of the round before.
+            phases_s: parts of the duration by name, such as `waiting` for a speculator.
+        """
         if self._num_rounds < self._limit:
+            phases = {f"specpool.round.{name}_ms": round(s * 1000, 3) for name, s in (phases_s or {}).items()}
             self._span.add_event(
                 "specpool.round",
                 {
@@ -143,6 +160,7 @@ class RoundEvents:
                     "specpool.round.num_accepted": num_accepted,
                     "specpool.round.lookup": outcome,
                     "specpool.round.duration_ms": round(duration_s * 1000, 3),
+                    **phases,
                 },
             )
         self._num_rounds += 1
