@@ -52,6 +52,7 @@ _ATANH_COEFFICIENTS: Final = tuple(1.0 / (2 * n + 1) for n in range(11))
 
 _MARGIN: Final = 1.0  # above the largest error of the float32 noise (0.8, where 1 - v underflows; else 0.05)
 _FLOAT32_EPS: Final = 2.0**-22  # a few roundings of score + noise
+_CACHED_ENTRIES: Final = 1 << 17  # 1 MiB of int64
 
 
 def gumbel(
@@ -122,13 +123,26 @@ def gumbel_topk(
 
 def _candidates(scores: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Rows and tokens (in order) of every entry that may be among its row's k best."""
-    tokens = torch.arange(scores.shape[1], device=scores.device)
-    noisy = scores - _approximate_negative_gumbel(_bits(keys[:, None], tokens))
+    noisy = _noisy(scores, keys)
     kth = noisy.amax(dim=1) if k == 1 else noisy.topk(k, dim=1).values[:, -1]
     threshold = kth - (_MARGIN + _FLOAT32_EPS * kth.abs())
-    possible = (noisy >= threshold[:, None]) & (noisy > -torch.inf)
+    possible = noisy >= threshold.clamp_(min=torch.finfo(noisy.dtype).min)[:, None]  # never -inf
     rows, tokens = possible.nonzero(as_tuple=True)
     return rows, tokens
+
+
+def _noisy(scores: Tensor, keys: Tensor) -> Tensor:
+    """Scores with float32 noise, [N, V]."""
+    num_rows, vocab_size = scores.shape
+    noisy = torch.empty_like(scores)
+    # A dozen passes over 64-bit integers: on a CPU they stay in the cache if they go piece by piece.
+    width = max(1, _CACHED_ENTRIES // max(1, num_rows)) if scores.device.type == "cpu" else vocab_size
+    for start in range(0, vocab_size, width):
+        stop = min(vocab_size, start + width)
+        tokens = torch.arange(start, stop, device=scores.device)
+        noise = _approximate_negative_gumbel(_bits(keys[:, None], tokens))
+        torch.sub(scores[:, start:stop], noise, out=noisy[:, start:stop])
+    return noisy
 
 
 def _topk_of_candidates(rows: Tensor, tokens: Tensor, values: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
