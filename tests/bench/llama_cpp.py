@@ -84,9 +84,26 @@ def convert(model: str, weights: str) -> Path:
 
 @contextmanager
 def running_server(
-    target: Path, draft: Path | None, *, num_threads: int, context: int, timeout_s: float = 120.0
+    target: Path,
+    draft: Path | None,
+    *,
+    num_threads: int,
+    context: int,
+    n_max: int = 0,
+    p_min: float = 0.0,
+    timeout_s: float = 120.0,
 ) -> Iterator[LlamaServer]:
-    """A server on a free port, with speculative decoding if there is a draft."""
+    """A server on a free port, with speculative decoding if there is a draft.
+
+    Args:
+        target: GGUF file.
+        draft: GGUF file of a draft model.
+        num_threads: of either model; they take turns.
+        context: tokens, prompt and answer.
+        n_max: draft tokens per verification. This version takes it when it starts and ignores it in requests.
+        p_min: drafting ends at a token that is less likely.
+        timeout_s: to load.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,6 +112,7 @@ def running_server(
     if draft:
         # --model-draft alone drafts nothing: the kind of speculation has to be named.
         command += ["--model-draft", str(draft), "--spec-type", "draft-simple", "-td", str(num_threads)]
+        command += ["--spec-draft-n-max", str(n_max), "--spec-draft-p-min", str(p_min)]
     log = home() / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -23,7 +23,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ from specpool.bench.machine import recommended_arguments
 from specpool.bench.requests import Setting, measure
 from specpool.bench.system import running_system
 from specpool.client import Client
+from specpool.errors import Internal
 from specpool.models.catalogue import find_entry
 from specpool.models.prompts import Prompt, load_prompts
 
 SOURCES = ("humaneval", "gsm8k", "mtbench")
 CONTEXT = 2048
+_WARM_UP = Prompt(source="", id="", text="Hello")
 Options = Mapping[str, Any]
 """Settings of one way of generating, such as K."""
 
@@ -192,28 +194,45 @@ class LlamaCpp(System):
 
     @contextmanager
     def running(self) -> Iterator[Generate]:
+        """The server takes its settings when it starts: it is restarted whenever others are asked for."""
+        with ExitStack() as stack:
+            current: list[tuple[Options, llama_cpp.LlamaServer]] = []
+
+            def server(options: Options) -> llama_cpp.LlamaServer:
+                if not current or current[0][0] != options:
+                    stack.close()
+                    current[:] = [(options, stack.enter_context(self._server(options)))]
+                    self._complete(current[0][1], self._pair.encode(_WARM_UP), 0.0, 4)
+                return current[0][1]
+
+            yield lambda way, options, prompt, temperature, max_tokens: self._complete(
+                server(options), self._pair.encode(prompt), temperature, max_tokens
+            )
+
+    def _server(self, options: Options) -> AbstractContextManager[llama_cpp.LlamaServer]:
         target = llama_cpp.convert(self._pair.target, self._weights)
         draft = llama_cpp.convert(self._pair.draft, self._weights) if self._with_draft else None
-        with llama_cpp.running_server(target, draft, num_threads=num_cores(), context=CONTEXT) as server:
+        return llama_cpp.running_server(target, draft, num_threads=num_cores(), context=CONTEXT, **options)
 
-            def generate(way: str, options: Options, prompt: Prompt, temperature: float, max_tokens: int) -> Answer:
-                token_ids, timings = server.complete(
-                    self._pair.encode(prompt),
-                    n_predict=max_tokens,
-                    temperature=temperature,
-                    samplers=["temperature"],
-                    repeat_penalty=1.0,
-                    seed=1,
-                    **{f"speculative.{key}": value for key, value in options.items()},
-                )
-                # Their count starts with the token that the prompt gave, and their clock after it.
-                return Answer(
-                    token_ids=tuple(token_ids),
-                    num_timed=int(timings["predicted_n"]) - 1,
-                    seconds=timings["predicted_ms"] / 1000,
-                )
-
-            yield generate
+    def _complete(
+        self, server: llama_cpp.LlamaServer, prompt: Sequence[int], temperature: float, max_tokens: int
+    ) -> Answer:
+        token_ids, timings = server.complete(
+            prompt,
+            n_predict=max_tokens,
+            temperature=temperature,
+            samplers=["temperature"],
+            repeat_penalty=1.0,
+            seed=1,
+        )
+        if self._with_draft and max_tokens > 16 and not timings.get("draft_n"):
+            raise Internal("llama-server drafted nothing: it was asked for speculative decoding")
+        # Their count starts with the token that the prompt gave, and their clock after it.
+        return Answer(
+            token_ids=tuple(token_ids),
+            num_timed=int(timings["predicted_n"]) - 1,
+            seconds=timings["predicted_ms"] / 1000,
+        )
 
 
 class Pair:
@@ -329,8 +348,8 @@ def show(results: Sequence[Result], console: Console) -> None:
         table.add_column(heading, justify="right" if heading in ("T", "tok/s", "ssd / this", "tokens") else "left")
     for key in sorted(groups, key=lambda key: key[2]):
         (system, way, temperature), group = key, groups[key]
-        reference = {r.prompt_id: r.answer.token_ids for r in groups["SpecPool", "off", temperature]}
-        same = sum(r.answer.token_ids == reference[r.prompt_id] for r in group) / len(group)
+        reference = {r.prompt_id: r.answer.token_ids for r in groups.get(("SpecPool", "off", temperature), [])}
+        same = sum(r.answer.token_ids == reference.get(r.prompt_id) for r in group) / len(group)
         table.add_row(
             f"{temperature:g}",
             system,
@@ -338,7 +357,7 @@ def show(results: Sequence[Result], console: Console) -> None:
             group[0].precision,
             ", ".join(f"{name}={value}" for name, value in group[0].options.items()),
             f"{speeds[key]:.2f}",
-            f"{speeds['SpecPool', 'ssd', temperature] / speeds[key]:.2f}",
+            f"{ours / speeds[key]:.2f}" if (ours := speeds.get(("SpecPool", "ssd", temperature))) else "",
             str(sum(len(r.answer.token_ids) for r in group)),
             f"{same:.2f}",
         )
@@ -355,6 +374,7 @@ def main() -> None:
     parser.add_argument("--num-tuning-prompts", type=int, default=3)
     parser.add_argument("--num-passes", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="systems by name; default: all")
     parser.add_argument("--no-llama", action="store_true", help="without llama.cpp, which has to be built")
     parser.add_argument("--up", action="append", default=[], metavar="ARGUMENT", help="further `specpool up` argument")
     parser.add_argument("--json", type=Path)
@@ -367,6 +387,8 @@ def main() -> None:
     pair = Pair(arguments.target, arguments.draft)
     comparison = Comparison(arguments.temperatures, arguments.max_tokens, console)
     compared = systems(pair, arguments.lookaheads, arguments.up, with_llama=not arguments.no_llama)
+    if arguments.only:
+        compared = [system for system in compared if system.name in arguments.only]
     for index in range(arguments.num_passes):
         for system in compared if index % 2 == 0 else reversed(compared):
             console.print(f"pass {index + 1}: {system.name}, {', '.join(system.ways)}", highlight=False)
