@@ -60,6 +60,7 @@ def load_model(
         return _toy(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size))
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
+    backend.check(dtype=torch_dtype, device=torch_device, block_size=block_size)
     model = _transformers_model(spec, torch_dtype, torch_device, on_progress)
     if num_frequent_tokens:
         keep_frequent_tokens(model, num_frequent_tokens, other_tokens)

@@ -132,6 +132,7 @@ class TransformersModel:
     ) -> None:
         config: Any = model.config.get_text_config()
         geometry = KVGeometry.of(config)
+        backend.check(dtype=model.dtype, device=model.device, block_size=pool.block_size, head_dim=geometry.head_dim)
         self.model = model.eval()
         model.set_attn_implementation(PAGED_ATTENTION)
         self.pool = pool

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specpool.errors import InvalidArgument
 from specpool.modeling.paged_kv import SequenceKV
 
 
@@ -91,6 +92,19 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
+        """Raise `InvalidArgument` unless it runs with these here, now; a `head_dim` of None is not known yet."""
+        ...
+
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Everything about this forward that does not depend on the layer."""
         ...
+
+
+def unavailable(backend: str, why: str, *, accepted: str) -> InvalidArgument:
+    """The error for a backend that cannot run here or with these settings; no other one is used instead."""
+    return InvalidArgument(
+        f"attention backend {backend!r} cannot be used: {why}",
+        reason="ATTENTION_BACKEND_UNAVAILABLE",
+        metadata={"field": "attention_backend", "value": backend, "accepted": accepted},
+    )

@@ -33,6 +33,9 @@ class SdpaBackend:
 
     name = "sdpa"
 
+    def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
+        """Runs everywhere."""
+
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Group, bucket, and build indices and masks."""
         block_size = storage.keys.shape[2]
