@@ -21,6 +21,9 @@ from transformers import (
 
 from specpool.errors import InvalidArgument, KVCacheFull
 from specpool.modeling.attention import AttentionBackend, get_backend
+from specpool.modeling.attention.flash import FlashBackend
+from specpool.modeling.attention.varlen import TorchVarlenKernel
+from specpool.modeling.cuda_graphs import BucketedForward
 from specpool.modeling.interface import Segment
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.paged_kv import BlockPool, SequenceKV
@@ -36,7 +39,10 @@ ARCHITECTURES = {
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "sdpa": lambda: get_backend("sdpa"),
     "flex": lambda: get_backend("flex"),
+    "flash with a kernel in plain torch": lambda: FlashBackend(TorchVarlenKernel()),
+    "the same in buckets": lambda: FlashBackend(TorchVarlenKernel()),
 }
+BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
 class Case:
@@ -83,13 +89,17 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return BACKENDS[request.param]()
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def shared(request: pytest.FixtureRequest, backend: AttentionBackend) -> Case:
-    return Case(request.param, backend)
+def shared(request: pytest.FixtureRequest, backend: str) -> Case:
+    case = Case(request.param, BACKENDS[backend]())
+    if "in buckets" in backend:
+        case.model.graphs = BucketedForward(case.model, BUCKETS)
+    return case
 
 
 @pytest.fixture
@@ -176,5 +186,5 @@ def test_full_cache_is_refused_before_anything_runs(case: Case) -> None:
 
 
 def test_unknown_attention_backend_names_the_accepted_ones() -> None:
-    with pytest.raises(InvalidArgument, match="unknown attention backend 'fast'; accepted: flex, sdpa"):
+    with pytest.raises(InvalidArgument, match="unknown attention backend 'fast'; accepted: flash, flex, sdpa"):
         get_backend("fast")

@@ -40,6 +40,7 @@ class FlexBackend:
     """Block masks, no gather."""
 
     name = "flex"
+    has_static_plans = False
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """Any data type; on CUDA blocks and heads that tensor cores can multiply."""
@@ -64,6 +65,9 @@ class FlexBackend:
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Block tables on the device; lists of blocks follow when a layer tells its heads and its window."""
         return FlexPlan(segments, storage)
+
+    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
+        """None: its indices have a new shape in every forward."""
 
 
 class FlexPlan:

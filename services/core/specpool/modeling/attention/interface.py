@@ -87,10 +87,27 @@ class AttentionPlan(Protocol):
         ...
 
 
+class StaticPlans(Protocol):
+    """Plans over tensors that stay where they are and get new contents, so that a CUDA graph can hold a plan."""
+
+    def fill(self, segments: Sequence[PackedSegment]) -> bool:
+        """Put the segments' block tables into place; returns whether any of them share a prefix."""
+        ...
+
+    def plan(self, num_tokens: int, *, shares: bool) -> AttentionPlan:
+        """The plan for `num_tokens` tokens, those after the segments' being padding whose results are undefined.
+
+        With `shares`, for segments of which `fill` returned true.
+        """
+        ...
+
+
 class AttentionBackend(Protocol):
     """Makes plans. Stateless."""
 
     name: str
+    has_static_plans: bool
+    """Whether `static_plans` returns any."""
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """Raise `InvalidArgument` unless it runs with these here, now; a `head_dim` of None is not known yet."""
@@ -98,6 +115,10 @@ class AttentionBackend(Protocol):
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Everything about this forward that does not depend on the layer."""
+        ...
+
+    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans | None:
+        """Plans for CUDA graphs of forwards of up to `max_tokens` tokens; None where the backend has none."""
         ...
 
 
