@@ -190,6 +190,10 @@ lifecycle:
   value: {{ .dtype | quote }}
 - name: {{ $prefix }}_KV_CACHE_BYTES
   value: {{ .kvCacheBytes | int64 | quote }}
+- name: {{ $prefix }}_ATTENTION_BACKEND
+  value: {{ .attentionBackend | quote }}
+- name: {{ $prefix }}_BLOCK_SIZE
+  value: {{ .blockSize | int | quote }}
 {{- end }}
 - name: HOME
   value: /var/cache/specpool

@@ -28,6 +28,17 @@
 {{- if and (eq $engine.device "cpu") (eq $engine.dtype "float16") -}}
 {{- $errors = append $errors (printf "%s.dtype is float16 but %s.device is cpu: use bfloat16 or float32 there" $name $name) -}}
 {{- end -}}
+{{- if eq $engine.attentionBackend "flash" -}}
+{{- if eq $engine.device "cpu" -}}
+{{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.device is cpu: use sdpa there" $name $name) -}}
+{{- end -}}
+{{- if eq $engine.dtype "float32" -}}
+{{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.dtype is float32: use bfloat16 or float16, or sdpa or flex" $name $name) -}}
+{{- end -}}
+{{- if ne (mod (int $engine.blockSize) 256) 0 -}}
+{{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.blockSize is %d: it needs a multiple of 256" $name $name (int $engine.blockSize)) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- toJson $errors -}}
 {{- end -}}

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from specpool.errors import ConfigError
 
 FanOutPolicy = Literal["best_first", "geometric", "uniform"]
+CudaGraphs = Literal["auto", "on", "off"]
 
 
 def _default_id() -> str:
@@ -51,7 +52,10 @@ class SpeculatorConfig:
     """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.
     A smaller head makes draft steps faster; what is generated stays the same."""
     attention_backend: str = "sdpa"
-    """Attention over the paged cache."""
+    """Attention over the paged cache: `sdpa` runs everywhere; `flex` and `flash` read blocks where they lie, once for
+    all branches that share them. `flash` needs flash-attn and a `block_size` that is a multiple of 256."""
+    cuda_graphs: CudaGraphs = "auto"
+    """Replay small forwards as CUDA graphs: `auto` does so on CUDA with `flash`, `on` insists, `off` does not."""
     kv_cache_bytes: int = 0
     """Size of the KV cache; 0 takes the default of the device."""
     num_kv_blocks: int = 0
@@ -96,6 +100,7 @@ class SpeculatorConfig:
         self._check("drain_grace_s", self.drain_grace_s >= 0, "at least 0")
         policies = get_args(FanOutPolicy)
         self._check("fan_out_policy", self.fan_out_policy in policies, ", ".join(policies))
+        self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
         self._check("weights", self.weights in ("plain", "prepacked", "int8"), "plain, prepacked or int8")
 
     def _check(self, name: str, is_good: bool, accepted: str) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from specpool.errors import ConfigError
 
 Fallback = Literal["auto", "wait", "backup"]
+CudaGraphs = Literal["auto", "on", "off"]
 
 
 def _default_id() -> str:
@@ -48,7 +49,10 @@ class TargetConfig:
     compile: bool = False
     """Compile the decoder: faster steps, a start that takes a minute longer the first time."""
     attention_backend: str = "sdpa"
-    """Attention over the paged cache."""
+    """Attention over the paged cache: `sdpa` runs everywhere; `flex` and `flash` read blocks where they lie, once for
+    all branches that share them. `flash` needs flash-attn and a `block_size` that is a multiple of 256."""
+    cuda_graphs: CudaGraphs = "auto"
+    """Replay small forwards as CUDA graphs: `auto` does so on CUDA with `flash`, `on` insists, `off` does not."""
     kv_cache_bytes: int = 0
     """Size of the KV cache; 0 takes the default of the device."""
     num_kv_blocks: int = 0
@@ -91,6 +95,7 @@ class TargetConfig:
         ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
+        self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
         self._check("weights", self.weights in ("plain", "prepacked"), "plain or prepacked")
         self._check("fallback", self.fallback in get_args(Fallback), ", ".join(get_args(Fallback)))
 

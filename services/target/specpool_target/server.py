@@ -121,6 +121,7 @@ def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any
         attention_backend=config.attention_backend,
         weights=config.weights,
         compile_model=config.compile,
+        cuda_graphs=config.cuda_graphs,
         on_progress=on_progress,
     )
     return model, load_tokenizer(spec, on_progress=on_progress)

@@ -24,6 +24,18 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "target.dtype is float16 but target.device is cpu: use bfloat16 or float32 there",
     ),
     (
+        {"target": {"device": "cpu", "attentionBackend": "flash", "blockSize": 256, "gpu": {"count": 0}}},
+        "target.attentionBackend is flash but target.device is cpu: use sdpa there",
+    ),
+    (
+        {"target": {"attentionBackend": "flash", "blockSize": 256, "dtype": "float32"}},
+        "target.attentionBackend is flash but target.dtype is float32: use bfloat16 or float16, or sdpa or flex",
+    ),
+    (
+        {"speculator": {"attentionBackend": "flash"}},
+        "speculator.attentionBackend is flash but speculator.blockSize is 16: it needs a multiple of 256",
+    ),
+    (
         {"speculation": {"fanOut": 16, "rowBudget": 8}},
         "speculation.rowBudget is 8 but speculation.fanOut is 16: "
         "the rows of one step must hold the guesses of one sequence",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ from transformers import (
 )
 
 from specpool.errors import InvalidArgument, KVCacheFull
-from specpool.modeling.attention import get_backend
+from specpool.modeling.attention import AttentionBackend, get_backend
+from specpool.modeling.attention.flash import FlashBackend
+from specpool.modeling.attention.varlen import TorchVarlenKernel
+from specpool.modeling.cuda_graphs import BucketedForward
 from specpool.modeling.interface import Segment
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.paged_kv import BlockPool, SequenceKV
@@ -32,12 +36,19 @@ ARCHITECTURES = {
     "mistral with a sliding window": (MistralConfig, MistralForCausalLM, {"sliding_window": 9}),
     "gemma2 with softcaps": (Gemma2Config, Gemma2ForCausalLM, {"sliding_window": 9, "head_dim": 8}),
 }
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "sdpa": lambda: get_backend("sdpa"),
+    "flex": lambda: get_backend("flex"),
+    "flash with a kernel in plain torch": lambda: FlashBackend(TorchVarlenKernel()),
+    "the same in buckets": lambda: FlashBackend(TorchVarlenKernel()),
+}
+BUCKETS = (1, 2, 4, 8, 16, 32)
 
 
 class Case:
     """A tiny random model, tokens, and the plain forward's logits for them."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, backend: AttentionBackend) -> None:
         config_class, model_class, options = ARCHITECTURES[architecture]
         torch.manual_seed(0)
         config = config_class(
@@ -60,7 +71,7 @@ class Case:
             self.logits: Tensor = plain(prompt).logits[0]
             generated = plain.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=-1)
         self.continuation: list[int] = generated[0, LENGTH:].tolist()
-        self.model = TransformersModel(plain, pool=BlockPool(64, 4), backend=get_backend("sdpa"))
+        self.model = TransformersModel(plain, pool=BlockPool(64, 4), backend=backend)
 
     def prefilled(self, length: int) -> SequenceKV:
         kv = SequenceKV(self.model.pool)
@@ -77,9 +88,18 @@ class Case:
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def shared(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+def shared(request: pytest.FixtureRequest, backend: str) -> Case:
+    case = Case(request.param, BACKENDS[backend]())
+    if "in buckets" in backend:
+        case.model.graphs = BucketedForward(case.model, BUCKETS)
+    return case
 
 
 @pytest.fixture
@@ -166,5 +186,5 @@ def test_full_cache_is_refused_before_anything_runs(case: Case) -> None:
 
 
 def test_unknown_attention_backend_names_the_accepted_ones() -> None:
-    with pytest.raises(InvalidArgument, match="unknown attention backend 'fast'; accepted: sdpa"):
+    with pytest.raises(InvalidArgument, match="unknown attention backend 'fast'; accepted: flash, flex, sdpa"):
         get_backend("fast")

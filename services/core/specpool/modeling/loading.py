@@ -11,6 +11,7 @@ import torch
 from specpool.errors import InvalidArgument
 from specpool.modeling.attention import get_backend
 from specpool.modeling.compiling import compile_decoder
+from specpool.modeling.cuda_graphs import capture_graphs, wants_graphs
 from specpool.modeling.files import Progress, no_progress, quiet_transformers, resolve_model_directory
 from specpool.modeling.interface import CausalModel
 from specpool.modeling.linear import check_weight_format, convert_linears
@@ -42,6 +43,7 @@ def load_model(
     attention_backend: str = "sdpa",
     weights: str = "plain",
     compile_model: bool = False,
+    cuda_graphs: str = "auto",
     num_frequent_tokens: int = 0,
     other_tokens: Iterable[int] = (),
     on_progress: Progress = no_progress,
@@ -50,7 +52,8 @@ def load_model(
 
     `weights` is a format of `specpool.modeling.linear`. With `num_frequent_tokens` the head knows only that many first
     tokens and `other_tokens`, see `specpool.modeling.vocabulary`. `compile_model` compiles the decoder, see
-    `specpool.modeling.compiling`. Models without weights ignore all three.
+    `specpool.modeling.compiling`; `cuda_graphs` is auto, on or off, see `specpool.modeling.cuda_graphs`. Models without
+    weights ignore all of these.
     """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
     backend = get_backend(attention_backend)
@@ -60,6 +63,8 @@ def load_model(
         return _toy(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size))
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
+    with_graphs = wants_graphs(cuda_graphs, backend, torch_device)
+    backend.check(dtype=torch_dtype, device=torch_device, block_size=block_size)
     model = _transformers_model(spec, torch_dtype, torch_device, on_progress)
     if num_frequent_tokens:
         keep_frequent_tokens(model, num_frequent_tokens, other_tokens)
@@ -73,6 +78,8 @@ def load_model(
     on_progress("allocate", 1, 1)
     if compile_model:
         compile_decoder(result, on_progress)
+    if with_graphs:
+        capture_graphs(result, on_progress)
     return result
 
 

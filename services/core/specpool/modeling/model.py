@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from specpool.errors import InvalidArgument
 from specpool.modeling.attention import AttentionBackend, AttentionPlan, KVStorage, PackedSegment
+from specpool.modeling.cuda_graphs import BucketedForward
 from specpool.modeling.interface import Segment, check_segments
 from specpool.modeling.operators import define_operator
 from specpool.modeling.paged_kv import BlockPool, reserve_all
@@ -132,6 +133,7 @@ class TransformersModel:
     ) -> None:
         config: Any = model.config.get_text_config()
         geometry = KVGeometry.of(config)
+        backend.check(dtype=model.dtype, device=model.device, block_size=pool.block_size, head_dim=geometry.head_dim)
         self.model = model.eval()
         model.set_attn_implementation(PAGED_ATTENTION)
         self.pool = pool
@@ -139,11 +141,13 @@ class TransformersModel:
         self.device = model.device
         self.min_tokens = 1
         """Forwards of fewer tokens are padded to this many."""
+        self.graphs: BucketedForward | None = None
+        """CUDA graphs of small forwards, if there are any."""
         self.vocab_size: int = config.vocab_size
         self.max_context: int = max_context or config.max_position_embeddings
         self.storage = KVStorage.allocate(
             num_layers=geometry.num_layers,
-            num_blocks=pool.num_blocks,
+            num_blocks=pool.num_blocks + 1,  # one that no sequence has, for what padding writes
             block_size=pool.block_size,
             num_kv_heads=geometry.num_kv_heads,
             head_dim=geometry.head_dim,
@@ -166,18 +170,33 @@ class TransformersModel:
 
     def _run(self, segments: Sequence[Segment]) -> Tensor:
         packed = _pack(segments)
-        _running.step = _Step(
-            self.storage,
+        inputs = PackedInputs.of(segments, packed, self.pool.block_size)
+        if self.graphs is not None and (logits := self.graphs.run(packed, inputs)) is not None:
+            return logits
+        padding = [0] * (self.min_tokens - len(inputs.tokens))
+        return self.compute(
             self.backend.plan(packed, self.storage),
-            self._tensor(_slots(packed, self.pool.block_size)),
+            tokens=self._tensor(inputs.tokens + padding),
+            positions=self._tensor(inputs.positions + padding),
+            slots=self._tensor(inputs.slots),
+            logit_rows=self._tensor(inputs.logit_rows),
         )
-        tokens = [token for segment in segments for token in segment.tokens]
-        positions = [p for segment in packed for p in range(segment.kv.length, segment.end)]
-        padding = [0] * (self.min_tokens - len(tokens))
+
+    def compute(
+        self,
+        plan: AttentionPlan,
+        *,
+        tokens: Tensor,  # [T]
+        positions: Tensor,  # [T]
+        slots: Tensor,  # [T], or fewer: tokens after these are padding
+        logit_rows: Tensor,  # [rows]
+    ) -> Tensor:  # [rows, V] float32
+        """The forward's part on the device: nothing but tensors that are there already."""
+        _running.step = _Step(self.storage, plan, slots)
         output = self.model(
-            input_ids=self._tensor(tokens + padding).unsqueeze(0),
-            position_ids=self._tensor(positions + padding).unsqueeze(0),
-            logits_to_keep=self._tensor(_logit_rows(segments, packed)),
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            logits_to_keep=logit_rows,
             use_cache=False,
         )
         logits: Tensor = output.logits[0]
@@ -185,6 +204,29 @@ class TransformersModel:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedInputs:
+    """What a forward is computed from, besides block tables; one value per packed token."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    """In the token's sequence."""
+    slots: list[int] = field(default_factory=list)
+    """Where its keys and values go in the flattened cache."""
+    logit_rows: list[int] = field(default_factory=list)
+    """Packed tokens whose logits are wanted."""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], packed: Sequence[PackedSegment], block_size: int) -> PackedInputs:
+        """Of segments that have room."""
+        return cls(
+            tokens=[token for segment in segments for token in segment.tokens],
+            positions=[position for segment in packed for position in range(segment.kv.length, segment.end)],
+            slots=_slots(packed, block_size),
+            logit_rows=_logit_rows(segments, packed),
+        )
 
 
 class KVGeometry:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from specpool.errors import InvalidArgument
-from specpool.modeling.attention.interface import AttentionBackend, AttentionPlan, KVStorage, PackedSegment
+from specpool.modeling.attention.flash import FlashBackend
+from specpool.modeling.attention.flex import FlexBackend
+from specpool.modeling.attention.interface import AttentionBackend, AttentionPlan, KVStorage, PackedSegment, StaticPlans
 from specpool.modeling.attention.sdpa import SdpaBackend
 
-__all__ = ["BACKENDS", "AttentionBackend", "AttentionPlan", "KVStorage", "PackedSegment", "get_backend"]
+__all__ = ["BACKENDS", "AttentionBackend", "AttentionPlan", "KVStorage", "PackedSegment", "StaticPlans", "get_backend"]
 
-BACKENDS: Mapping[str, type[AttentionBackend]] = {SdpaBackend.name: SdpaBackend}
+BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = {
+    kind.name: kind for kind in (SdpaBackend, FlexBackend, FlashBackend)
+}
 
 
 def get_backend(name: str) -> AttentionBackend:

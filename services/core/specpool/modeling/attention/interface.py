@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specpool.errors import InvalidArgument
 from specpool.modeling.paged_kv import SequenceKV
 
 
@@ -86,11 +87,45 @@ class AttentionPlan(Protocol):
         ...
 
 
+class StaticPlans(Protocol):
+    """Plans over tensors that stay where they are and get new contents, so that a CUDA graph can hold a plan."""
+
+    def fill(self, segments: Sequence[PackedSegment]) -> bool:
+        """Put the segments' block tables into place; returns whether any of them share a prefix."""
+        ...
+
+    def plan(self, num_tokens: int, *, shares: bool) -> AttentionPlan:
+        """The plan for `num_tokens` tokens, those after the segments' being padding whose results are undefined.
+
+        With `shares`, for segments of which `fill` returned true.
+        """
+        ...
+
+
 class AttentionBackend(Protocol):
     """Makes plans. Stateless."""
 
     name: str
+    has_static_plans: bool
+    """Whether `static_plans` returns any."""
+
+    def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
+        """Raise `InvalidArgument` unless it runs with these here, now; a `head_dim` of None is not known yet."""
+        ...
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Everything about this forward that does not depend on the layer."""
         ...
+
+    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans | None:
+        """Plans for CUDA graphs of forwards of up to `max_tokens` tokens; None where the backend has none."""
+        ...
+
+
+def unavailable(backend: str, why: str, *, accepted: str) -> InvalidArgument:
+    """The error for a backend that cannot run here or with these settings; no other one is used instead."""
+    return InvalidArgument(
+        f"attention backend {backend!r} cannot be used: {why}",
+        reason="ATTENTION_BACKEND_UNAVAILABLE",
+        metadata={"field": "attention_backend", "value": backend, "accepted": accepted},
+    )

@@ -32,6 +32,10 @@ class SdpaBackend:
     """Gather and mask."""
 
     name = "sdpa"
+    has_static_plans = False
+
+    def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
+        """Runs everywhere."""
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Group, bucket, and build indices and masks."""
@@ -41,6 +45,9 @@ class SdpaBackend:
             buckets[group.bucket].append(group)
         num_tokens = sum(segment.num_tokens for segment in segments)
         return SdpaPlan([_Batch(groups, storage, num_tokens) for groups in buckets.values()], storage)
+
+    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
+        """None: its indices have a new shape in every forward."""
 
 
 class SdpaPlan:

@@ -1,0 +1,339 @@
+"""Everything that only a GPU can tell, from one command, on one GPU, without downloads.
+
+    python tests/bench/gpu.py --draft /models/draft --target /models/target --json gpu.json
+    python tests/bench/gpu.py --draft /models/draft --json gpu.json     # target: the draft inflated to the shape of 8B
+    python tests/bench/gpu.py --dry-run-cpu                             # the script's own flow, on tiny models
+
+1. Copy bandwidth of the device.
+2. Steps of the target with each attention backend: milliseconds, against the time in which the bandwidth reads weights
+   and keys and values once, and how far logits are from those of `sdpa`. A backend that cannot run says why.
+3. Tokens per second of off, sd and ssd, with the draft on the same GPU and on the host's CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from specpool.bench.report import Summary, speed_table, summarize
+from specpool.bench.requests import Measurement, Setting, measure
+from specpool.bench.system import running_system
+from specpool.client import Client
+from specpool.errors import InvalidArgument
+from specpool.modeling import Segment, SequenceKV, load_model
+from specpool.models.prompts import Prompt
+
+BLOCK_SIZE = 256
+"""Of every backend, so that they can be compared: the least that flash-attn takes."""
+VARIANTS = (
+    {"attention_backend": "sdpa"},
+    {"attention_backend": "flex"},
+    {"attention_backend": "flash", "cuda_graphs": "off"},
+    {"attention_backend": "flash", "cuda_graphs": "on"},
+)
+TEXTS = (
+    "Write a Python function that merges two sorted lists.",
+    "Explain why the sky is blue to a ten-year-old.",
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Think step by step.",
+    "Write a short story about a lighthouse keeper who finds a bottle with a message.",
+)
+TARGET_KV_BYTES, DRAFT_KV_BYTES = 8 << 30, 2 << 30
+"""Two processes share the GPU, so neither may take what is free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One kind of forward with one backend."""
+
+    backend: str
+    step: str
+    tokens: int
+    ms: float
+    bound_ms: float
+    """In which the bandwidth reads the bytes that the step must read, once."""
+    error: float
+    """Largest difference of logits from those of `sdpa`, over the largest logit of the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A backend that cannot run here."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How much is measured."""
+
+    context: int
+    rows: int
+    lookahead: int
+    repeats: int
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Median time of a call, after two to warm up."""
+    times = []
+    for index in range(repeats + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        if index >= 2:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth(device: str, num_bytes: int) -> float:
+    """Bytes per second, read and written, of a copy within the device's memory."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    return 2 * num_bytes / seconds_of(lambda: destination.copy_(source), device, 10)
+
+
+@contextmanager
+def branches(trunk: SequenceKV, count: int) -> Iterator[list[SequenceKV]]:
+    """Forks of `trunk`, freed afterwards."""
+    forks = [trunk.fork() for _ in range(count)]
+    yield forks
+    for fork in forks:
+        fork.free()
+
+
+class Steps:
+    """The forwards that a target and a speculator run, on one model."""
+
+    def __init__(self, model: Any, shape: Shape) -> None:
+        self.model = model
+        self.shape = shape
+        generator = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(model.vocab_size, (shape.context,), generator=generator).tolist()
+        self._trunk = SequenceKV(model.pool)
+        for start in range(0, shape.context, 512):
+            model.forward([Segment(kv=self._trunk, tokens=self._tokens[start : start + 512], num_logits=0)])
+
+    def kinds(self) -> dict[str, tuple[int, Callable[[], Tensor]]]:
+        """By name: number of tokens, and the forward, which leaves everything as it was."""
+        num_verified = self.shape.lookahead + 1
+        return {
+            "one token": (1, lambda: self._append(1)),
+            f"verify K={self.shape.lookahead}": (num_verified, lambda: self._append(num_verified)),
+            f"{self.shape.rows} branches": (self.shape.rows, self._branch),
+        }
+
+    def bytes_read(self) -> int:
+        """Weights but embeddings, and keys and values of the context once."""
+        module, storage = self.model.model, self.model.storage
+        embedding, head = module.get_input_embeddings().weight, module.get_output_embeddings().weight
+        weights = {parameter.data_ptr(): parameter for parameter in module.parameters()}
+        if embedding.data_ptr() != head.data_ptr():
+            del weights[embedding.data_ptr()]
+        num_weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in weights.values())
+        slot_bytes = 2 * storage.keys[:, 0, 0].numel() * storage.keys.element_size()
+        return num_weight_bytes + slot_bytes * self.shape.context
+
+    def _append(self, num_tokens: int) -> Tensor:
+        segment = Segment(kv=self._trunk, tokens=self._tokens[:num_tokens], num_logits=num_tokens)
+        logits: Tensor = self.model.forward([segment])
+        self._trunk.truncate(self.shape.context)
+        return logits
+
+    def _branch(self) -> Tensor:
+        with branches(self._trunk, self.shape.rows) as forks:
+            logits: Tensor = self.model.forward(
+                [Segment(kv=kv, tokens=[self._tokens[index]]) for index, kv in enumerate(forks)]
+            )
+        return logits
+
+
+def compare_backends(
+    target: str, *, device: str, dtype: str, shape: Shape, bandwidth: float
+) -> tuple[list[Step], list[Refused]]:
+    """Time every kind of step with every backend, and compare its logits with those of `sdpa`."""
+    steps, refused, expected = list[Step](), list[Refused](), dict[str, Tensor]()
+    # The trunk, a block for each branch, and those of a forward that is being undone.
+    num_blocks = shape.context // BLOCK_SIZE + shape.rows + 8
+    for variant in VARIANTS:
+        name = variant["attention_backend"] + (" with graphs" if variant.get("cuda_graphs") == "on" else "")
+        settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": BLOCK_SIZE, **variant}
+        try:
+            model = load_model(target, num_blocks=num_blocks, **settings)
+        except InvalidArgument as error:
+            refused.append(Refused(backend=name, reason=str(error)))
+            continue
+        runs = Steps(model, shape)
+        bound_ms = runs.bytes_read() / bandwidth * 1e3
+        for kind, (num_tokens, run) in runs.kinds().items():
+            logits = run().cpu()
+            reference = expected.setdefault(kind, logits)
+            error = (logits - reference).abs().amax(-1) / reference.abs().amax(-1)
+            ms = seconds_of(run, device, shape.repeats) * 1e3
+            steps.append(
+                Step(backend=name, step=kind, tokens=num_tokens, ms=ms, bound_ms=bound_ms, error=float(error.max()))
+            )
+        del model, runs, run
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    return steps, refused
+
+
+async def run_modes(endpoint: str, prompts: Sequence[Prompt], max_tokens: int, lookahead: int) -> list[Measurement]:
+    """off, sd and ssd on every prompt, after one answer of each that lets the estimates settle."""
+    settings = [Setting(mode=mode, temperature=0.0, lookahead=lookahead) for mode in ("off", "sd", "ssd")]
+    async with Client(endpoint) as client:
+        for setting in settings:
+            await measure(client, prompts[0], setting, max_tokens=max_tokens, seed=1)
+        return [
+            await measure(client, prompt, setting, max_tokens=max_tokens, seed=1)
+            for prompt in prompts
+            for setting in settings
+        ]
+
+
+def run_system(arguments: argparse.Namespace, target: str, draft: str, backend: str, place: str) -> list[Summary]:
+    """`specpool up` with the draft at `place`: colocated or cpu."""
+    device = "cpu" if arguments.dry_run_cpu else "cuda"
+    up = ["--target", target, "--draft", draft, "--lookahead", str(arguments.lookahead)]
+    up += ["--device", device, "--draft-device", device if place == "colocated" else "cpu"]
+    draft_backend = backend if place == "colocated" else "sdpa"
+    environment = {
+        "SPECPOOL_TARGET_ATTENTION_BACKEND": backend,
+        "SPECPOOL_TARGET_BLOCK_SIZE": str(BLOCK_SIZE),
+        "SPECPOOL_SPECULATOR_ATTENTION_BACKEND": draft_backend,
+        "SPECPOOL_SPECULATOR_BLOCK_SIZE": str(BLOCK_SIZE if draft_backend == "flash" else 16),
+    }
+    if not arguments.dry_run_cpu:
+        environment["SPECPOOL_TARGET_KV_CACHE_BYTES"] = str(TARGET_KV_BYTES)
+        environment["SPECPOOL_SPECULATOR_KV_CACHE_BYTES"] = str(DRAFT_KV_BYTES)
+    texts = ("abcd", "hgfedcba") if arguments.dry_run_cpu else TEXTS
+    prompts = [Prompt(id=str(index), source="gpu", text=text) for index, text in enumerate(texts)]
+    with running_system(tuple(up), environment=environment) as endpoint:
+        found = asyncio.run(run_modes(endpoint, prompts, arguments.max_tokens, arguments.lookahead))
+    return summarize(found)
+
+
+def step_table(steps: Sequence[Step]) -> Table:
+    """One row per backend and kind of step."""
+    table = Table(title="steps of the target")
+    for heading in ("backend", "step", "tokens", "ms", "bytes / bandwidth, ms", "share of bandwidth", "logits' error"):
+        table.add_column(heading, justify="left" if heading in ("backend", "step") else "right")
+    for s in steps:
+        shares = (f"{s.ms:.3f}", f"{s.bound_ms:.3f}", f"{s.bound_ms / s.ms:.0%}", f"{s.error:.4f}")
+        table.add_row(s.backend, s.step, str(s.tokens), *shares)
+    return table
+
+
+def inflated(draft: str, folder: Path) -> str:
+    """The draft in the shape of an 8B model, computing the same."""
+    script = Path(__file__).with_name("inflate.py")
+    subprocess.run([sys.executable, str(script), draft, str(folder), "--like", "8b"], check=True)
+    return str(folder)
+
+
+def tiny_model(folder: Path) -> str:
+    """Random weights, for the flow of this script."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Of the command line; ends the process where there is nothing to measure on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draft", help="folder of the draft model")
+    parser.add_argument("--target", help="folder of the target model; default: the draft, inflated to the shape of 8B")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--context", type=int, default=4096, help="tokens in the cache while steps are timed")
+    parser.add_argument("--rows", type=int, default=16, help="branches of a draft step")
+    parser.add_argument("--lookahead", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--places", nargs="+", choices=("colocated", "cpu"), default=["colocated", "cpu"])
+    parser.add_argument("--backend", help="of the systems; default: the fastest at one token")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dry-run-cpu", action="store_true", help="tiny models on the CPU: no figure means anything")
+    arguments = parser.parse_args()
+    if arguments.dry_run_cpu:
+        arguments.context, arguments.repeats, arguments.max_tokens = 300, 2, 16
+    elif not torch.cuda.is_available():
+        parser.exit(2, "gpu.py: no CUDA device is visible to torch; this measures on one GPU (or try --dry-run-cpu)\n")
+    elif arguments.draft is None:
+        parser.error("--draft is required: the folder of a model")
+    return arguments
+
+
+def main() -> None:
+    arguments, console = parse_arguments(), Console(width=150)
+    is_dry = arguments.dry_run_cpu
+    device, dtype = ("cpu", "float32") if is_dry else ("cuda", arguments.dtype)
+    shape = Shape(
+        context=arguments.context, rows=arguments.rows, lookahead=arguments.lookahead, repeats=arguments.repeats
+    )
+    with tempfile.TemporaryDirectory(prefix="specpool-gpu-") as name:
+        folder = Path(name) / "target"
+        target = tiny_model(folder) if is_dry else arguments.target or inflated(arguments.draft, folder)
+        bandwidth = copy_bandwidth(device, (16 << 20) if is_dry else (1 << 30))
+        device_name = "cpu" if is_dry else torch.cuda.get_device_name()
+        console.print(f"{device_name}: copies {bandwidth / 1e9:.0f} GB/s")
+        steps, refused = compare_backends(target, device=device, dtype=dtype, shape=shape, bandwidth=bandwidth)
+        console.print(step_table(steps))
+        for one in refused:
+            console.print(f"{one.backend}: {one.reason}")
+        fastest = min((s for s in steps if s.step == "one token"), key=lambda s: s.ms).backend.split()[0]
+        backend = arguments.backend or ("sdpa" if is_dry else fastest)
+        pair = ("toy#vocab=64", "toy#vocab=64,agreement=0.8") if is_dry else (target, arguments.draft)
+        systems = {place: run_system(arguments, *pair, backend, place) for place in arguments.places}
+        for place, summaries in systems.items():
+            console.print(f"draft {place}, attention {backend}")
+            console.print(speed_table(summaries))
+    if arguments.json:
+        document = {
+            "device": device_name,
+            "torch": torch.__version__,
+            "dry_run": is_dry,
+            "settings": {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)},
+            "copy_bytes_per_second": bandwidth,
+            "steps": [asdict(step) for step in steps],
+            "refused": [asdict(one) for one in refused],
+            "backend": backend,
+            "systems": {place: [summary.to_dict() for summary in found] for place, found in systems.items()},
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
