@@ -359,7 +359,7 @@ def show(results: Sequence[Result], console: Console) -> None:
             f"{speeds[key]:.2f}",
             f"{ours / speeds[key]:.2f}" if (ours := speeds.get(("SpecPool", "ssd", temperature))) else "",
             str(sum(len(r.answer.token_ids) for r in group)),
-            f"{same:.2f}",
+            f"{same:.2f}" if reference else "",
         )
     console.print(table)
 
