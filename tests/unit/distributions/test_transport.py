@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specpool.distributions.transport import Transport, labels, offered
+from specpool.distributions.transport import Transport, choose, labels, offered
 from specpool.errors import ConfigError, TransportUnavailable
 
 
@@ -34,3 +34,11 @@ def test_other_words_are_refused() -> None:
 
 def test_labels_name_unknown_transports_too() -> None:
     assert labels([1, 3, 9]) == "grpc, nccl, 9"
+
+
+def test_the_targets_preference_decides() -> None:
+    assert choose([3, 2, 1], offered("auto", "cpu")) is Transport.GLOO
+    assert choose([], offered("auto", "cpu")) is Transport.GRPC
+    with pytest.raises(TransportUnavailable) as caught:
+        choose([1], offered("gloo", "cpu"))
+    assert caught.value.metadata == {"target_transports": "grpc", "speculator_transports": "gloo"}

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 import torch
 import torch.distributed
 
-from specpool.errors import ConfigError, TransportUnavailable
+from specpool.distributions.choices import BodyType, check_transport_choice
+from specpool.errors import TransportUnavailable
 from specpool.v1 import speculator_pb2
 
-TransportChoice = Literal["auto", "grpc", "gloo", "nccl"]
-BodyType = Literal["float16", "bfloat16", "float32"]
-
-BODY_TYPES: Final = {name: getattr(torch, name) for name in get_args(BodyType)}
+BODY_TYPES: Final[Mapping[str, torch.dtype]] = {name: getattr(torch, name) for name in get_args(BodyType)}
 """Types in which dense rows may travel."""
 
 
@@ -40,23 +38,13 @@ class Transport(IntEnum):
         return self is not Transport.GRPC
 
 
-def check_choice(choice: str) -> None:
-    """Raise `ConfigError` for what is no transport."""
-    accepted = ", ".join(get_args(TransportChoice))
-    if choice not in get_args(TransportChoice):
-        raise ConfigError(
-            f"distribution_transport must be one of {accepted}, got {choice}",
-            metadata={"field": "distribution_transport", "value": choice, "accepted": accepted},
-        )
-
-
 def offered(choice: str, device: str) -> tuple[Transport, ...]:
     """What a process with this setting and device offers, in order of preference.
 
     `auto` is everything there is. A transport asked for by name is offered alone, so that its absence on the other side
     is an error there, and its absence here is one now: `TransportUnavailable`.
     """
-    check_choice(choice)
+    check_transport_choice(choice)
     if choice == "auto":
         return tuple(t for t in (Transport.NCCL, Transport.GLOO, Transport.GRPC) if missing_for(t, device) is None)
     transport = Transport[choice.upper()]
@@ -87,3 +75,19 @@ def missing_for(transport: Transport, device: str) -> str | None:
 def labels(transports: Iterable[int]) -> str:
     """For messages."""
     return ", ".join(Transport(t).label if t in list(Transport) else str(t) for t in transports)
+
+
+def choose(theirs: Iterable[int], ours: Iterable[Transport]) -> Transport:
+    """The first of `theirs`, in their order of preference, that is among `ours`; raises `TransportUnavailable`.
+
+    A peer that names none is one that knows of sparse distributions only.
+    """
+    wanted = list(theirs) or [int(Transport.GRPC)]
+    own = list(ours)
+    for transport in wanted:
+        if transport in own:
+            return Transport(transport)
+    raise TransportUnavailable(
+        f"the target offers {labels(wanted)}, this speculator {labels(own)}",
+        metadata={"target_transports": labels(wanted), "speculator_transports": labels(own)},
+    )

@@ -38,15 +38,22 @@ class PairWorker(threading.Thread):
     """One group from its making to its end. `submit` and `close` may be called from any thread and return at once."""
 
     def __init__(
-        self, plan: MakesGroup, *, on_up: Callable[[], None], on_down: Callable[[SpecPoolError], None], name: str
+        self,
+        plan: MakesGroup,
+        *,
+        on_up: Callable[[], None],
+        on_down: Callable[[SpecPoolError], None],
+        name: str,
+        is_receiver: bool = False,
     ) -> None:
         """Not started.
 
         Args:
             plan: builds the group, on this thread.
-            on_up: called on this thread once transfers can be submitted.
+            on_up: called on this thread once the group is there.
             on_down: called on this thread when the group could not be made or is lost, not after `close`.
             name: of the thread.
+            is_receiver: takes transfers from the start: the other side may be ready a moment earlier.
         """
         super().__init__(name=name, daemon=True)
         self.num_bytes = 0
@@ -58,17 +65,18 @@ class PairWorker(threading.Thread):
         self._transfers: queue.SimpleQueue[tuple[Transfer, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._num_queued_bytes = 0
+        self._accepts = is_receiver
         self._is_up = False
 
     @property
     def is_up(self) -> bool:
-        """Whether it takes transfers."""
+        """Whether the group is there."""
         return self._is_up
 
     def submit(self, transfer: Transfer, num_bytes: int) -> bool:
         """Queue a transfer; False if there is no group or too much is queued."""
         with self._lock:
-            if not self._is_up or self._num_queued_bytes + num_bytes > MAX_QUEUED_BYTES:
+            if not self._accepts or self._num_queued_bytes + num_bytes > MAX_QUEUED_BYTES:
                 return False
             self._num_queued_bytes += num_bytes
             self._transfers.put((transfer, num_bytes))
@@ -95,7 +103,7 @@ class PairWorker(threading.Thread):
         group = self._plan.make()
         try:
             with self._lock:
-                self._is_up = not self._closing.is_set()
+                self._is_up = self._accepts = not self._closing.is_set()
             if self._is_up:
                 self._on_up()
             while not self._closing.is_set() and (item := self._transfers.get()) is not None:
@@ -116,4 +124,4 @@ class PairWorker(threading.Thread):
 
     def _go_down(self) -> None:
         with self._lock:
-            self._is_up = False
+            self._is_up = self._accepts = False
