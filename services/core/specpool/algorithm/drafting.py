@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk
+from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk, uniform
 from specpool.algorithm.saguaro import saguaro_scores
 from specpool.algorithm.verification import DenseDistribution, SparseDistribution, VerificationMode
 
@@ -105,9 +105,16 @@ def _sample_sparse(
 def _sample_dense(
     scores: Tensor, seed: int | Tensor, positions: Tensor, dtype: torch.dtype
 ) -> tuple[DenseDistribution, Tensor]:
-    """Round first, then sample from what the rounding left: exact for the verifier, whatever the type."""
+    """Round first, then sample from what the rounding left: exact for the verifier, whatever the type.
+
+    One uniform number per row does it: noise over the whole vocabulary would cost more than the draft step.
+    """
     rounded = scores.softmax(dim=1, dtype=torch.float32).to(dtype)
-    drafted = gumbel_argmax(rounded.float().log(), seed, positions, Stream.DRAFT)
+    cumulative = rounded.cumsum(dim=1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    reached = (uniform(seed, positions, Stream.DRAFT).to(scores.device) * total).minimum(total.nextafter(total * 0))
+    # The first token beyond it, which is never one without probability.
+    drafted = torch.searchsorted(cumulative, reached[:, None], right=True)[:, 0]
     return DenseDistribution(rounded), drafted
 
 
