@@ -49,6 +49,13 @@
 {{- if lt (int .rowBudget) (int .fanOut) -}}
 {{- $errors = append $errors (printf "speculation.rowBudget is %d but speculation.fanOut is %d: the rows of one step must hold the guesses of one sequence" (int .rowBudget) (int .fanOut)) -}}
 {{- end -}}
+{{- if eq .distributionTransport "nccl" -}}
+{{- range $name := list "target" "speculator" -}}
+{{- if eq (index $.Values $name).device "cpu" -}}
+{{- $errors = append $errors (printf "speculation.distributionTransport is nccl but %s.device is cpu: nccl moves tensors between GPUs; use gloo" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- toJson $errors -}}
 {{- end -}}

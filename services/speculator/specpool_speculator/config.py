@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from specpool.distributions.choices import BodyType, TransportChoice, check_transport_choice
 from specpool.errors import ConfigError
 
 FanOutPolicy = Literal["best_first", "geometric", "uniform"]
@@ -79,6 +80,13 @@ class SpeculatorConfig:
     """Choose C online, for tokens per second, instead of `saguaro_constant`."""
     distribution_top_m: int = 64
     """Rejection verification: the draft samples from its m most likely tokens."""
+    distribution_transport: TransportChoice = "auto"
+    """Rejection verification: how distributions may travel to targets. `grpc` is sparse, inside the stream; `gloo` and
+    `nccl` are dense, over a process group per target; `auto` is whatever the target asks for and this process has."""
+    distribution_dtype: BodyType = "float16"
+    """Type in which dense distributions are held and sent; the draft samples from what it leaves of them."""
+    distribution_memory_bytes: int = 1 << 30
+    """Most that dense distributions of all branches may take; beyond it branches have sparse ones."""
     max_prefill_tokens: int = 512
     """Prompt and catch-up tokens per draft step."""
     max_sequences: int = 256
@@ -94,10 +102,14 @@ class SpeculatorConfig:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("max_sequences", self.max_sequences >= 1, "at least 1")
         self._check("draft_vocab_size", self.draft_vocab_size >= 0, "at least 0")
+        self._check("distribution_memory_bytes", self.distribution_memory_bytes >= 0, "at least 0")
         self._check("block_size", self.block_size >= 1, "at least 1")
         self._check("saguaro_constant", 0 <= self.saguaro_constant <= 1, "between 0 and 1")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
         self._check("drain_grace_s", self.drain_grace_s >= 0, "at least 0")
+        check_transport_choice(self.distribution_transport)
+        types = get_args(BodyType)
+        self._check("distribution_dtype", self.distribution_dtype in types, ", ".join(types))
         policies = get_args(FanOutPolicy)
         self._check("fan_out_policy", self.fan_out_policy in policies, ", ".join(policies))
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))

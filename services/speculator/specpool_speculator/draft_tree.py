@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from specpool.modeling.paged_kv import BlockPool, SequenceKV
+from specpool_speculator.dense_rows import DenseRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class NodeRanks:
     """Rank 0 is drafted; the others guess what the target puts there when it rejects rank 0."""
     bonus: tuple[int, ...]
     """Guesses for the bonus token if the draft tokens end at this node."""
-    distribution: TokenDistribution | None = None
+    distribution: TokenDistribution | DenseRow | None = None
     """What rank 0 was sampled from, for rejection verification."""
     scores: tuple[float, ...] = ()
     """Of the drafted ranks; empty for rejection verification."""
@@ -125,6 +126,8 @@ class Work:
         """The forward was done: the nodes are computed."""
         for node, node_ranks in zip(self.nodes, ranks, strict=True):
             node.kv, node.ranks = self.kv, node_ranks
+            if isinstance(node_ranks.distribution, DenseRow):
+                self.tree.rows.append(node_ranks.distribution)
         if self.tree.root.is_computed:
             self.tree.base = None
 
@@ -147,6 +150,8 @@ class DraftTree:
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
         self.path: list[Node] = [self.root]
         """v0 .. vd."""
+        self.rows: list[DenseRow] = []
+        """Dense distributions of the nodes."""
         self._pool = pool
         self._salt = salt
 
@@ -205,9 +210,9 @@ class DraftTree:
         taken.add(id(kv))
         return Work(self, kv, [node.token], [node], is_fork)
 
-    def distributions(self) -> list[TokenDistribution] | None:
+    def distributions(self) -> list[TokenDistribution | DenseRow] | None:
         """What each draft token in flight was sampled from; None unless all of them were drafted here."""
-        found = []
+        found: list[TokenDistribution | DenseRow] = []
         for node, following in zip(self.path, self.path[1:], strict=False):
             ranks = node.ranks
             if ranks is None or ranks.drafted[0] != following.token or ranks.distribution is None:
@@ -242,6 +247,7 @@ class DraftTree:
         for kv in self._all_kv():
             kv.free()
         self.base = None
+        self._release_rows(())
 
     def num_path_tokens_drafted(self) -> int:
         """How many of the tokens being verified are, from the first one on, what this draft drafts."""
@@ -286,3 +292,12 @@ class DraftTree:
                 kv.free()
             elif kv.length > length:
                 kv.truncate(length)
+        if self.rows:
+            self._release_rows(self.root.subtree())
+
+    def _release_rows(self, kept: Iterable[Node]) -> None:
+        needed = {id(node.ranks.distribution) for node in kept if node.ranks is not None}
+        for row in self.rows:
+            if id(row) not in needed:
+                row.release()
+        self.rows = [row for row in self.rows if row.probabilities is not None]

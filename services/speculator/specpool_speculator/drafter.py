@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from specpool.algorithm.planning import LinearTime
 from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
+from specpool.distributions.transport import BODY_TYPES
 from specpool.errors import InvalidArgument, KVCacheFull
 from specpool.modeling.interface import CausalModel, Segment
 from specpool.telemetry.step_stats import DraftStepStats
 from specpool.v1 import speculator_pb2
 from specpool_speculator.config import SpeculatorConfig
+from specpool_speculator.dense_rows import RowMemory
 from specpool_speculator.draft_tree import DraftTree
 from specpool_speculator.estimates import Estimates
 from specpool_speculator.opening import DraftLimits, sequence_options
 from specpool_speculator.outbox import Outbox
 from specpool_speculator.ranking import Ranker, RanksNodes
 from specpool_speculator.scheduler import PlannedWork, plan_step
+from specpool_speculator.sending import Channel
 from specpool_speculator.sequence import Request, SequenceKey, SequenceState
 from specpool_speculator.spans import SequenceSpans
 
@@ -72,14 +75,19 @@ class Drafter:
             end_tokens=end_tokens,
         )
         self._estimates = {mode: Estimates(config.fan_out_policy, config.fan_out_budget) for mode in VerificationMode}
+        self.row_memory = RowMemory(config.distribution_memory_bytes)
+        """Of dense distributions."""
         self._ranker = ranker or Ranker(
             num_ranks=min(config.fan_out_budget + 1, _MAX_RANKS),
             saguaro_constant=config.saguaro_constant,
             num_kept=config.distribution_top_m,
             calibrations={mode: estimates.calibration for mode, estimates in self._estimates.items()},
+            dense_dtype=BODY_TYPES[config.distribution_dtype],
+            row_memory=self.row_memory,
         )
         self._saguaro = SaguaroTuner() if config.tune_saguaro else None
         self._vocab_sizes: dict[int, int] = {}
+        self._channels: dict[int, Channel] = {}
         self._sequences: dict[SequenceKey, SequenceState] = {}
         self._refused: set[SequenceKey] = set()
         self._spans = SequenceSpans()
@@ -114,9 +122,30 @@ class Drafter:
         """A stream was acknowledged."""
         self._vocab_sizes[connection] = vocab_size
 
+    def set_channel(self, connection: int, channel: Channel) -> None:
+        """Dense distributions can be sent to this target: from now on its draft tokens are sampled for that."""
+        if connection in self._vocab_sizes:
+            self._channels[connection] = channel
+            self._update_dense(connection)
+
+    def drop_channel(self, connection: int, channel: Channel) -> None:
+        """It is gone; another one may have taken its place."""
+        if self._channels.get(connection) is channel:
+            del self._channels[connection]
+            self._update_dense(connection)
+
+    def _update_dense(self, connection: int) -> None:
+        for sequence in self._sequences.values():
+            if sequence.key[0] == connection:
+                sequence.is_dense = self._is_dense(sequence)
+
+    def _is_dense(self, sequence: SequenceState) -> bool:
+        return sequence.options.verification is VerificationMode.REJECTION and sequence.key[0] in self._channels
+
     def disconnect(self, connection: int) -> None:
         """A stream ended, in whatever way: free everything of its target."""
         self._vocab_sizes.pop(connection, None)
+        self._channels.pop(connection, None)
         for key in [key for key in self._sequences if key[0] == connection]:
             self._close(key)
         self._refused = {key for key in self._refused if key[0] != connection}
@@ -158,7 +187,8 @@ class Drafter:
         tree = DraftTree(self._model.pool, message.token_ids, round_=message.round, salt=salt)
         tree.set_path(message.draft_tokens)
         plan = self._estimates[options.verification].plan(len(message.draft_tokens))
-        self._sequences[key] = SequenceState(key, options, tree, plan)
+        sequence = self._sequences[key] = SequenceState(key, options, tree, plan)
+        sequence.is_dense = self._is_dense(sequence)
         self._spans.open(key, message.traceparent, options)
 
     def _apply_outcome(self, connection: int, outcome: speculator_pb2.Outcome, received_s: float) -> None:
@@ -225,9 +255,8 @@ class Drafter:
         sequence.start_round(draft_tokens, self._estimates[sequence.options.verification].plan(len(draft_tokens)))
         is_ours = source == speculator_pb2.DRAFT_SOURCE_SPECULATOR and bool(draft_tokens)
         if is_ours and sequence.options.sends_distributions:
-            found = sequence.tree.distributions()
-            if found is not None:
-                self.outbox.distributions(sequence, found)
+            channel = self._channels.get(sequence.key[0])
+            self.outbox.distributions(sequence, sequence.tree.distributions(), channel)
 
     def _speculate_now(self, connection: int, message: speculator_pb2.SpeculateNow, received_s: float) -> None:
         sequence = self._find(connection, message.sequence_id, message.round + 1)

@@ -21,6 +21,7 @@ from specpool.errors import EngineFailed
 from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2
 from specpool_speculator.drafter import Drafter
+from specpool_speculator.sending import Channel
 
 _logger = logging.getLogger(__name__)
 _SMOOTHING = 0.1
@@ -101,6 +102,14 @@ class EngineThread:
         """A target said something."""
         received_s = time.monotonic()
         self._commands.put(lambda: self._drafter.apply(connection, request, received_s))
+
+    def set_channel(self, connection: int, channel: Channel) -> None:
+        """A process group with a target is there."""
+        self._commands.put(lambda: self._drafter.set_channel(connection, channel))
+
+    def drop_channel(self, connection: int, channel: Channel) -> None:
+        """It is gone."""
+        self._commands.put(lambda: self._drafter.drop_channel(connection, channel))
 
     def disconnect(self, connection: int) -> None:
         """A target's stream ended."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
-from specpool.errors import ProtocolMismatch, TokenizerMismatch, TransportUnavailable
+from specpool.distributions.transport import Transport, choose
+from specpool.errors import ProtocolMismatch, TokenizerMismatch
 from specpool.v1 import speculator_pb2, types_pb2
 
 PROTOCOL_VERSION: Final = 1
 
-_TRANSPORT: Final = speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC
 
-
-def check_hello(request: speculator_pb2.SpeculateRequest, own: types_pb2.ModelInfo, num_tokens: int) -> None:
-    """Raise the typed error, naming both sides' values, when the stream cannot be accepted.
+def check_hello(
+    request: speculator_pb2.SpeculateRequest,
+    own: types_pb2.ModelInfo,
+    num_tokens: int,
+    transports: Iterable[Transport] = (Transport.GRPC,),
+) -> Transport:
+    """The transport to use; raises the typed error, naming both sides' values, when the stream cannot be accepted.
 
     Args:
         request: the first message of the stream.
         own: the draft model.
         num_tokens: of the tokenizer; models pad their vocabularies beyond it, and not equally.
+        transports: that this speculator has.
     """
     if request.WhichOneof("message") != "hello":
         raise ProtocolMismatch(f"the first message must be hello, got {request.WhichOneof('message')}")
@@ -32,12 +38,7 @@ def check_hello(request: speculator_pb2.SpeculateRequest, own: types_pb2.ModelIn
             },
         )
     _check_tokenizer(hello.model, own, num_tokens)
-    if hello.transports and _TRANSPORT not in hello.transports:
-        names = [speculator_pb2.DistributionTransport.Name(transport) for transport in hello.transports]
-        raise TransportUnavailable(
-            f"the target offers {', '.join(names)}, this speculator has DISTRIBUTION_TRANSPORT_GRPC",
-            metadata={"target_transports": ",".join(names), "speculator_transports": "DISTRIBUTION_TRANSPORT_GRPC"},
-        )
+    return choose(hello.transports, transports)
 
 
 def _check_tokenizer(target: types_pb2.ModelInfo, own: types_pb2.ModelInfo, num_tokens: int) -> None:
@@ -57,7 +58,12 @@ def _check_tokenizer(target: types_pb2.ModelInfo, own: types_pb2.ModelInfo, num_
 
 
 def acknowledge(
-    hello: speculator_pb2.Hello, peer: types_pb2.Peer, own: types_pb2.ModelInfo, max_lookahead: int, row_budget: int
+    hello: speculator_pb2.Hello,
+    peer: types_pb2.Peer,
+    own: types_pb2.ModelInfo,
+    transport: Transport,
+    max_lookahead: int,
+    row_budget: int,
 ) -> speculator_pb2.SpeculateResponse:
     """The answer to a hello that was accepted."""
     return speculator_pb2.SpeculateResponse(
@@ -65,7 +71,7 @@ def acknowledge(
             protocol_version=PROTOCOL_VERSION,
             speculator=peer,
             model=own,
-            transport=_TRANSPORT,
+            transport=transport.value,
             max_lookahead=min(hello.max_lookahead or max_lookahead, max_lookahead),
             row_budget=row_budget,
         )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
 
 from specpool.v1 import speculator_pb2
+from specpool_speculator.dense_rows import DenseRow
 from specpool_speculator.draft_tree import TokenDistribution
+from specpool_speculator.sending import Channel
 from specpool_speculator.sequence import Outcome, SequenceState
 
 
@@ -22,17 +26,22 @@ class Outbox:
         answer = speculator_pb2.Speculation(sequence_id=sequence_id, round=round_, draft_tokens=draft_tokens)
         self._responses[connection].append(speculator_pb2.SpeculateResponse(speculation=answer))
 
-    def distributions(self, sequence: SequenceState, found: Iterable[TokenDistribution]) -> None:
-        """What the draft tokens in flight were sampled from."""
+    def distributions(
+        self, sequence: SequenceState, found: Sequence[TokenDistribution | DenseRow] | None, channel: Channel | None
+    ) -> None:
+        """What the draft tokens in flight were sampled from; an empty answer if that is not known or cannot be sent.
+
+        The target need not wait for something that does not come.
+        """
         connection, sequence_id = sequence.key
-        message = speculator_pb2.DraftDistributions(
-            sequence_id=sequence_id,
-            round=sequence.tree.round,
-            draft_tokens=sequence.tree.draft_tokens,
-            distributions=[
-                speculator_pb2.SparseDistribution(token_ids=d.token_ids, probabilities=d.probabilities) for d in found
-            ],
-        )
+        message = speculator_pb2.DraftDistributions(sequence_id=sequence_id, round=sequence.tree.round)
+        rows = [d.probabilities for d in found or () if isinstance(d, DenseRow) and d.probabilities is not None]
+        transfer = channel.offer(torch.stack(rows)) if rows and channel is not None else None
+        if found is not None and (transfer is not None or not rows):
+            message.draft_tokens.extend(sequence.tree.draft_tokens)
+            message.distributions.extend(map(_sparse, found))
+            if transfer is not None:
+                message.transfer.CopyFrom(transfer)
         self._responses[connection].append(speculator_pb2.SpeculateResponse(draft_distributions=message))
 
     def resync(self, connection: int, sequence_id: str, reason: str) -> None:
@@ -59,3 +68,10 @@ class Outbox:
             taken[connection].append(speculator_pb2.SpeculateResponse(tables=tables))
         self._responses, self._tables = defaultdict(list), defaultdict(speculator_pb2.Tables)
         return taken
+
+
+def _sparse(distribution: TokenDistribution | DenseRow) -> speculator_pb2.SparseDistribution:
+    """Empty for a row that is in the transfer."""
+    if isinstance(distribution, DenseRow):
+        return speculator_pb2.SparseDistribution()
+    return speculator_pb2.SparseDistribution(token_ids=distribution.token_ids, probabilities=distribution.probabilities)

@@ -16,7 +16,8 @@ from torch import Tensor
 from specpool.algorithm.calibration import RankCalibration
 from specpool.algorithm.drafting import DraftRanks, draft_ranks
 from specpool.algorithm.sampling import process_logits
-from specpool.algorithm.verification import VerificationMode
+from specpool.algorithm.verification import SparseDistribution, VerificationMode
+from specpool_speculator.dense_rows import DenseRow, RowMemory
 from specpool_speculator.draft_tree import Node, NodeRanks, TokenDistribution
 from specpool_speculator.sequence import SequenceState
 
@@ -41,26 +42,36 @@ class Ranker:
     """m, for rejection verification."""
     calibrations: Mapping[VerificationMode, RankCalibration]
     """What turns scores into probabilities."""
+    dense_dtype: torch.dtype
+    """Of dense distributions, for rejection verification."""
+    row_memory: RowMemory
+    """Bounds them; beyond it distributions are sparse."""
 
     def rank(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks]:
         """Ranks of N nodes from logits [N, V]."""
-        groups: dict[tuple[VerificationMode, int, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[VerificationMode, int, int, bool], list[int]] = defaultdict(list)
         for index, (sequence, _) in enumerate(rows):
             options = sequence.options
             fan_out = max(sequence.plan.fan_out[0], 1) if options.verification is VerificationMode.REJECTION else 0
-            groups[options.verification, options.vocab_size, fan_out].append(index)
+            groups[options.verification, options.vocab_size, fan_out, sequence.is_dense].append(index)
         ranks: dict[int, NodeRanks] = {}
-        for (mode, vocab_size, fan_out), indices in groups.items():
+        for (mode, vocab_size, fan_out, is_dense), indices in groups.items():
             group = [rows[index] for index in indices]
             selected = logits if len(groups) == 1 else logits[indices]
             scores = process_rows(selected[:, :vocab_size], group)
-            ranks.update(zip(indices, self._rank_group(scores, mode, fan_out, group), strict=True))
+            ranks.update(zip(indices, self._rank_group(scores, mode, fan_out, group, is_dense), strict=True))
         return [ranks[index] for index in range(len(rows))]
 
     def _rank_group(
-        self, scores: Tensor, mode: VerificationMode, fan_out: int, group: Sequence[tuple[SequenceState, Node]]
+        self,
+        scores: Tensor,
+        mode: VerificationMode,
+        fan_out: int,
+        group: Sequence[tuple[SequenceState, Node]],
+        is_dense: bool,
     ) -> Iterable[NodeRanks]:
         device = scores.device
+        is_dense = is_dense and self.row_memory.has_room(scores.numel() * self.dense_dtype.itemsize)
         ranks = draft_ranks(
             scores,
             mode,
@@ -70,9 +81,39 @@ class Ranker:
             saguaro_fan_out=fan_out,
             saguaro_constant=self.saguaro_constant,
             num_kept=self.num_kept,
+            dense_dtype=self.dense_dtype if is_dense else None,
         )
         with_distribution = [sequence.options.sends_distributions for sequence, _ in group]
-        return _unbind(ranks, self.calibrations[mode], with_distribution)
+        return self._unbind(ranks, self.calibrations[mode], with_distribution)
+
+    def _unbind(
+        self, ranks: DraftRanks, calibration: RankCalibration, with_distribution: Sequence[bool]
+    ) -> Iterable[NodeRanks]:
+        drafted = [_possible(row) for row in ranks.token_ids.tolist()]
+        same = ranks.bonus_ids is ranks.token_ids
+        bonus = drafted if same else [_possible(row) for row in ranks.bonus_ids.tolist()]
+        distributions = self._distributions(ranks, drafted, with_distribution)
+        if ranks.scores is None:
+            return [NodeRanks(d, b, q) for d, b, q in zip(drafted, bonus, distributions, strict=True)]
+        scores = [tuple(row[: len(d)]) for row, d in zip(ranks.scores.tolist(), drafted, strict=True)]
+        return [
+            NodeRanks(d, b, q, s, calibration.probabilities(s))
+            for d, b, q, s in zip(drafted, bonus, distributions, scores, strict=True)
+        ]
+
+    def _distributions(
+        self, ranks: DraftRanks, drafted: Sequence[Sequence[int]], with_distribution: Sequence[bool]
+    ) -> Sequence[TokenDistribution | DenseRow | None]:
+        distribution = ranks.distribution
+        if distribution is None:
+            return [
+                TokenDistribution((row[0],), (1.0,)) if wanted else None
+                for row, wanted in zip(drafted, with_distribution, strict=True)
+            ]
+        if isinstance(distribution, SparseDistribution):
+            rows = zip(distribution.token_ids.tolist(), distribution.probabilities.tolist(), strict=True)
+            return [TokenDistribution(tuple(ids), tuple(values)) for ids, values in rows]
+        return [DenseRow(row, self.row_memory) for row in distribution.probabilities]
 
 
 def process_rows(logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> Tensor:
@@ -106,28 +147,6 @@ def _tokens_below_root(node: Node) -> list[int]:
         tokens.append(node.token)
         node = node.parent
     return tokens[::-1]
-
-
-def _unbind(ranks: DraftRanks, calibration: RankCalibration, with_distribution: Sequence[bool]) -> Iterable[NodeRanks]:
-    drafted = [_possible(row) for row in ranks.token_ids.tolist()]
-    same = ranks.bonus_ids is ranks.token_ids
-    bonus = drafted if same else [_possible(row) for row in ranks.bonus_ids.tolist()]
-    distributions: list[TokenDistribution | None] = [
-        TokenDistribution((row[0],), (1.0,)) if wanted else None
-        for row, wanted in zip(drafted, with_distribution, strict=True)
-    ]
-    if ranks.distribution is not None:
-        token_ids, probabilities = ranks.distribution.token_ids.tolist(), ranks.distribution.probabilities.tolist()
-        distributions = [
-            TokenDistribution(tuple(ids), tuple(values)) for ids, values in zip(token_ids, probabilities, strict=True)
-        ]
-    if ranks.scores is None:
-        return [NodeRanks(d, b, q) for d, b, q in zip(drafted, bonus, distributions, strict=True)]
-    scores = [tuple(row[: len(d)]) for row, d in zip(ranks.scores.tolist(), drafted, strict=True)]
-    return [
-        NodeRanks(d, b, q, s, calibration.probabilities(s))
-        for d, b, q, s in zip(drafted, bonus, distributions, scores, strict=True)
-    ]
 
 
 def _possible(row: Sequence[int]) -> tuple[int, ...]:

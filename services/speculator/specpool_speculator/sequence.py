@@ -89,6 +89,8 @@ class SequenceState:
     """When the last outcome came (monotonic clock)."""
     awaits_start: bool = False
     """The last outcome did not say what is verified next; `start_round` will."""
+    is_dense: bool = False
+    """Whether draft tokens are sampled from distributions over all tokens, which a process group can carry."""
     pushed: dict[Outcome, int] = field(default_factory=dict)
     """Entries of the running round's table that were pushed, with their number of tokens."""
 

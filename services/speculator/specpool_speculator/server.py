@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from specpool.distributions.transport import offered
 from specpool.errors import SpecPoolError
 from specpool.modeling.files import Progress, no_progress
 from specpool.modeling.interface import CausalModel, Segment
@@ -44,6 +45,7 @@ async def serve(
         on_progress: told about download and load.
         stop: another way to end.
     """
+    offered(config.distribution_transport, config.device)  # refuses what cannot be had, before the model is loaded
     set_cpu_affinity(config.cpu_affinity)
     set_num_threads(config.num_threads)
     model, tokenizer = await asyncio.to_thread(_load, config, on_progress)
@@ -58,7 +60,7 @@ async def serve(
     engine = make_engine(config, model, tokenizer, metrics, _failing(stopping, failure))
     server = create_server()
     endpoint = bind(server, config.listen)
-    service = SpeculatorService(engine, _identity(config, model, tokenizer, endpoint), config)
+    service = SpeculatorService(engine, _identity(config, model, tokenizer, endpoint), config, metrics)
     speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server(service, server)
     health = add_standard_services(server, speculator_pb2.DESCRIPTOR)
     freeze_loaded_objects()

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
+import torch
 
+from specpool.distributions.transport import Transport, offered
 from specpool.errors import Draining, ProtocolMismatch
+from specpool.rpc.server import host_of_peer
+from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.connection import Connection
 from specpool_speculator.engine import EngineThread
 from specpool_speculator.handshake import acknowledge, check_hello
+from specpool_speculator.sending import Channel, SendingGroup
 
 _logger = logging.getLogger(__name__)
 _LOAD_PERIOD_S: Final = 1.0
@@ -38,8 +43,18 @@ class SpeculatorIdentity:
 class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
     """Connects target streams to the engine."""
 
-    def __init__(self, engine: EngineThread, identity: SpeculatorIdentity, config: SpeculatorConfig) -> None:
+    def __init__(
+        self,
+        engine: EngineThread,
+        identity: SpeculatorIdentity,
+        config: SpeculatorConfig,
+        metrics: SpeculatorMetrics,
+    ) -> None:
         self._engine = engine
+        self._metrics = metrics
+        self._transports = offered(config.distribution_transport, config.device)
+        self._groups: dict[int, SendingGroup] = {}
+        self._loop = asyncio.get_running_loop()
         self._identity = identity
         self._config = config
         self._connections: dict[int, Connection] = {}
@@ -61,12 +76,18 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None:
             return
-        check_hello(first, self._identity.model, self._identity.num_tokens)
+        transport = check_hello(first, self._identity.model, self._identity.num_tokens, self._transports)
         number, connection = next(self._numbers), Connection(first.hello.target)
         yield acknowledge(
-            first.hello, self._identity.peer, self._identity.model, self._config.max_lookahead, self._config.row_budget
+            first.hello,
+            self._identity.peer,
+            self._identity.model,
+            transport,
+            self._config.max_lookahead,
+            self._config.row_budget,
         )
         self._open(number, connection, first.hello.model.vocab_size)
+        self._groups[number] = self._group(number, connection, transport, host_of_peer(context.peer()))
         reader = asyncio.create_task(self._read(number, connection, request_iterator))
         reporter = asyncio.create_task(self._report_load(connection))
         try:
@@ -133,7 +154,37 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             connection.send(_go_away("the speculator is draining"))
         _logger.info("target %s connected", connection.target.id)
 
+    def _group(self, number: int, connection: Connection, transport: Transport, peer_host: str) -> SendingGroup:
+        def on_up(channel: Channel) -> None:
+            self._engine.set_channel(number, channel)
+            self._show_transports()
+
+        def on_down(channel: Channel) -> None:
+            self._engine.drop_channel(number, channel)
+            self._show_transports()
+
+        return SendingGroup(
+            transport,
+            peer_host=peer_host,
+            device=torch.device(self._config.device),
+            deliver=connection.deliver,
+            on_up=on_up,
+            on_down=on_down,
+            on_sent=self._metrics.dense_distributions,
+        )
+
+    def _show_transports(self) -> None:
+        """From any thread."""
+        with suppress(RuntimeError):  # the loop is closed: the process is ending
+            self._loop.call_soon_threadsafe(self._set_transports)
+
+    def _set_transports(self) -> None:
+        used = {group.transport if group.is_up else Transport.GRPC for group in self._groups.values()}
+        self._metrics.set_transports([transport.label for transport in used or {Transport.GRPC}])
+
     def _close(self, number: int) -> None:
+        if (group := self._groups.pop(number, None)) is not None:
+            group.close()
         self._engine.disconnect(number)
         connection = self._connections.pop(number)
         if not self._connections:
@@ -148,7 +199,12 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
                 kind = request.WhichOneof("message")
                 if kind in (None, "hello"):
                     raise ProtocolMismatch(f"unexpected message after the acknowledgement: {kind}")
-                self._engine.submit(number, request)
+                if kind == "open_group":
+                    self._groups[number].open(request.open_group.group)
+                elif kind == "group_key":
+                    self._groups[number].receive_key(request.group_key)
+                else:
+                    self._engine.submit(number, request)
         finally:
             connection.close()
 

@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from specpool.distributions.choices import TransportChoice, check_transport_choice
 from specpool.errors import ConfigError
 
 Fallback = Literal["auto", "wait", "backup"]
@@ -71,6 +72,10 @@ class TargetConfig:
     """Largest K: draft tokens per round."""
     speculation_deadline_ms: float = 1000.0
     """Upper bound of any wait for a speculation; then the sequence goes on without."""
+    distribution_transport: TransportChoice = "grpc"
+    """How draft distributions of rejection verification come: `grpc` is sparse, inside the stream; `gloo` and `nccl`
+    are dense, over a process group per speculator; `auto` is the first of nccl, gloo, grpc that both sides have. A
+    speculator that does not have what is named here is not used."""
     distribution_deadline_ms: float = 20.0
     """Longest wait, after the forward, for draft distributions of rejection verification."""
     connect_deadline_ms: float = 250.0
@@ -95,6 +100,7 @@ class TargetConfig:
         ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
+        check_transport_choice(self.distribution_transport)
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
         self._check("weights", self.weights in ("plain", "prepacked"), "plain or prepacked")
         self._check("fallback", self.fallback in get_args(Fallback), ", ".join(get_args(Fallback)))

@@ -191,6 +191,11 @@ class EngineThread(threading.Thread):
         self._show_link(link, up=False)
         self._commands.put(lambda: self._speculation.link_down(link, epoch, self._sequences.values()))
 
+    def transport_changed(self, link: SpeculatorLink) -> None:
+        """See `LinkListener`."""
+        if link.endpoint in self._transports:
+            self._show_link(link, up=True)
+
     def _show_link(self, link: SpeculatorLink, *, up: bool) -> None:
         if up:
             self._transports[link.endpoint] = link.transport
@@ -300,12 +305,14 @@ class EngineThread(threading.Thread):
         return items
 
     def _wait_for_distributions(self, sequences: Sequence[TargetSequence]) -> None:
-        deadline_s = time.perf_counter() + self._config.distribution_deadline_ms / 1e3
-        while missing := [s for s in sequences if _distributions_missing(s) and self._speculation.may_wait_on(s.link)]:
+        started_s = time.perf_counter()
+        deadline_s = started_s + self._config.distribution_deadline_ms / 1e3
+        may_wait = self._speculation.may_wait_for_distributions
+        while missing := [s for s in sequences if _distributions_missing(s) and may_wait(s.link)]:
             left_s = deadline_s - time.perf_counter()
             if left_s <= 0:
                 for sequence in missing:
-                    self._speculation.timed_out(sequence.link)
+                    self._speculation.distributions_late(sequence.link, time.perf_counter() - started_s)
                 break
             try:
                 self._deferred.append(self._commands.get(timeout=left_s))
@@ -316,7 +323,7 @@ class EngineThread(threading.Thread):
         if not _needs_distributions(sequence) or sequence.inbox is None:
             return None
         distribution = read_distributions(
-            sequence.inbox.distributions(sequence.round),
+            sequence.inbox.take_distributions(sequence.round),
             sequence.draft.tokens,
             vocab_size=self.model.vocab_size,
             device=self.model.device,
@@ -533,7 +540,7 @@ def _needs_distributions(sequence: TargetSequence) -> bool:
 
 
 def _distributions_missing(sequence: TargetSequence) -> bool:
-    return sequence.inbox is not None and sequence.inbox.distributions(sequence.round) is None
+    return sequence.inbox is not None and not sequence.inbox.has_distributions(sequence.round)
 
 
 def _push_text(

@@ -21,10 +21,20 @@ import grpc.aio
 
 from specpool.algorithm.fallback import DraftTimes
 from specpool.algorithm.speculation_cache import Lookup, SpeculationCache
-from specpool.errors import ProtocolMismatch, SpecPoolError, SpeculatorUnavailable, TokenizerMismatch
+from specpool.distributions.transport import Transport, labels
+from specpool.errors import (
+    ProtocolMismatch,
+    SpecPoolError,
+    SpeculatorUnavailable,
+    TokenizerMismatch,
+    TransportUnavailable,
+)
+from specpool.process import parse_address
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_pb2
+from specpool_target.receiving import DenseReceiver, ReceivingGroup
+from specpool_target.verifying import ArrivedDistributions
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +60,9 @@ class LinkListener(Protocol):
     def link_down(self, link: SpeculatorLink, epoch: int) -> None:
         """The connection is lost: stop waiting for it."""
 
+    def transport_changed(self, link: SpeculatorLink) -> None:
+        """Draft distributions come another way from now on."""
+
     def resync(self, sequence_id: str) -> None:
         """Open this sequence again."""
 
@@ -63,13 +76,18 @@ class LinkListener(Protocol):
         """Something about an unknown sequence was dropped."""
 
 
+Distributions = speculator_pb2.DraftDistributions | ArrivedDistributions
+"""Sparse ones, or what came through a process group."""
+
+
 class SpeculationInbox:
     """What a speculator sent about one sequence; written by the event loop, read by the engine thread."""
 
     def __init__(self, lookahead: int) -> None:
         self._cache = SpeculationCache(lookahead)
         self._guesses: dict[int, dict[int, list[int]]] = {}
-        self._distributions: dict[int, speculator_pb2.DraftDistributions] = {}
+        self._distributions: dict[int, Distributions] = {}
+        self._taken_round = -1
         self._lock = threading.Lock()
 
     def add_table(self, table: speculator_pb2.Table) -> None:
@@ -89,17 +107,25 @@ class SpeculationInbox:
             lookup = self._cache.lookup(round_, num_accepted, bonus_token, lookahead=lookahead)
             guesses = self._guesses.get(round_, {}).get(num_accepted, [])
             self._guesses = {r: g for r, g in self._guesses.items() if r > round_}
-            self._distributions = {r: d for r, d in self._distributions.items() if r > round_}
         return lookup, guesses.index(bonus_token) if bonus_token in guesses else None
 
-    def add_distributions(self, message: speculator_pb2.DraftDistributions) -> None:
-        """For the round that verifies the named tokens."""
+    def add_distributions(self, round_: int, distributions: Distributions) -> None:
+        """For the round that verifies the tokens they name; dropped if that is over."""
         with self._lock:
-            self._distributions[message.round] = message
+            if round_ > self._taken_round:
+                self._distributions[round_] = distributions
 
-    def distributions(self, round_: int) -> speculator_pb2.DraftDistributions | None:
-        """Of `round_`, if they are here."""
-        return self._distributions.get(round_)
+    def has_distributions(self, round_: int) -> bool:
+        """Whether those of `round_` are here."""
+        return round_ in self._distributions
+
+    def take_distributions(self, round_: int) -> Distributions | None:
+        """Those of `round_`, if they are here; later ones for it, and all before, are dropped."""
+        with self._lock:
+            self._taken_round = round_
+            taken = self._distributions.get(round_)
+            self._distributions = {r: d for r, d in self._distributions.items() if r > round_}
+        return taken
 
     def clear(self) -> None:
         """The speculator lost its state."""
@@ -147,12 +173,15 @@ class SpeculatorLink:
         *,
         hello: Callable[[], speculator_pb2.Hello],
         listener: LinkListener,
+        receiver: DenseReceiver,
         on_closed: Callable[[SpeculatorLink], None] = lambda link: None,
     ) -> None:
         self.endpoint = endpoint
         self.measured = LinkMeasurements()
         self.peer: types_pb2.Peer | None = None
-        self.transport = ""
+        self._agreed: Transport | None = None
+        self._group: ReceivingGroup | None = None
+        self._receiver = receiver
         self.last_error = ""
         self._hello = hello
         self._listener = listener
@@ -169,6 +198,12 @@ class SpeculatorLink:
         """Whether the handshake succeeded and the stream is up."""
         return self._connection is not None
 
+    @property
+    def transport(self) -> str:
+        """Of draft distributions, in use now: without its group a dense one is not."""
+        is_dense = self._agreed is not None and self._group is not None and self._group.is_up
+        return self._agreed.label if is_dense and self._agreed is not None else Transport.GRPC.label
+
     def status(self) -> target_pb2.SpeculatorLinkStatus:
         """For GetTargetStatus."""
         return target_pb2.SpeculatorLinkStatus(
@@ -178,6 +213,8 @@ class SpeculatorLink:
             transport=self.transport if self.is_connected else "",
             last_error=self.last_error,
             round_trip_ms=self.measured.round_trip_s * 1e3,
+            agreed_transport=self._agreed.label if self._agreed is not None and self.is_connected else "",
+            group_error=self._group.error if self._group is not None else "",
         )
 
     def touch(self) -> None:
@@ -225,7 +262,7 @@ class SpeculatorLink:
                 error = await self._attempt(stub)
                 if self._epoch != started_epoch:
                     backoff_s = _FIRST_BACKOFF_S
-                is_refused = isinstance(error, TokenizerMismatch | ProtocolMismatch)
+                is_refused = isinstance(error, TokenizerMismatch | ProtocolMismatch | TransportUnavailable)
                 self._note(error)
                 await asyncio.sleep(_REFUSED_BACKOFF_S if is_refused else backoff_s)
                 backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
@@ -276,7 +313,7 @@ class SpeculatorLink:
 
     def _accept(self, ack: speculator_pb2.HelloAck, round_trip_s: float) -> None:
         self.peer = ack.speculator
-        self.transport = transport_name(ack.transport)
+        self._agreed = Transport(ack.transport)
         self.last_error = ""
         self.measured.max_lookahead = ack.max_lookahead
         self.measured.round_trip_s = round_trip_s
@@ -286,6 +323,7 @@ class SpeculatorLink:
         self._epoch += 1
         connection = self._connection = _Connection(epoch=self._epoch, call=call)
         self._listener.link_up(self, connection.epoch)
+        self._open_group(connection)
         self._tried.set()
         writer = asyncio.create_task(_write(call, connection.outgoing))
         try:
@@ -294,9 +332,24 @@ class SpeculatorLink:
                 raise await _error_of(call)
         finally:
             self._connection = None
+            if self._group is not None:
+                self._group.close()
+                self._group = None
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._listener.link_down(self, connection.epoch)
+
+    def _open_group(self, connection: _Connection) -> None:
+        """Begin to build the process group; nothing waits for it."""
+        if self._agreed is not None and self._agreed.is_dense:
+            self._group = ReceivingGroup(
+                self._agreed,
+                self._receiver,
+                peer_host=parse_address(self.endpoint)[0],
+                send=connection.outgoing.put_nowait,
+                on_change=lambda: self._listener.transport_changed(self),
+            )
+            self._group.open()
 
     async def _read(self, call: Any) -> None:
         while (response := await call.read()) is not grpc.aio.EOF:
@@ -319,14 +372,31 @@ class SpeculatorLink:
             if self._inbox(reply.sequence_id) is not None:
                 self._listener.speculation(reply.sequence_id, reply.round, list(reply.draft_tokens))
         elif kind == "draft_distributions":
-            if (inbox := self._inbox(response.draft_distributions.sequence_id)) is not None:
-                inbox.add_distributions(response.draft_distributions)
-                self._listener.distributions_arrived()
+            self._take_distributions(response.draft_distributions)
+        elif kind == "group_key" and self._group is not None:
+            self._group.receive_key(response.group_key)
+        elif kind == "group_closed" and self._group is not None:
+            self._group.closed(response.group_closed)
         elif kind == "resync":
             if self._inbox(response.resync.sequence_id) is not None:
                 self._listener.resync(response.resync.sequence_id)
         elif kind == "load":
             self.measured.draft_step_s = response.load.load.step_ms / 1e3
+
+    def _take_distributions(self, message: speculator_pb2.DraftDistributions) -> None:
+        inbox = self._inbox(message.sequence_id)
+
+        def deliver(distributions: Distributions) -> None:
+            if inbox is not None:
+                inbox.add_distributions(message.round, distributions)
+                self._listener.distributions_arrived()
+
+        if not message.HasField("transfer"):
+            deliver(message)
+        elif self._group is None:
+            deliver(ArrivedDistributions(tuple(message.draft_tokens), None))
+        else:
+            self._group.announce(message, deliver)  # also for a sequence that is gone: it was sent
 
     def _inbox(self, sequence_id: str) -> SpeculationInbox | None:
         inbox = self._inboxes.get(sequence_id)
@@ -364,15 +434,9 @@ def check_ack(hello: speculator_pb2.Hello, ack: speculator_pb2.HelloAck) -> None
         )
     if ack.transport not in hello.transports:
         raise ProtocolMismatch(
-            f"speculator chose the transport {transport_name(ack.transport)}, which was not offered",
-            metadata={"transport": transport_name(ack.transport)},
+            f"speculator chose the transport {labels([ack.transport])}, which was not offered",
+            metadata={"transport": labels([ack.transport])},
         )
-
-
-def transport_name(transport: int) -> str:
-    """grpc, gloo, nccl."""
-    name = speculator_pb2.DistributionTransport.Name(transport)  # type: ignore[arg-type]
-    return name.removeprefix("DISTRIBUTION_TRANSPORT_").lower()
 
 
 def close_request(sequence_id: str) -> Request:
@@ -383,7 +447,10 @@ def close_request(sequence_id: str) -> Request:
 class LinkRegistry:
     """The links of one target, by endpoint."""
 
-    def __init__(self, hello: Callable[[], speculator_pb2.Hello], listener: LinkListener) -> None:
+    def __init__(
+        self, hello: Callable[[], speculator_pb2.Hello], listener: LinkListener, receiver: DenseReceiver
+    ) -> None:
+        self._receiver = receiver
         self._hello = hello
         self._listener = listener
         self._links: dict[str, SpeculatorLink] = {}
@@ -392,7 +459,13 @@ class LinkRegistry:
         """The link to `endpoint`, made if need be."""
         link = self._links.get(endpoint)
         if link is None:
-            link = SpeculatorLink(endpoint, hello=self._hello, listener=self._listener, on_closed=self._forget)
+            link = SpeculatorLink(
+                endpoint,
+                hello=self._hello,
+                listener=self._listener,
+                receiver=self._receiver,
+                on_closed=self._forget,
+            )
             self._links[endpoint] = link
         link.touch()
         return link

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
 
+from specpool.distributions.transport import offered
 from specpool.modeling.files import Progress, no_progress
 from specpool.modeling.interface import CausalModel
 from specpool.modeling.loading import load_model
@@ -23,6 +24,7 @@ from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_target.config import TargetConfig
 from specpool_target.engine import EngineThread
 from specpool_target.link import PROTOCOL_VERSION, LinkRegistry
+from specpool_target.receiving import DenseReceiver
 from specpool_target.requests import RequestReader
 from specpool_target.service import TargetService
 
@@ -48,6 +50,7 @@ async def serve(
         stop: another way to end it.
     """
     stopping = stop or asyncio.Event()
+    offered(config.distribution_transport, config.device)  # refuses what cannot be had, before the model is loaded
     set_cpu_affinity(config.cpu_affinity)
     set_num_threads(config.num_threads)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -67,7 +70,10 @@ async def serve(
     )
     info.max_context = engine.max_context
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
-    links = LinkRegistry(partial(_hello, peer, info, config), engine)
+    receiver = DenseReceiver(
+        device=model.device, vocab_size=model.vocab_size, on_received=metrics.dense_distributions
+    )  # fmt: skip
+    links = LinkRegistry(partial(_hello, peer, info, config), engine, receiver)
     server = create_server()
     reader = RequestReader(
         model_name=info.name,
@@ -150,7 +156,7 @@ def _hello(peer: types_pb2.Peer, info: types_pb2.ModelInfo, config: TargetConfig
         protocol_version=PROTOCOL_VERSION,
         target=peer,
         model=info,
-        transports=[speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC],
+        transports=[transport.value for transport in offered(config.distribution_transport, config.device)],
         max_lookahead=config.max_lookahead,
     )
 

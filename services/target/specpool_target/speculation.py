@@ -63,6 +63,8 @@ class Speculation:
         """Links that let a wait time out, with the number of messages they had sent by then."""
         self._not_before_s: dict[SpeculatorLink, float] = {}
         """Misses do not wait for a link until then."""
+        self._no_distributions_before_s: dict[SpeculatorLink, float] = {}
+        """Verifications do not wait for a link's distributions until then."""
         self.lookups: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
 
@@ -192,6 +194,18 @@ class Speculation:
         """Do not wait for it again until it has said something."""
         if link is not None:
             self._silent[link] = link.measured.num_received
+
+    def may_wait_for_distributions(self, link: SpeculatorLink | None) -> bool:
+        """As `may_wait_on`; and not soon after a wait that brought nothing, whatever else the link brings."""
+        if link is None or time.perf_counter() < self._no_distributions_before_s.get(link, 0.0):
+            return False
+        return self.may_wait_on(link)
+
+    def distributions_late(self, link: SpeculatorLink | None, waited_s: float) -> None:
+        """A verification waited that long for nothing."""
+        self.timed_out(link)
+        if link is not None:
+            self._no_distributions_before_s[link] = time.perf_counter() + waited_s / _MAX_WASTED_SHARE
 
     def _is_reliable(self, link: SpeculatorLink) -> bool:
         return time.perf_counter() >= self._not_before_s.get(link, 0.0)
@@ -323,6 +337,7 @@ class Speculation:
         if self._epochs.get(link) == epoch:
             del self._epochs[link]
             self._not_before_s.pop(link, None)
+            self._no_distributions_before_s.pop(link, None)
         for sequence in sequences:
             if sequence.link is link and sequence.opened_epoch == epoch:
                 self.fallbacks["speculator_lost"] += 1

@@ -41,6 +41,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "the rows of one step must hold the guesses of one sequence",
     ),
     (
+        {"speculation": {"distributionTransport": "nccl"}, "speculator": {"device": "cpu", "gpu": {"count": 0}}},
+        "speculation.distributionTransport is nccl but speculator.device is cpu: "
+        "nccl moves tensors between GPUs; use gloo",
+    ),
+    (
         {"fabric": {"profile": "infiniband"}},
         "fabric.profile is infiniband but fabric.rdmaResource is empty: name the device plugin's resource",
     ),

@@ -164,6 +164,22 @@ def test_cpu_engines_ask_for_no_gpu_and_keep_their_limits(render) -> None:
     assert resources["limits"] == {"memory": "9Gi"}
 
 
+@pytest.mark.parametrize("transport", ["grpc", "auto", "gloo", "nccl"])
+def test_pairs_may_connect_for_their_process_groups(render, transport: str) -> None:
+    manifests = render({"speculation": {"distributionTransport": transport}})
+    for component, other in (("target", "speculator"), ("speculator", "target")):
+        policy = find(manifests, "NetworkPolicy", f"pool-specpool-{component}")
+        on_every_port = [
+            peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+            for rule in policy["spec"]["ingress"]
+            if "ports" not in rule
+            for peer in rule["from"]
+        ]
+        assert on_every_port == ([] if transport == "grpc" else [other])
+    environment = {each["name"]: each.get("value") for each in workloads(manifests)["target"]["containers"][0]["env"]}
+    assert environment["SPECPOOL_TARGET_DISTRIBUTION_TRANSPORT"] == transport
+
+
 @pytest.mark.parametrize("release", ["r", "specpool", "a" * 53])
 def test_names_fit_kubernetes(render, release: str) -> None:
     for manifest in render({}, release):

@@ -212,7 +212,7 @@ async def test_closed_sequence_gets_no_tables(stub: Any) -> None:
         (
             {"transports": (speculator_pb2.DISTRIBUTION_TRANSPORT_NCCL,)},
             TransportUnavailable,
-            {"target_transports": "DISTRIBUTION_TRANSPORT_NCCL"},
+            {"target_transports": "nccl", "speculator_transports": "gloo, grpc"},
         ),
     ],
 )

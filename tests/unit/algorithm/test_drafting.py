@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 from specpool.algorithm.drafting import draft_ranks
 from specpool.algorithm.noise import gumbel
 from specpool.algorithm.saguaro import saguaro_distribution
-from specpool.algorithm.verification import VerificationMode, verify_coupled
+from specpool.algorithm.verification import DenseDistribution, VerificationMode, verify_coupled
 
 SCORES = torch.tensor([[3.0, 1.0, 2.0, 0.0, -torch.inf]])
 POSITIONS = torch.tensor([8])
@@ -113,3 +113,21 @@ def test_a_smaller_constant_moves_the_residual_onto_the_guesses() -> None:
         return float((residual.gather(1, top).sum(1) / residual.sum(1)).mean())
 
     assert share_on_guesses(0.0) > share_on_guesses(0.5) > share_on_guesses(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dense_rejection_samples_from_the_rounded_distribution(dtype: torch.dtype) -> None:
+    """Coarse steps of the type shift the frequencies by more than chance; the reported distribution has them."""
+    num = 40_000
+    scores = torch.tensor([[0.0, -1.0, -2.0, -7.0]]).expand(num, -1)
+    ranks = draft_ranks(
+        scores, VerificationMode.REJECTION, 2, positions=torch.arange(num), saguaro_fan_out=1, saguaro_constant=0.5,
+        dense_dtype=dtype,
+    )  # fmt: skip
+    assert isinstance(ranks.distribution, DenseDistribution)
+    assert ranks.distribution.probabilities.dtype is dtype
+    exact = DenseDistribution.from_rounded(ranks.distribution.probabilities).probabilities[0]
+    assert exact.dtype is torch.float32
+    torch.testing.assert_close(exact.sum(), torch.tensor(1.0))
+    frequencies = torch.bincount(ranks.token_ids[:, 0], minlength=4) / num
+    torch.testing.assert_close(frequencies, exact, atol=0.01, rtol=0)

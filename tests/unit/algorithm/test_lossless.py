@@ -59,6 +59,7 @@ class Method:
     constant: float = 1.0
     probabilities_arrive: bool = True
     num_kept: int = VOCAB_SIZE
+    dense_dtype: torch.dtype | None = None
     make_distribution: Callable[[Tensor, Tensor, Tensor], DraftDistribution] = (
         lambda token_ids, probabilities, previous: SparseDistribution(token_ids, probabilities)
     )
@@ -69,6 +70,11 @@ def dense(token_ids: Tensor, probabilities: Tensor, previous: Tensor) -> DraftDi
     return DenseDistribution(full)
 
 
+def rounded(token_ids: Tensor, probabilities: Tensor, previous: Tensor) -> DraftDistribution:
+    assert probabilities.dtype in (torch.float16, torch.bfloat16)
+    return DenseDistribution.from_rounded(probabilities)
+
+
 METHODS = {
     "coupled": Method(VerificationMode.COUPLED),
     "rejection-C0": Method(VerificationMode.REJECTION, constant=0.0),
@@ -76,6 +82,12 @@ METHODS = {
     "rejection-C1": Method(VerificationMode.REJECTION, constant=1.0),
     "rejection-C0.5-top3": Method(VerificationMode.REJECTION, constant=0.5, num_kept=3),
     "rejection-C0.5-dense": Method(VerificationMode.REJECTION, constant=0.5, make_distribution=dense),
+    "rejection-C0.5-float16": Method(
+        VerificationMode.REJECTION, constant=0.5, dense_dtype=torch.float16, make_distribution=rounded
+    ),
+    "rejection-C0.5-bfloat16": Method(
+        VerificationMode.REJECTION, constant=0.5, dense_dtype=torch.bfloat16, make_distribution=rounded
+    ),
     "sample-and-match": Method(VerificationMode.REJECTION, constant=0.5, probabilities_arrive=False),
 }
 
@@ -123,11 +135,13 @@ def speculate(method: Method, seeds: Tensor, previous: Tensor, position: int, de
             saguaro_fan_out=FAN_OUT,
             saguaro_constant=method.constant,
             num_kept=method.num_kept,
+            dense_dtype=method.dense_dtype,
         )
         previous = ranks.token_ids[:, 0]
         tokens.append(previous)
         if ranks.distribution is not None:
-            token_ids.append(ranks.distribution.token_ids)
+            every = torch.arange(VOCAB_SIZE).expand(len(previous), -1)
+            token_ids.append(getattr(ranks.distribution, "token_ids", every))
             probabilities.append(ranks.distribution.probabilities)
     if not token_ids:
         return Drafted(torch.stack(tokens, 1), torch.zeros(0), torch.zeros(0))

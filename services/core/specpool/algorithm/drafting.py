@@ -11,9 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk
+from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk, uniform
 from specpool.algorithm.saguaro import saguaro_scores
-from specpool.algorithm.verification import SparseDistribution, VerificationMode
+from specpool.algorithm.verification import DenseDistribution, SparseDistribution, VerificationMode
 
 DEFAULT_NUM_KEPT: Final = 64
 _REACH: Final = 12.0
@@ -30,8 +30,9 @@ class DraftRanks:
     """[N, F]. Guesses for the target's bonus token if the speculation ends before this node."""
     scores: Tensor | None
     """[N, F] of `token_ids`, noise included, -inf where there is none; None for rejection, which samples rank 0."""
-    distribution: SparseDistribution | None
-    """[N, m], what rank 0 was sampled from (rejection only)."""
+    distribution: SparseDistribution | DenseDistribution | None
+    """[N, m] or [N, V], what rank 0 was sampled from (rejection only). Dense ones are as they travel: see
+    `DenseDistribution.from_rounded`."""
 
 
 def draft_ranks(
@@ -44,6 +45,7 @@ def draft_ranks(
     saguaro_fan_out: int = 0,
     saguaro_constant: float = 1.0,
     num_kept: int = DEFAULT_NUM_KEPT,
+    dense_dtype: torch.dtype | None = None,
 ) -> DraftRanks:
     """Rank the next tokens at N nodes.
 
@@ -56,6 +58,7 @@ def draft_ranks(
         saguaro_fan_out: how many guesses the cache holds at such a node (rejection only).
         saguaro_constant: C of Saguaro sampling, 1 is off (rejection only).
         num_kept: m, the draft samples from its m most likely tokens (rejection only).
+        dense_dtype: the draft samples from all tokens instead, rounded to this type (rejection only).
     """
     if mode is VerificationMode.GREEDY:
         return _same_ranks(*_top(scores, num_ranks))
@@ -63,9 +66,14 @@ def draft_ranks(
         raise ValueError(f"{mode} drafting needs positions")
     if mode is VerificationMode.COUPLED:
         return _same_ranks(*gumbel_topk(scores, seed, positions, num_ranks, reach=_REACH))
-    distribution, drafted = _sample_sparse(
-        scores, seed, positions, saguaro_fan_out, saguaro_constant, max(num_kept, saguaro_fan_out + 1)
-    )
+    distribution: SparseDistribution | DenseDistribution
+    if dense_dtype is None:
+        distribution, drafted = _sample_sparse(
+            scores, seed, positions, saguaro_fan_out, saguaro_constant, max(num_kept, saguaro_fan_out + 1)
+        )
+    else:
+        changed = saguaro_scores(scores, saguaro_fan_out, saguaro_constant)
+        distribution, drafted = _sample_dense(changed, seed, positions, dense_dtype)
     likely, _ = _top(scores, num_ranks + 1)
     return DraftRanks(_moved_to_front(likely, drafted)[:, :num_ranks], likely[:, :num_ranks], None, distribution)
 
@@ -92,6 +100,22 @@ def _sample_sparse(
     choice = gumbel_argmax(changed, seed, positions, Stream.DRAFT)
     distribution = SparseDistribution(kept.indices, changed.softmax(dim=1))
     return distribution, kept.indices.gather(1, choice[:, None])[:, 0]
+
+
+def _sample_dense(
+    scores: Tensor, seed: int | Tensor, positions: Tensor, dtype: torch.dtype
+) -> tuple[DenseDistribution, Tensor]:
+    """Round first, then sample from what the rounding left: exact for the verifier, whatever the type.
+
+    One uniform number per row does it: noise over the whole vocabulary would cost more than the draft step.
+    """
+    rounded = scores.softmax(dim=1, dtype=torch.float32).to(dtype)
+    cumulative = rounded.cumsum(dim=1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    reached = (uniform(seed, positions, Stream.DRAFT).to(scores.device) * total).minimum(total.nextafter(total * 0))
+    # The first token beyond it, which is never one without probability.
+    drafted = torch.searchsorted(cumulative, reached[:, None], right=True)[:, 0]
+    return DenseDistribution(rounded), drafted
 
 
 def _moved_to_front(tokens: Tensor, first: Tensor) -> Tensor:

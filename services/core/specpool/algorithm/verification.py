@@ -105,6 +105,12 @@ class DenseDistribution(DraftDistribution):
     probabilities: Tensor
     """[D, V], rows sum to 1."""
 
+    @classmethod
+    def from_rounded(cls, rounded: Tensor) -> DenseDistribution:
+        """What was sampled from, given probabilities [D, V] in a type with few digits, so that they sum to about 1."""
+        exact = rounded.float()
+        return cls(exact / exact.sum(dim=1, keepdim=True))
+
     def probability_of(self, tokens: Tensor) -> Tensor:
         return self.probabilities.gather(1, tokens[:, None])[:, 0]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specpool.cli.supervisor import ChildSpec
+from specpool.distributions.choices import check_transport_choice
 from specpool.errors import ConfigError, InvalidArgument
 from specpool.models.resolve import resolve_model
 
@@ -51,6 +52,9 @@ class UpConfig:
     """Branch rows per draft step; 0 for the speculator's default."""
     fan_out: int = 0
     """Guesses per round (B); 0 for the speculator's default."""
+    distribution_transport: str = ""
+    """How the targets want draft distributions of rejection verification: grpc, gloo, nccl or auto; empty for the
+    services' default."""
     listen: str = "127.0.0.1:0"
     """Address of the router; port 0 takes any free one."""
     affinity: str = ""
@@ -82,6 +86,8 @@ class UpConfig:
                 raise ConfigError(
                     f"{name} must be at least {least}, got {getattr(self, name)}", metadata={"field": name}
                 )
+        if self.distribution_transport:
+            check_transport_choice(self.distribution_transport)
         parse_affinity(self.affinity, self.targets)
 
     @property
@@ -173,6 +179,7 @@ def _target_flags(config: UpConfig) -> dict[str, str | None]:
         "dtype": config.dtype or None,
         "device": config.device or None,
         "weights": config.weights or None,
+        "distribution-transport": config.distribution_transport or None,
     }
 
 

@@ -61,4 +61,6 @@ def _link(link: dict) -> str:  # type: ignore[type-arg]
     if "connected" not in link:
         return str(link["id"])
     state = f"via {link['transport']}" if link["connected"] else f"DOWN: {link['last_error']}"
+    if link["connected"] and link.get("group_error"):
+        state += f" (no {link['agreed_transport']}: {link['group_error']})"
     return f"{link['speculator']['id'] or link['endpoint']} {state}"

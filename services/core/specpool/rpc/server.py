@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import unquote
 
 import grpc.aio
 from google.protobuf.descriptor import FileDescriptor
@@ -89,6 +90,14 @@ def bind(server: grpc.aio.Server, listen: str) -> str:
             f"cannot listen on {listen}: {error}", metadata={"field": "listen", "value": listen}
         ) from error
     return format_address(host, bound_port)
+
+
+def host_of_peer(peer: str) -> str:
+    """The address in what gRPC says of a peer ("ipv4:10.0.0.1:5005", "ipv6:%5B::1%5D:5005")."""
+    try:
+        return parse_address(unquote(peer.partition(":")[2]))[0]
+    except ConfigError:
+        return ""
 
 
 async def run_until_stopped(

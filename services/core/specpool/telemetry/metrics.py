@@ -135,6 +135,7 @@ class TargetMetrics:
             "specpool_speculator_links", "Speculators connected to this target.", registry=self.registry
         )
         self._transport = _TransportInfo(self.registry)
+        self._dense_bytes = _dense_bytes(self.registry)
         self._engine = _EngineInfo(self.registry)
 
     def observe_step(self, step: StepStats) -> None:
@@ -195,6 +196,10 @@ class TargetMetrics:
         """Transports of draft distributions in use now."""
         self._transport.set(transports)
 
+    def dense_distributions(self, num_bytes: int) -> None:
+        """Dense draft distributions were sent or received. May be called from any thread."""
+        self._dense_bytes.inc(num_bytes)
+
     def set_engine(self, *, attention_backend: str, dtype: str, device: str) -> None:
         """What the engine runs with."""
         self._engine.set(self._model_name, attention_backend, dtype, device)
@@ -241,6 +246,7 @@ class SpeculatorMetrics:
         )
         self._tenants = TenantTokens(registry)
         self._transport = _TransportInfo(registry)
+        self._dense_bytes = _dense_bytes(registry)
         self._engine = _EngineInfo(registry)
 
     def observe_step(self, step: DraftStepStats) -> None:
@@ -281,6 +287,10 @@ class SpeculatorMetrics:
     def set_transports(self, transports: Iterable[str]) -> None:
         """Transports of draft distributions in use now."""
         self._transport.set(transports)
+
+    def dense_distributions(self, num_bytes: int) -> None:
+        """Dense draft distributions were sent or received. May be called from any thread."""
+        self._dense_bytes.inc(num_bytes)
 
     def set_engine(self, *, attention_backend: str, dtype: str, device: str) -> None:
         """What the engine runs with."""
@@ -411,6 +421,14 @@ class _EngineInfo:
 
     def set(self, *values: str) -> None:
         self._gauge.labels(*values).set(1)
+
+
+def _dense_bytes(registry: CollectorRegistry) -> Counter:
+    return Counter(
+        "specpool_dense_distribution_bytes",
+        "Bytes of dense draft distributions sent or received over process groups.",
+        registry=registry,
+    )
 
 
 def _children(metric: _Metric, values: Iterable[str]) -> dict[str, _Metric]:

@@ -75,6 +75,8 @@ class SpeculateRequest(_message.Message):
     SPECULATE_NOW_FIELD_NUMBER: _builtins.int
     START_ROUND_FIELD_NUMBER: _builtins.int
     CLOSE_SEQUENCE_FIELD_NUMBER: _builtins.int
+    OPEN_GROUP_FIELD_NUMBER: _builtins.int
+    GROUP_KEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -87,6 +89,10 @@ class SpeculateRequest(_message.Message):
     def start_round(self) -> Global___StartRound: ...
     @_builtins.property
     def close_sequence(self) -> Global___CloseSequence: ...
+    @_builtins.property
+    def open_group(self) -> Global___OpenGroup: ...
+    @_builtins.property
+    def group_key(self) -> Global___GroupKey: ...
     def __init__(
         self,
         *,
@@ -96,12 +102,14 @@ class SpeculateRequest(_message.Message):
         speculate_now: Global___SpeculateNow | None = ...,
         start_round: Global___StartRound | None = ...,
         close_sequence: Global___CloseSequence | None = ...,
+        open_group: Global___OpenGroup | None = ...,
+        group_key: Global___GroupKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close_sequence", b"close_sequence", "hello", b"hello", "message", b"message", "open_sequence", b"open_sequence", "outcomes", b"outcomes", "speculate_now", b"speculate_now", "start_round", b"start_round"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close_sequence", b"close_sequence", "group_key", b"group_key", "hello", b"hello", "message", b"message", "open_group", b"open_group", "open_sequence", b"open_sequence", "outcomes", b"outcomes", "speculate_now", b"speculate_now", "start_round", b"start_round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_sequence", b"close_sequence", "hello", b"hello", "message", b"message", "open_sequence", b"open_sequence", "outcomes", b"outcomes", "speculate_now", b"speculate_now", "start_round", b"start_round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_sequence", b"close_sequence", "group_key", b"group_key", "hello", b"hello", "message", b"message", "open_group", b"open_group", "open_sequence", b"open_sequence", "outcomes", b"outcomes", "speculate_now", b"speculate_now", "start_round", b"start_round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "open_sequence", "outcomes", "speculate_now", "start_round", "close_sequence"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "open_sequence", "outcomes", "speculate_now", "start_round", "close_sequence", "open_group", "group_key"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -118,6 +126,8 @@ class SpeculateResponse(_message.Message):
     RESYNC_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     GO_AWAY_FIELD_NUMBER: _builtins.int
+    GROUP_KEY_FIELD_NUMBER: _builtins.int
+    GROUP_CLOSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello_ack(self) -> Global___HelloAck: ...
     @_builtins.property
@@ -132,6 +142,10 @@ class SpeculateResponse(_message.Message):
     def load(self) -> Global___LoadReport: ...
     @_builtins.property
     def go_away(self) -> Global___GoAway: ...
+    @_builtins.property
+    def group_key(self) -> Global___GroupKey: ...
+    @_builtins.property
+    def group_closed(self) -> Global___GroupClosed: ...
     def __init__(
         self,
         *,
@@ -142,12 +156,14 @@ class SpeculateResponse(_message.Message):
         resync: Global___Resync | None = ...,
         load: Global___LoadReport | None = ...,
         go_away: Global___GoAway | None = ...,
+        group_key: Global___GroupKey | None = ...,
+        group_closed: Global___GroupClosed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "group_closed", b"group_closed", "group_key", b"group_key", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "group_closed", b"group_closed", "group_key", b"group_key", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello_ack", "tables", "speculation", "draft_distributions", "resync", "load", "go_away"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello_ack", "tables", "speculation", "draft_distributions", "resync", "load", "go_away", "group_key", "group_closed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -555,6 +571,45 @@ class SparseDistribution(_message.Message):
 Global___SparseDistribution: _TypeAlias = SparseDistribution  # noqa: Y015
 
 @_typing.final
+class DenseTransfer(_message.Message):
+    """A tensor that travels through the process group: rows of probabilities, rounded to `dtype` before the draft sampled
+    from them; divided by their sum they are exact.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Of open_group."""
+    number: _builtins.int
+    """Grows with each transfer of the group."""
+    num_rows: _builtins.int
+    vocab_size: _builtins.int
+    """Columns: tokens that both models have, from the first one on."""
+    dtype: _builtins.str
+    """float16, bfloat16 or float32."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        number: _builtins.int = ...,
+        num_rows: _builtins.int = ...,
+        vocab_size: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "group", b"group", "num_rows", b"num_rows", "number", b"number", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DenseTransfer: _TypeAlias = DenseTransfer  # noqa: Y015
+
+@_typing.final
 class DraftDistributions(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -562,6 +617,7 @@ class DraftDistributions(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     DISTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     round: _builtins.int
     """The round that verifies these tokens."""
@@ -569,8 +625,12 @@ class DraftDistributions(_message.Message):
     def draft_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def distributions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SparseDistribution]:
-        """One per draft token."""
+        """One per draft token, or none at all if the speculator does not have them. Those without tokens are the rows of
+        `transfer`, in order.
+        """
 
+    @_builtins.property
+    def transfer(self) -> Global___DenseTransfer: ...
     def __init__(
         self,
         *,
@@ -578,14 +638,87 @@ class DraftDistributions(_message.Message):
         round: _builtins.int = ...,
         draft_tokens: _abc.Iterable[_builtins.int] | None = ...,
         distributions: _abc.Iterable[Global___SparseDistribution] | None = ...,
+        transfer: Global___DenseTransfer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "draft_tokens", b"draft_tokens", "round", b"round", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "draft_tokens", b"draft_tokens", "round", b"round", "sequence_id", b"sequence_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DraftDistributions: _TypeAlias = DraftDistributions  # noqa: Y015
+
+@_typing.final
+class OpenGroup(_message.Message):
+    """Build a process group with this number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenGroup: _TypeAlias = OpenGroup  # noqa: Y015
+
+@_typing.final
+class GroupKey(_message.Message):
+    """A key that one rank set in the store over which both build their group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    key: _builtins.str
+    value: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        key: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "key", b"key", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupKey: _TypeAlias = GroupKey  # noqa: Y015
+
+@_typing.final
+class GroupClosed(_message.Message):
+    """The speculator's side of the group could not be built or is lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupClosed: _TypeAlias = GroupClosed  # noqa: Y015
 
 @_typing.final
 class Resync(_message.Message):

@@ -50,11 +50,17 @@ class SpeculatorServiceStub:
     with `start_round`.
     6. For verification mode REJECTION the speculator answers every `outcomes` or `start_round` that names draft tokens of
     its own with `draft_distributions` for exactly these tokens; they are needed only at the end of the target's
-    forward. If they are late the target verifies by sample-and-match and drops them.
+    forward. If they are late, or empty because the speculator has none, the target verifies by sample-and-match.
     7. `close_sequence` frees a sequence at once. It has no reply. Unknown ids are ignored.
     8. `resync` (speculator to target): the speculator does not hold this sequence as the target thinks; the target
     answers with `open_sequence`.
-    9. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
+    9. With a transport other than GRPC the target sends `open_group` right after the acknowledgement, and both sides build
+    a process group beside everything else (rank 0 is the speculator); `group_key` carries what they tell each other
+    for that. Once it is there, dense rows travel through it, each announced by `transfer` in `draft_distributions`
+    and sent in the order of the announcements. Until then, and after it is lost, distributions are sparse. A side
+    whose group failed gives it up as a whole: the speculator says `group_closed`, the target opens another one,
+    with a larger number. Numbers never repeat on a stream; what names another group than the last is dropped.
+    10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
     another speculator or goes on without one, and half-closes the stream.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
@@ -111,11 +117,17 @@ class SpeculatorServiceServicer:
     with `start_round`.
     6. For verification mode REJECTION the speculator answers every `outcomes` or `start_round` that names draft tokens of
     its own with `draft_distributions` for exactly these tokens; they are needed only at the end of the target's
-    forward. If they are late the target verifies by sample-and-match and drops them.
+    forward. If they are late, or empty because the speculator has none, the target verifies by sample-and-match.
     7. `close_sequence` frees a sequence at once. It has no reply. Unknown ids are ignored.
     8. `resync` (speculator to target): the speculator does not hold this sequence as the target thinks; the target
     answers with `open_sequence`.
-    9. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
+    9. With a transport other than GRPC the target sends `open_group` right after the acknowledgement, and both sides build
+    a process group beside everything else (rank 0 is the speculator); `group_key` carries what they tell each other
+    for that. Once it is there, dense rows travel through it, each announced by `transfer` in `draft_distributions`
+    and sent in the order of the announcements. Until then, and after it is lost, distributions are sparse. A side
+    whose group failed gives it up as a whole: the speculator says `group_closed`, the target opens another one,
+    with a larger number. Numbers never repeat on a stream; what names another group than the last is dropped.
+    10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
     another speculator or goes on without one, and half-closes the stream.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
@@ -194,11 +206,17 @@ class SpeculatorService:
     with `start_round`.
     6. For verification mode REJECTION the speculator answers every `outcomes` or `start_round` that names draft tokens of
     its own with `draft_distributions` for exactly these tokens; they are needed only at the end of the target's
-    forward. If they are late the target verifies by sample-and-match and drops them.
+    forward. If they are late, or empty because the speculator has none, the target verifies by sample-and-match.
     7. `close_sequence` frees a sequence at once. It has no reply. Unknown ids are ignored.
     8. `resync` (speculator to target): the speculator does not hold this sequence as the target thinks; the target
     answers with `open_sequence`.
-    9. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
+    9. With a transport other than GRPC the target sends `open_group` right after the acknowledgement, and both sides build
+    a process group beside everything else (rank 0 is the speculator); `group_key` carries what they tell each other
+    for that. Once it is there, dense rows travel through it, each announced by `transfer` in `draft_distributions`
+    and sent in the order of the announcements. Until then, and after it is lost, distributions are sparse. A side
+    whose group failed gives it up as a whole: the speculator says `group_closed`, the target opens another one,
+    with a larger number. Numbers never repeat on a stream; what names another group than the last is dropped.
+    10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
     another speculator or goes on without one, and half-closes the stream.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and

@@ -126,6 +126,8 @@ class SpeculatorLinkStatus(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
+    AGREED_TRANSPORT_FIELD_NUMBER: _builtins.int
+    GROUP_ERROR_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     connected: _builtins.bool
     transport: _builtins.str
@@ -133,6 +135,10 @@ class SpeculatorLinkStatus(_message.Message):
     last_error: _builtins.str
     """Why it is not connected; empty otherwise."""
     round_trip_ms: _builtins.float
+    agreed_transport: _builtins.str
+    """Transport agreed in the handshake; another one is in use while its process group is not there."""
+    group_error: _builtins.str
+    """Why that group is not there; empty otherwise."""
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
     def __init__(
@@ -144,10 +150,12 @@ class SpeculatorLinkStatus(_message.Message):
         transport: _builtins.str = ...,
         last_error: _builtins.str = ...,
         round_trip_ms: _builtins.float = ...,
+        agreed_transport: _builtins.str = ...,
+        group_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["speculator", b"speculator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "endpoint", b"endpoint", "last_error", b"last_error", "round_trip_ms", b"round_trip_ms", "speculator", b"speculator", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed_transport", b"agreed_transport", "connected", b"connected", "endpoint", b"endpoint", "group_error", b"group_error", "last_error", b"last_error", "round_trip_ms", b"round_trip_ms", "speculator", b"speculator", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

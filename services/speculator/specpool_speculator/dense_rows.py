@@ -1,0 +1,42 @@
+"""Dense draft distributions that the draft tree holds until their branch is selected or dropped, bounded as a whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class RowMemory:
+    """What all rows together may take."""
+
+    def __init__(self, limit: int) -> None:
+        """At most `limit` bytes."""
+        self.limit = limit
+        self.used = 0
+        """Bytes held now."""
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many more may be held."""
+        return self.used + num_bytes <= self.limit
+
+
+class DenseRow:
+    """What one drafted token was sampled from.
+
+    Nodes refer to their parents and children, so Python would free a dropped branch whenever it pleases: rows are given
+    back by `release`.
+    """
+
+    __slots__ = ("_memory", "probabilities")
+
+    def __init__(self, probabilities: Tensor, memory: RowMemory) -> None:
+        """Keep a copy of `probabilities` [V'], rounded: a row of a step's matrix would keep all of it."""
+        self.probabilities: Tensor | None = probabilities.clone()
+        """On the draft's device; None once released."""
+        self._memory = memory
+        memory.used += self.probabilities.nbytes
+
+    def release(self) -> None:
+        """The row is not needed any more."""
+        if self.probabilities is not None:
+            self._memory.used -= self.probabilities.nbytes
+            self.probabilities = None
