@@ -45,7 +45,7 @@ class SpeculatorConfig:
     """float32, bfloat16 or float16."""
     device: str = "cpu"
     """Torch device."""
-    weights: Literal["plain", "prepacked", "int8"] = "plain"
+    weights: Literal["plain", "prepacked", "streamed", "int8"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
     """Compile the decoder: faster steps, a start that takes a minute longer the first time."""
@@ -113,7 +113,8 @@ class SpeculatorConfig:
         policies = get_args(FanOutPolicy)
         self._check("fan_out_policy", self.fan_out_policy in policies, ", ".join(policies))
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
-        self._check("weights", self.weights in ("plain", "prepacked", "int8"), "plain, prepacked or int8")
+        formats = ("plain", "prepacked", "streamed", "int8")
+        self._check("weights", self.weights in formats, ", ".join(formats))
 
     def _check(self, name: str, is_good: bool, accepted: str) -> None:
         if not is_good:

@@ -45,7 +45,7 @@ class TargetConfig:
     """float32, bfloat16 or float16."""
     device: str = "cpu"
     """Torch device."""
-    weights: Literal["plain", "prepacked"] = "plain"
+    weights: Literal["plain", "prepacked", "streamed"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
     """Compile the decoder: faster steps, a start that takes a minute longer the first time."""
@@ -102,7 +102,7 @@ class TargetConfig:
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
         check_transport_choice(self.distribution_transport)
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
-        self._check("weights", self.weights in ("plain", "prepacked"), "plain or prepacked")
+        self._check("weights", self.weights in ("plain", "prepacked", "streamed"), "plain, prepacked or streamed")
         self._check("fallback", self.fallback in get_args(Fallback), ", ".join(get_args(Fallback)))
 
     def _check(self, name: str, is_good: bool, accepted: str) -> None:

@@ -8,14 +8,26 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specpool.errors import InvalidArgument, ModelNotFound
-from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model
-from specpool.modeling.linear import FusedLinear, Int8Linear, LinearPart, PrepackedLinear, convert_linears
+from specpool.errors import ConfigError, InvalidArgument, ModelNotFound
+from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model, linear, native
+from specpool.modeling.linear import (
+    FusedLinear,
+    Int8Linear,
+    LinearPart,
+    PrepackedLinear,
+    StreamedLinear,
+    can_stream,
+    convert_linears,
+)
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.spec import ModelKind
 from specpool.modeling.vocabulary import keep_frequent_tokens
 
 VOCAB_SIZE = 61
+
+needs_streaming = pytest.mark.skipif(
+    not can_stream(torch.bfloat16) or not native.has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def test_bad_options_name_the_accepted_ones(directory: Path) -> None:
         load_model(str(directory), dtype="int3")
     with pytest.raises(InvalidArgument, match="unknown device 'tpu9'"):
         load_model(str(directory), device="tpu9")
-    with pytest.raises(InvalidArgument, match="'int5' cannot be used: accepted: plain, prepacked, int8"):
+    with pytest.raises(InvalidArgument, match="'int5' cannot be used: accepted: plain, prepacked, streamed, int8"):
         load_model(str(directory), weights="int5")
     with pytest.raises(InvalidArgument, match="kv_cache_bytes 10 is less than one block"):
         load_model(str(directory), kv_cache_bytes=10)
@@ -142,13 +154,56 @@ def test_toy_draft_agrees_as_often_as_asked() -> None:
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 9])
 def test_linear_replacements(kind: type, tolerance: float, num_rows: int) -> None:
     torch.manual_seed(0)
-    linear = torch.nn.Linear(64, 48)
+    layer = torch.nn.Linear(64, 48)
     x = torch.randn(1, num_rows, 64)
     x[0, 0] *= 100  # a row of large values must not cost the others their precision
     with torch.inference_mode():
-        expected, actual = linear(x), kind(linear)(x)
+        expected, actual = layer(x), kind(layer)(x)
     scale = expected.abs().amax(dim=-1, keepdim=True)
     torch.testing.assert_close(actual / scale, expected / scale, atol=tolerance, rtol=0)
+
+
+@needs_streaming
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 128), (63, 100), (32, 17)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_streamed_rows_do_not_depend_on_their_number(in_features: int, out_features: int, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(in_features, out_features, bias=has_bias, dtype=torch.bfloat16)
+    x = torch.randn(33, in_features, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        streamed = StreamedLinear(layer)
+        exact = layer.double()(x.double())
+        outputs = {num_rows: streamed(x[:num_rows]) for num_rows in range(1, len(x) + 1)}
+    for num_rows, output in outputs.items():
+        assert output.shape == (num_rows, out_features)
+        # Sums in float32, rounded once: at most half a unit of bfloat16's eighth bit, and what cancelled before it.
+        torch.testing.assert_close(output.double(), exact[:num_rows], rtol=2**-8, atol=1e-4)
+        assert output.equal(outputs[33][:num_rows])
+
+
+@needs_streaming
+def test_a_streamed_model_computes_what_the_plain_one_does(directory: Path) -> None:
+    model = load_model(str(directory), dtype="bfloat16", num_blocks=16, weights="streamed")
+    plain = load_model(str(directory), dtype="bfloat16", num_blocks=16)
+    tokens = list(range(20))
+    together = logits_of(model, tokens)
+    torch.testing.assert_close(together, logits_of(plain, tokens), atol=0.05, rtol=0.05)
+    kv = SequenceKV(model.pool)
+    alone = [model.forward([Segment(kv=kv, tokens=[token], num_logits=1)]) for token in tokens]
+    torch.testing.assert_close(torch.cat(alone), together, atol=0.03, rtol=0.03)
+
+
+def test_streamed_weights_need_bfloat16(directory: Path) -> None:
+    with pytest.raises(InvalidArgument, match="'streamed' cannot be used: it needs bfloat16, not torch.float32"):
+        load_model(str(directory), dtype="float32", weights="streamed")
+
+
+@needs_streaming
+def test_without_a_compiler_streamed_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_compiler", lambda: None)
+    monkeypatch.setattr(linear, "load_library", native.load_library.__wrapped__)
+    with pytest.raises(ConfigError, match="install g\\+\\+, or use another weights format"):
+        StreamedLinear(torch.nn.Linear(4, 4, dtype=torch.bfloat16))
 
 
 def test_prepacked_weights_give_the_same_logits_in_float32(directory: Path) -> None:

@@ -14,10 +14,14 @@ def recommended_arguments() -> tuple[str, ...]:
     """
     import torch
 
+    from specpool.modeling.linear import can_stream
+    from specpool.modeling.native import has_compiler
+
     if torch.cuda.is_available():
         return ("--dtype", "bfloat16")
     has_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", "prepacked"]
+    weights = "streamed" if can_stream(torch.bfloat16) and has_compiler() else "prepacked"
+    arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", weights]
     arguments += ["--draft-weights", "int8", "--draft-dtype", "float32", "--row-budget", "6", "--fan-out", "8"]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= 2:

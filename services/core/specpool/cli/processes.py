@@ -39,9 +39,9 @@ class UpConfig:
     draft_device: str = ""
     """Torch device of the draft; empty: as `device`."""
     weights: str = ""
-    """Weight format of the targets: plain or prepacked."""
+    """Weight format of the targets: plain, prepacked or streamed."""
     draft_weights: str = ""
-    """Weight format of the draft: plain, prepacked or int8."""
+    """Weight format of the draft: plain, prepacked, streamed or int8."""
     compile: bool = False
     """Compile target and draft: faster steps, a start that takes minutes longer the first time."""
     draft_vocab_size: int = 0

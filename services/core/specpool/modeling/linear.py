@@ -3,9 +3,10 @@
 Formats:
     plain      as `transformers` made them
     prepacked  same numbers and data type, reordered once into oneDNN's blocked layout
+    streamed   same numbers in bfloat16 for a kernel of our own, which reads them as one stream; for AVX-512 bf16
     int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
 
-In the last two, layers of one parent that read the same input become one product: with few rows, a layer costs about as
+In all but the first, layers of one parent that read the same input become one product: with few rows, a layer costs about as
 much to start as to read.
 
 Shapes: M = rows, I = input features, O = output features.
@@ -13,6 +14,7 @@ Shapes: M = rows, I = input features, O = output features.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import warnings
 from abc import ABC, abstractmethod
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 
 from specpool.errors import InvalidArgument
 from specpool.modeling.files import Progress, no_progress
+from specpool.modeling.huge_pages import empty_in_huge_pages
+from specpool.modeling.native import load_library
 from specpool.modeling.operators import define_operator
 
 _PACKING_ROWS = 8
@@ -34,6 +38,9 @@ _PACKING_ROWS = 8
 MIN_ROWS = 4
 """oneDNN is slower for one to three rows than for four: fewer rows are padded. It also makes one token and the few
 tokens of a verification go through one kernel, so that they round alike."""
+
+_STREAMED_BLOCK = 64
+"""Outputs whose weights lie together in the layout of `streamed_linear.cpp`."""
 
 _SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names, in `transformers`, of layers that read the same input."""
@@ -90,6 +97,48 @@ class PrepackedLinear(PackedLinear):
             rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
         output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
         return output[:num_rows]
+
+
+class StreamedLinear(PackedLinear):
+    """`nn.Linear` in bfloat16 through `streamed_linear.cpp`.
+
+    A row's result does not depend on the number of rows: prefill, one token and a verification round alike.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self._bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
+        self._weight = _in_blocks(linear.weight.detach())
+        self._kernel = load_library("streamed_linear").specpool_streamed_linear
+        self._kernel.argtypes = (*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 3, ctypes.c_int)
+        self._kernel.restype = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
+        """The same product."""
+        return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """With the bias."""
+        num_rows = rows.shape[0]
+        rows = rows.contiguous()
+        if self.in_features % 2:
+            rows = F.pad(rows, (0, 1))
+        output = rows.new_empty(num_rows, self.out_features)
+        bias = None if self._bias is None else self._bias.data_ptr()
+        addresses = (rows.data_ptr(), self._weight.data_ptr(), bias, output.data_ptr())
+        self._kernel(*addresses, num_rows, rows.shape[1], self.out_features, torch.get_num_threads())
+        return output
+
+
+def _in_blocks(weight: Tensor) -> Tensor:  # [O, I] -> flat [O / 64, I / 2, 64, 2], filled up with zeros
+    out_features, in_features = weight.shape
+    num_blocks, num_pairs = -(-out_features // _STREAMED_BLOCK), -(-in_features // 2)
+    packed = empty_in_huge_pages(num_blocks * num_pairs * _STREAMED_BLOCK * 2, weight.dtype)
+    blocks = packed.view(num_blocks, num_pairs, _STREAMED_BLOCK, 2)
+    for block, rows in zip(blocks, weight.split(_STREAMED_BLOCK), strict=True):
+        filled = F.pad(rows, (0, in_features % 2, 0, _STREAMED_BLOCK - rows.shape[0]))
+        block.copy_(filled.view(_STREAMED_BLOCK, num_pairs, 2).transpose(0, 1))
+    return packed
 
 
 class Int8Linear(PackedLinear):
@@ -164,6 +213,7 @@ class LinearPart(nn.Module):
 WEIGHT_FORMATS: Mapping[str, Callable[[Any], nn.Module] | None] = {
     "plain": None,
     "prepacked": PrepackedLinear,
+    "streamed": StreamedLinear,
     "int8": Int8Linear,
 }
 
@@ -178,6 +228,8 @@ def check_weight_format(name: str, *, dtype: torch.dtype, device: torch.device) 
         raise _refused(name, f"it is for the CPU only, and the device is {device}")
     if name == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise _refused(name, "this build of torch has no FBGEMM")
+    if name == "streamed" and not can_stream(dtype):
+        raise _refused(name, f"it needs bfloat16, not {dtype}, and a CPU with AVX-512 bf16 instructions")
     if name == "prepacked" and not _can_prepack(dtype):
         raise _refused(name, f"oneDNN of this build of torch or this CPU cannot do {dtype}")
 
@@ -229,6 +281,11 @@ def _concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
         biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
         joined.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
     return joined
+
+
+def can_stream(dtype: torch.dtype) -> bool:
+    """Whether this CPU can run `streamed`; it also needs a compiler, see `specpool.modeling.native`."""
+    return dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:
