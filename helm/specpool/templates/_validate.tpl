@@ -22,8 +22,8 @@
 {{- if and (eq $engine.device "cpu") (gt $count 0) -}}
 {{- $errors = append $errors (printf "%s.device is cpu but %s.gpu.count is %d: the GPU would stand idle; set the count to 0" $name $name $count) -}}
 {{- end -}}
-{{- if and (eq $engine.device "cuda") (gt $count 1) -}}
-{{- $errors = append $errors (printf "%s.device is cuda but %s.gpu.count is %d: an engine uses one device; raise %s.replicas instead" $name $name $count $name) -}}
+{{- if and (gt $count 1) (contains "mig-" $engine.gpu.resourceName) -}}
+{{- $errors = append $errors (printf "%s.gpu.count is %d but %s.gpu.resourceName is %s: a model cannot be split over MIG slices" $name $count $name $engine.gpu.resourceName) -}}
 {{- end -}}
 {{- if and (eq $engine.device "cpu") (eq $engine.dtype "float16") -}}
 {{- $errors = append $errors (printf "%s.dtype is float16 but %s.device is cpu: use bfloat16 or float32 there" $name $name) -}}

@@ -45,6 +45,12 @@ class SpeculatorConfig:
     """float32, bfloat16 or float16."""
     device: str = "cpu"
     """Torch device."""
+    tensor_parallel: int = 1
+    """Split the model over so many devices of this machine, `device` and those after it, with a process for each."""
+    follower_start_timeout_s: float = 1800.0
+    """`tensor_parallel`: longest that the other processes may take to load their part."""
+    follower_step_timeout_s: float = 120.0
+    """`tensor_parallel`: longest that one forward may take; then this process ends."""
     weights: Literal["plain", "prepacked", "int8"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
@@ -100,6 +106,9 @@ class SpeculatorConfig:
         """Refuse values that can never work."""
         for name in ("max_lookahead", "row_budget", "fan_out_budget", "distribution_top_m", "max_prefill_tokens"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("follower_start_timeout_s", "follower_step_timeout_s"):
+            self._check(name, getattr(self, name) > 0, "more than 0")
+        self._check("tensor_parallel", self.tensor_parallel >= 1, "at least 1")
         self._check("max_sequences", self.max_sequences >= 1, "at least 1")
         self._check("draft_vocab_size", self.draft_vocab_size >= 0, "at least 0")
         self._check("distribution_memory_bytes", self.distribution_memory_bytes >= 0, "at least 0")

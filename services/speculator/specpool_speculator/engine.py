@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from specpool.algorithm.verification import VerificationMode
-from specpool.errors import EngineFailed
+from specpool.errors import EngineFailed, SpecPoolError
 from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2
 from specpool_speculator.drafter import Drafter
@@ -89,6 +89,14 @@ class EngineThread:
         self._commands.put(None)
         self._thread.join()
 
+    def abort(self, error: SpecPoolError) -> None:
+        """End the thread as if a step had failed with `error`."""
+
+        def command() -> None:
+            raise error
+
+        self._commands.put(command)
+
     def connect(self, connection: int, vocab_size: int, receiver: Receiver) -> None:
         """A target's stream was acknowledged."""
 
@@ -127,7 +135,8 @@ class EngineThread:
             self._loop()
         except BaseException as error:
             _logger.critical("the engine failed", exc_info=error)
-            self._on_failure(EngineFailed(f"the speculator's engine failed: {error!r}"))
+            is_typed = isinstance(error, EngineFailed)
+            self._on_failure(error if is_typed else EngineFailed(f"the speculator's engine failed: {error!r}"))
 
     def _loop(self) -> None:
         worked = False

@@ -13,9 +13,10 @@ import torch
 from specpool.distributions.transport import offered
 from specpool.errors import SpecPoolError
 from specpool.modeling.files import Progress, no_progress
-from specpool.modeling.interface import CausalModel, Segment
+from specpool.modeling.interface import CausalModel, Segment, close_model, watch_model
 from specpool.modeling.loading import load_model
 from specpool.modeling.paged_kv import SequenceKV
+from specpool.modeling.tensor_parallel.settings import TensorParallelism, describe_device
 from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
@@ -51,13 +52,15 @@ async def serve(
     model, tokenizer = await asyncio.to_thread(_load, config, on_progress)
     traces = tracing.setup("specpool-speculator", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
     metrics = SpeculatorMetrics(served_name(config))
-    metrics.set_engine(attention_backend=config.attention_backend, dtype=config.dtype, device=config.device)
+    device = describe_device(model.device, config.tensor_parallel)
+    metrics.set_engine(attention_backend=config.attention_backend, dtype=config.dtype, device=device)
     metrics.set_transports(("grpc",))
     if config.metrics_port is not None:
         _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
 
     stopping, failure = stop or asyncio.Event(), asyncio.get_running_loop().create_future()
     engine = make_engine(config, model, tokenizer, metrics, _failing(stopping, failure))
+    watch_model(model, engine.abort)
     server = create_server()
     endpoint = bind(server, config.listen)
     service = SpeculatorService(engine, _identity(config, model, tokenizer, endpoint), config, metrics)
@@ -74,6 +77,7 @@ async def serve(
         await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
     finally:
         await asyncio.to_thread(engine.stop)
+        await asyncio.to_thread(close_model, model)
         await traces.aclose()
     if failure.done():
         raise failure.result()
@@ -115,6 +119,11 @@ def _load(config: SpeculatorConfig, on_progress: Progress) -> tuple[CausalModel,
         weights=config.weights,
         compile_model=config.compile,
         cuda_graphs=config.cuda_graphs,
+        tensor_parallel=TensorParallelism(
+            size=config.tensor_parallel,
+            start_timeout_s=config.follower_start_timeout_s,
+            step_timeout_s=config.follower_step_timeout_s,
+        ),
         num_frequent_tokens=config.draft_vocab_size,
         other_tokens=tokenizer.all_special_ids,
         on_progress=on_progress,
@@ -143,7 +152,7 @@ def _identity(config: SpeculatorConfig, model: CausalModel, tokenizer: Any, endp
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             dtype=config.dtype,
             attention_backend=config.attention_backend,
-            device=config.device,
+            device=describe_device(model.device, config.tensor_parallel),
         ),
         num_tokens=len(tokenizer),
     )

@@ -45,6 +45,12 @@ class TargetConfig:
     """float32, bfloat16 or float16."""
     device: str = "cpu"
     """Torch device."""
+    tensor_parallel: int = 1
+    """Split the model over so many devices of this machine, `device` and those after it, with a process for each."""
+    follower_start_timeout_s: float = 1800.0
+    """`tensor_parallel`: longest that the other processes may take to load their part."""
+    follower_step_timeout_s: float = 120.0
+    """`tensor_parallel`: longest that one forward may take; then this process ends."""
     weights: Literal["plain", "prepacked"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
@@ -92,8 +98,10 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that can never work."""
-        for name in ("block_size", "max_batch_size", "max_batch_tokens", "max_lookahead"):
+        for name in ("tensor_parallel", "block_size", "max_batch_size", "max_batch_tokens", "max_lookahead"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("follower_start_timeout_s", "follower_step_timeout_s"):
+            self._check(name, getattr(self, name) > 0, "more than 0")
         for name in (
             *("kv_cache_bytes", "num_kv_blocks", "max_waiting", "max_context", "backup_ngram", "num_threads"),
             *("speculation_deadline_ms", "distribution_deadline_ms", "connect_deadline_ms", "drain_grace_s"),

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from specpool.distributions.transport import offered
 from specpool.modeling.files import Progress, no_progress
-from specpool.modeling.interface import CausalModel
+from specpool.modeling.interface import CausalModel, close_model, watch_model
 from specpool.modeling.loading import load_model
 from specpool.modeling.spec import ModelKind, ModelSpec
+from specpool.modeling.tensor_parallel.settings import TensorParallelism, describe_device
 from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
@@ -68,6 +69,7 @@ async def serve(
         # Torch keeps the number of threads per calling thread.
         before_start=partial(set_num_threads, config.num_threads),
     )
+    watch_model(model, engine.abort)
     info.max_context = engine.max_context
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
     receiver = DenseReceiver(
@@ -110,6 +112,7 @@ async def serve(
         await links.close()
         engine.stop()
         await asyncio.to_thread(engine.join, 10.0)
+        await asyncio.to_thread(close_model, model)
         await traces.aclose()
     if engine.failure is not None:
         raise engine.failure
@@ -128,6 +131,11 @@ def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any
         weights=config.weights,
         compile_model=config.compile,
         cuda_graphs=config.cuda_graphs,
+        tensor_parallel=TensorParallelism(
+            size=config.tensor_parallel,
+            start_timeout_s=config.follower_start_timeout_s,
+            step_timeout_s=config.follower_step_timeout_s,
+        ),
         on_progress=on_progress,
     )
     return model, load_tokenizer(spec, on_progress=on_progress)
@@ -141,7 +149,7 @@ def _model_info(config: TargetConfig, model: CausalModel, tokenizer: Any) -> typ
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         dtype=config.dtype,
         attention_backend=config.attention_backend,
-        device=str(model.device),
+        device=describe_device(model.device, config.tensor_parallel),
     )
 
 

@@ -16,8 +16,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "speculator.device is cpu but speculator.gpu.count is 1: the GPU would stand idle; set the count to 0",
     ),
     (
-        {"target": {"gpu": {"count": 8}}},
-        "target.device is cuda but target.gpu.count is 8: an engine uses one device; raise target.replicas instead",
+        {"target": {"gpu": {"count": 2, "resourceName": "nvidia.com/mig-3g.40gb"}}},
+        "target.gpu.count is 2 but target.gpu.resourceName is nvidia.com/mig-3g.40gb: "
+        "a model cannot be split over MIG slices",
     ),
     (
         {"target": {"device": "cpu", "dtype": "float16", "gpu": {"count": 0}}},

@@ -157,6 +157,21 @@ def test_a_fabric_sets_the_sign_of_the_placement(render, profile: str, topology_
         assert pods[component]["containers"][0]["resources"]["limits"] == expected
 
 
+def test_a_model_is_split_over_all_gpus_of_its_pod(render) -> None:
+    pods = workloads(render({"target": {"gpu": {"count": 4}}}))
+    for component, count in {"target": 4, "speculator": 1}.items():
+        (container,) = pods[component]["containers"]
+        environment = {each["name"]: each.get("value") for each in container["env"]}
+        assert environment[f"SPECPOOL_{component.upper()}_TENSOR_PARALLEL"] == str(count)
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": count}
+        mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+        volumes = {each["name"]: each for each in pods[component]["volumes"]}
+        if count > 1:
+            assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+        else:
+            assert "/dev/shm" not in mounts
+
+
 def test_cpu_engines_ask_for_no_gpu_and_keep_their_limits(render) -> None:
     values = yaml.safe_load((CHART / "ci" / "cpu-values.yaml").read_text())
     values["target"]["resources"] = {"limits": {"memory": "9Gi"}}

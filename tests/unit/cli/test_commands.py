@@ -159,6 +159,27 @@ def test_affinity_sets_cores_and_threads(tmp_path: Path) -> None:
         parse_affinity("target=3-1", 1)
 
 
+def devices(config: UpConfig, run_directory: Path) -> list[str | None]:
+    """Of every target, and of the speculator."""
+    made = make_plan(config, settings_file=None, run_directory=run_directory)
+    assert made.speculator is not None
+    return [flag(child.command, "device") for child in (*made.targets, made.speculator)]
+
+
+def test_split_targets_have_devices_of_their_own(tmp_path: Path) -> None:
+    pair = {"target": "toy", "draft": "toy", "targets": 2, "tensor_parallel": 2}
+    assert devices(UpConfig(**pair, device="cuda"), tmp_path) == ["cuda:0", "cuda:2", "cuda:4"]
+    assert devices(UpConfig(**pair, device="cuda:1", draft_device="cpu"), tmp_path) == ["cuda:1", "cuda:3", "cpu"]
+    assert devices(UpConfig(**pair, device="cpu"), tmp_path) == ["cpu"] * 3
+    assert devices(UpConfig(**pair), tmp_path) == [None] * 3
+    whole = UpConfig(target="toy", draft="toy", targets=2, device="cuda")
+    assert devices(whole, tmp_path) == ["cuda"] * 3
+    target = make_plan(UpConfig(**pair), settings_file=None, run_directory=tmp_path).targets[0]
+    assert flag(target.command, "tensor-parallel") == "2"
+    with pytest.raises(InvalidArgument, match="unknown device 'cuda:x'"):
+        devices(UpConfig(**pair, device="cuda:x"), tmp_path)
+
+
 @pytest.mark.parametrize(("cores", "targets", "expected"), [(2, 1, (1, 1)), (16, 1, (12, 4)), (16, 3, (4, 4))])
 def test_cores_are_shared_out_by_default(cores: int, targets: int, expected: tuple[int, int]) -> None:
     config = UpConfig(target="toy", draft="toy", targets=targets)
