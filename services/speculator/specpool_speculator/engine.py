@@ -66,7 +66,9 @@ class EngineThread:
         num_kv_blocks: int,
         num_free_kv_blocks: Callable[[], int],
         on_failure: Callable[[BaseException], None],
+        before_start: Callable[[], None] = lambda: None,
     ) -> None:
+        """`before_start` is called on the engine's thread."""
         self.snapshot = EngineSnapshot(num_kv_blocks=num_kv_blocks, num_free_kv_blocks=num_kv_blocks)
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._receivers: dict[int, Receiver] = {}
@@ -74,6 +76,7 @@ class EngineThread:
         self._drafter = make_drafter()
         self._num_free_kv_blocks = num_free_kv_blocks
         self._on_failure = on_failure
+        self._before_start = before_start
         self._averages = (0.0, 0.0)
         self._seen_counters = (0, 0, 0, 0)
         self._thread = threading.Thread(target=self._main, name="speculator-engine", daemon=True)
@@ -132,6 +135,7 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
+            self._before_start()
             self._loop()
         except BaseException as error:
             _logger.critical("the engine failed", exc_info=error)

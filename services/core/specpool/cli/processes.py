@@ -10,6 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from specpool.cli.colocation import (
+    DRAFT_MEMORY_SHARE,
+    MEMORY_SHARE,
+    check_colocation,
+    speculator_share,
+    target_share,
+)
 from specpool.cli.supervisor import ChildSpec
 from specpool.distributions.choices import check_transport_choice
 from specpool.errors import ConfigError, InvalidArgument
@@ -40,6 +47,15 @@ class UpConfig:
     """Torch device of the draft; empty: as `device`, or the one after those of the targets if they are several."""
     tensor_parallel: int = 1
     """Devices that each target is split over: those from `device` on, the next target's behind them."""
+    colocated: bool = False
+    """Target and draft on one GPU, which must be given as `device`: each has its share of the memory, and the target's
+    kernels go first. Start `nvidia-cuda-mps-control -d` before, or they compute in turns."""
+    memory_share: float = MEMORY_SHARE
+    """`colocated`: the target's share of the GPU's memory, weights and KV cache."""
+    draft_memory_share: float = DRAFT_MEMORY_SHARE
+    """`colocated`: the draft's share of the GPU's memory."""
+    draft_sm_share: float = 1.0
+    """`colocated`: share of the GPU's multiprocessors that draft steps use; below 1 it needs green contexts and MPS."""
     weights: str = ""
     """Weight format of the targets: plain or prepacked."""
     draft_weights: str = ""
@@ -92,6 +108,7 @@ class UpConfig:
         if self.distribution_transport:
             check_transport_choice(self.distribution_transport)
         parse_affinity(self.affinity, self.targets)
+        check_colocation(self)
 
     @property
     def has_speculator(self) -> bool:
@@ -185,6 +202,7 @@ def _target_flags(config: UpConfig, index: int) -> dict[str, str | None]:
         "tensor-parallel": str(config.tensor_parallel) if config.tensor_parallel > 1 else None,
         "weights": config.weights or None,
         "distribution-transport": config.distribution_transport or None,
+        **target_share(config),
     }
 
 
@@ -207,6 +225,7 @@ def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
         "draft-vocab-size": str(config.draft_vocab_size) if config.draft_vocab_size else None,
         "row-budget": str(config.row_budget) if config.row_budget else None,
         "fan-out-budget": str(config.fan_out) if config.fan_out else None,
+        **speculator_share(config),
     }
 
 

@@ -12,6 +12,7 @@ from specpool.errors import InvalidArgument
 from specpool.modeling.attention import get_backend
 from specpool.modeling.compiling import compile_decoder
 from specpool.modeling.cuda_graphs import capture_graphs, wants_graphs
+from specpool.modeling.device_sharing import limit_memory
 from specpool.modeling.files import Progress, no_progress, quiet_transformers, resolve_model_directory
 from specpool.modeling.interface import CausalModel
 from specpool.modeling.kv_budget import KVBudget
@@ -38,6 +39,7 @@ def load_model(
     device: str = "cpu",
     num_blocks: int | None = None,
     kv_cache_bytes: int | None = None,
+    memory_share: float = 1.0,
     block_size: int = 16,
     attention_backend: str = "sdpa",
     weights: str = "plain",
@@ -46,10 +48,13 @@ def load_model(
     num_frequent_tokens: int = 0,
     other_tokens: Iterable[int] = (),
     tensor_parallel: TensorParallelism = SINGLE,
+    stream: Any = None,
     on_progress: Progress = no_progress,
 ) -> CausalModel:
     """Load a model and allocate its KV cache of `num_blocks`, or of `kv_cache_bytes`, or of the default size.
 
+    `memory_share` is what this process may use of a GPU's memory, and `stream` the one on which forwards will be
+    called, if it is not the usual one: see `specpool.modeling.device_sharing`.
     `weights` is a format of `specpool.modeling.linear`. With `num_frequent_tokens` the head knows only that many first
     tokens and `other_tokens`, see `specpool.modeling.vocabulary`. `compile_model` compiles the decoder, see
     `specpool.modeling.compiling`; `cuda_graphs` is auto, on or off, see `specpool.modeling.cuda_graphs`. Models without
@@ -60,7 +65,7 @@ def load_model(
     backend = get_backend(attention_backend)
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
     check_weight_format(weights, dtype=torch_dtype, device=torch_device)
-    budget = KVBudget(num_blocks=num_blocks, num_bytes=kv_cache_bytes, block_size=block_size)
+    budget = KVBudget(num_blocks=num_blocks, num_bytes=kv_cache_bytes, block_size=block_size, memory_share=memory_share)
     if tensor_parallel.size > 1:
         check_tensor_parallel(
             spec,
@@ -87,6 +92,7 @@ def load_model(
         return _toy(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size))
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
+    limit_memory(torch_device, memory_share)
     with_graphs = wants_graphs(cuda_graphs, backend, torch_device)
     backend.check(dtype=torch_dtype, device=torch_device, block_size=block_size)
     directory = resolve_model_directory(spec.source, on_progress)
@@ -104,7 +110,7 @@ def load_model(
     if compile_model:
         compile_decoder(result, on_progress)
     if with_graphs:
-        capture_graphs(result, on_progress)
+        capture_graphs(result, on_progress, stream)
     return result
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from specpool.modeling.attention import get_backend
+from specpool.modeling.device_sharing import limit_memory
 from specpool.modeling.loading import read_model
 from specpool.modeling.model import KVGeometry, TransformersModel
 from specpool.modeling.paged_kv import BlockPool
@@ -27,6 +28,7 @@ class Shard:
         """Join the group through `open_store`'s store and load; all ranks do so at the same time."""
         self._setup = setup
         _join(setup, store)
+        limit_memory(setup.device, setup.budget.memory_share)
         from transformers import DistributedConfig
 
         # `transformers` names the device after this variable, and wants one accelerator per rank.
