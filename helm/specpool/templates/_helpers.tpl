@@ -188,6 +188,8 @@ lifecycle:
   value: {{ .device | quote }}
 - name: {{ $prefix }}_TENSOR_PARALLEL
   value: {{ max 1 (int .gpu.count) | quote }}
+- name: {{ $prefix }}_DEVICE_MEMORY_SHARE
+  value: {{ .gpu.memoryShare | quote }}
 - name: {{ $prefix }}_DTYPE
   value: {{ .dtype | quote }}
 - name: {{ $prefix }}_KV_CACHE_BYTES
