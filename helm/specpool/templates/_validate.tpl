@@ -70,6 +70,9 @@
 {{- if or (eq (int $speculator.replicas) 0) (gt (int $speculator.replicas) (int $target.replicas)) -}}
 {{- $errors = append $errors (printf "colocated is true but speculator.replicas is %d and target.replicas is %d: each speculator needs a target's GPU" (int $speculator.replicas) (int $target.replicas)) -}}
 {{- end -}}
+{{- if has .Values.speculation.distributionTransport (list "nccl" "auto") -}}
+{{- $errors = append $errors (printf "colocated is true but speculation.distributionTransport is %s: NCCL refuses two processes on one GPU, set it to grpc or gloo" .Values.speculation.distributionTransport) -}}
+{{- end -}}
 {{- if ne .Values.fabric.profile "none" -}}
 {{- $errors = append $errors (printf "colocated is true but fabric.profile is %s: pods that share a GPU are on one node, set it to none" .Values.fabric.profile) -}}
 {{- end -}}

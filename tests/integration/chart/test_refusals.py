@@ -64,6 +64,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "colocated is true but speculator.replicas is 2 and target.replicas is 1: each speculator needs a target's GPU",
     ),
     (
+        {
+            "colocated": True,
+            "target": SHARED,
+            "speculator": SHARED,
+            "speculation": {"distributionTransport": "nccl"},
+        },
+        "colocated is true but speculation.distributionTransport is nccl: "
+        "NCCL refuses two processes on one GPU, set it to grpc or gloo",
+    ),
+    (
         {"colocated": True, "target": SHARED, "speculator": SHARED, "fabric": {"profile": "same-node"}},
         "colocated is true but fabric.profile is same-node: pods that share a GPU are on one node, set it to none",
     ),

@@ -215,6 +215,7 @@ def test_colocated_engines_have_their_shares_of_one_gpu(tmp_path: Path) -> None:
         ({"targets": 2}, "colocated is for one target, and targets is 2"),
         ({"tensor_parallel": 2}, "colocated uses one device, and each target 2"),
         ({"draft_device": "cpu"}, "colocated puts both on cuda, and draft_device is cpu"),
+        ({"distribution_transport": "auto"}, "and distribution_transport is auto: set grpc or gloo"),
         ({"memory_share": 0.9}, "memory_share and draft_memory_share add up to 1.1"),
         ({"draft_sm_share": 0.0}, "draft_sm_share must be more than 0 and at most 1, got 0"),
         ({"colocated": False, "memory_share": 0.5}, "memory_share is 0.5, which only colocated uses"),

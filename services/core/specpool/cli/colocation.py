@@ -49,6 +49,12 @@ def _check_one_device(config: UpConfig) -> None:
             config.draft_device not in ("", device),
             f"puts both on {device}, and draft_device is {config.draft_device}",
         ),
+        (
+            "distribution_transport",
+            config.distribution_transport in ("nccl", "auto"),
+            f"cannot use NCCL, which refuses two processes on one GPU, and distribution_transport is "
+            f"{config.distribution_transport}: set grpc or gloo",
+        ),
         ("memory_share", total > 1, f"shares one memory: memory_share and draft_memory_share add up to {total:g}"),
     )
     for name, is_contradiction, why in contradictions:
