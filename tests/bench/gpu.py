@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, from one command, on one GPU, without downloads.
+"""Everything that only a GPU can tell, from one command, on one GPU, without downloads. It has not run on one yet.
 
     python tests/bench/gpu.py --draft /models/draft --target /models/target --json gpu.json
     python tests/bench/gpu.py --draft /models/draft --json gpu.json     # target: the draft inflated to the shape of 8B
@@ -7,7 +7,10 @@
 1. Copy bandwidth of the device.
 2. Steps of the target with each attention backend: milliseconds, against the time in which the bandwidth reads weights
    and keys and values once, and how far logits are from those of `sdpa`. A backend that cannot run says why.
-3. Tokens per second of off, sd and ssd, with the draft on the same GPU and on the host's CPU.
+3. Tokens per second of off, sd and ssd, with the draft on the same GPU (start `nvidia-cuda-mps-control -d` before, or
+   the two take turns; the output says which), on a second GPU where there is one, and on the host's CPU.
+4. vLLM, plain and with the draft model, on the same prompts, where it is installed (`--vllm-python` names another
+   environment's Python).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm_peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -52,8 +56,7 @@ TEXTS = (
     "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Think step by step.",
     "Write a short story about a lighthouse keeper who finds a bottle with a message.",
 )
-TARGET_KV_BYTES, DRAFT_KV_BYTES = 8 << 30, 2 << 30
-"""Two processes share the GPU, so neither may take what is free."""
+PLACES = ("colocated", "separate", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,26 +216,95 @@ async def run_modes(endpoint: str, prompts: Sequence[Prompt], max_tokens: int, l
         ]
 
 
-def run_system(arguments: argparse.Namespace, target: str, draft: str, backend: str, place: str) -> list[Summary]:
-    """`specpool up` with the draft at `place`: colocated or cpu."""
-    device = "cpu" if arguments.dry_run_cpu else "cuda"
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """What was measured with the draft at one place."""
+
+    place: str
+    devices: str
+    """Of target and draft, as status has them: it says whether a shared GPU is shared by MPS."""
+    summaries: list[Summary]
+
+
+def why_not(place: str, num_gpus: int) -> str:
+    """Why a place cannot be measured here; empty if it can."""
+    return f"needs two CUDA devices, and {num_gpus} is visible" if place == "separate" and num_gpus < 2 else ""
+
+
+def place_arguments(place: str, draft_sm_share: float) -> list[str]:
+    """Options of `specpool up` that put the draft there."""
+    if place == "colocated":
+        return ["--device", "cuda", "--colocated", "true", "--draft-sm-share", f"{draft_sm_share:g}"]
+    if place == "separate":
+        return ["--device", "cuda:0", "--draft-device", "cuda:1"]
+    return ["--device", "cuda", "--draft-device", "cpu"]
+
+
+def run_system(arguments: argparse.Namespace, target: str, draft: str, backend: str, place: str) -> Placed:
+    """`specpool up` with the draft at `place`; a dry run has both on the CPU, whatever the place."""
     up = ["--target", target, "--draft", draft, "--lookahead", str(arguments.lookahead)]
-    up += ["--device", device, "--draft-device", device if place == "colocated" else "cpu"]
-    draft_backend = backend if place == "colocated" else "sdpa"
+    up += [] if arguments.dry_run_cpu else place_arguments(place, arguments.draft_sm_share)
+    draft_backend = "sdpa" if place == "cpu" else backend
     environment = {
         "SPECPOOL_TARGET_ATTENTION_BACKEND": backend,
         "SPECPOOL_TARGET_BLOCK_SIZE": str(BLOCK_SIZE),
         "SPECPOOL_SPECULATOR_ATTENTION_BACKEND": draft_backend,
         "SPECPOOL_SPECULATOR_BLOCK_SIZE": str(BLOCK_SIZE if draft_backend == "flash" else 16),
     }
-    if not arguments.dry_run_cpu:
-        environment["SPECPOOL_TARGET_KV_CACHE_BYTES"] = str(TARGET_KV_BYTES)
-        environment["SPECPOOL_SPECULATOR_KV_CACHE_BYTES"] = str(DRAFT_KV_BYTES)
     texts = ("abcd", "hgfedcba") if arguments.dry_run_cpu else TEXTS
     prompts = [Prompt(id=str(index), source="gpu", text=text) for index, text in enumerate(texts)]
     with running_system(tuple(up), environment=environment) as endpoint:
         found = asyncio.run(run_modes(endpoint, prompts, arguments.max_tokens, arguments.lookahead))
-    return summarize(found)
+        devices = asyncio.run(device_names(endpoint))
+    return Placed(place=place, devices=devices, summaries=summarize(found))
+
+
+async def device_names(endpoint: str) -> str:
+    """Of target and draft."""
+    async with Client(endpoint) as client:
+        status = await client.cluster_status()
+    target, draft = status.targets[0].status.model.device, status.speculators[0].status.model.device
+    return f"target on {target}; draft on {draft}"
+
+
+def place_table(systems: Sequence[Placed]) -> Table:
+    """All places beside one another. The forward beside that of `off` shows what drafting costs the target there."""
+    table = Table(title="where the draft is")
+    for heading in ("draft", "mode", "tok/s", "vs off", "round, ms", "waiting, ms", "forward, ms", "hit", "late"):
+        table.add_column(heading, justify="left" if heading in ("draft", "mode") else "right")
+    for system in systems:
+        for s in system.summaries:
+            times = (f"{ms:.2f}" for ms in (s.round_ms, s.waiting_ms, s.forward_ms))
+            ratio = f"{s.ratios['off']:.2f}" if "off" in s.ratios else ""
+            rates = (f"{s.hit_rate:.3f}", f"{s.late_rate:.3f}") if s.setting.mode == "ssd" else ("", "")
+            table.add_row(system.place, s.setting.mode, f"{s.tokens_per_second:.2f}", ratio, *times, *rates)
+    return table
+
+
+def run_vllm(arguments: argparse.Namespace, target: str, draft: str, console: Console) -> list[vllm_peer.Speed]:
+    """vLLM on the same GPU, plain and with the draft model; says why where it does not run."""
+    if arguments.dry_run_cpu or not vllm_peer.is_installed(arguments.vllm_python):
+        why = "this is a dry run" if arguments.dry_run_cpu else f"{arguments.vllm_python} has no vllm"
+        console.print(f"vllm: not run, {why}")
+        return []
+    speeds = []
+    for of in (None, draft):
+        request = vllm_peer.Request(
+            target=target,
+            draft=of,
+            lookahead=arguments.lookahead,
+            dtype=arguments.dtype,
+            max_tokens=arguments.max_tokens,
+            texts=TEXTS,
+        )
+        try:
+            speed = vllm_peer.run(request, arguments.vllm_python)
+        except RuntimeError as error:
+            console.print(f"vllm {'with a draft model' if of else 'plain'}: {error}", markup=False)
+            continue
+        console.print(f"{speed.name}: {speed.tokens_per_second:.2f} tok/s")
+        speeds.append(speed)
+    return speeds
 
 
 def step_table(steps: Sequence[Step]) -> Table:
@@ -282,7 +354,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lookahead", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--places", nargs="+", choices=("colocated", "cpu"), default=["colocated", "cpu"])
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES, help="of the draft")
+    parser.add_argument("--draft-sm-share", type=float, default=1.0, help="of a colocated draft; below 1 needs MPS")
+    parser.add_argument("--vllm-python", default=sys.executable, metavar="PYTHON", help="one that has vllm")
     parser.add_argument("--backend", help="of the systems; default: the fastest at one token")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--dry-run-cpu", action="store_true", help="tiny models on the CPU: no figure means anything")
@@ -316,10 +390,16 @@ def main() -> None:
         fastest = min((s for s in steps if s.step == "one token"), key=lambda s: s.ms).backend.split()[0]
         backend = arguments.backend or ("sdpa" if is_dry else fastest)
         pair = ("toy#vocab=64", "toy#vocab=64,agreement=0.8") if is_dry else (target, arguments.draft)
-        systems = {place: run_system(arguments, *pair, backend, place) for place in arguments.places}
-        for place, summaries in systems.items():
-            console.print(f"draft {place}, attention {backend}")
-            console.print(speed_table(summaries))
+        systems = []
+        for place in arguments.places:
+            if why := "" if is_dry else why_not(place, torch.cuda.device_count()):
+                console.print(f"draft {place}: not run, {why}")
+                continue
+            systems.append(run_system(arguments, *pair, backend, place))
+            console.print(f"draft {place}, attention {backend}: {systems[-1].devices}")
+            console.print(speed_table(systems[-1].summaries))
+        console.print(place_table(systems))
+        peers = run_vllm(arguments, *pair, console)
     if arguments.json:
         document = {
             "device": device_name,
@@ -330,7 +410,11 @@ def main() -> None:
             "steps": [asdict(step) for step in steps],
             "refused": [asdict(one) for one in refused],
             "backend": backend,
-            "systems": {place: [summary.to_dict() for summary in found] for place, found in systems.items()},
+            "systems": {
+                system.place: {"devices": system.devices, "modes": [s.to_dict() for s in system.summaries]}
+                for system in systems
+            },
+            "vllm": [asdict(speed) | {"tokens_per_second": speed.tokens_per_second} for speed in peers],
         }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 

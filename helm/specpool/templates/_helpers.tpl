@@ -186,6 +186,10 @@ lifecycle:
   value: {{ .model | quote }}
 - name: {{ $prefix }}_DEVICE
   value: {{ .device | quote }}
+- name: {{ $prefix }}_TENSOR_PARALLEL
+  value: {{ max 1 (int .gpu.count) | quote }}
+- name: {{ $prefix }}_DEVICE_MEMORY_SHARE
+  value: {{ .gpu.memoryShare | quote }}
 - name: {{ $prefix }}_DTYPE
   value: {{ .dtype | quote }}
 - name: {{ $prefix }}_KV_CACHE_BYTES
@@ -208,16 +212,21 @@ lifecycle:
 {{- end }}
 {{- end -}}
 
+{{/* Arguments of this and the next: dict root, component. */}}
 {{- define "specpool.engineVolumeMounts" -}}
 - name: models
   mountPath: /var/cache/specpool
 - name: tmp
   mountPath: /tmp
+{{- if gt (int (index .root.Values .component).gpu.count) 1 }}
+- name: shm
+  mountPath: /dev/shm
+{{- end }}
 {{- end -}}
 
-{{/* Volumes of targets and speculators; argument: the root. */}}
+{{/* Volumes of targets and speculators. */}}
 {{- define "specpool.engineVolumes" -}}
-{{- with .Values.modelCache }}
+{{- with .root.Values.modelCache }}
 - name: models
   {{- if .existingClaim }}
   persistentVolumeClaim:
@@ -231,6 +240,12 @@ lifecycle:
 {{- end }}
 - name: tmp
   emptyDir: {}
+{{- if gt (int (index .root.Values .component).gpu.count) 1 }}
+# NCCL's: the 64 MiB that a container has by default are too few.
+- name: shm
+  emptyDir:
+    medium: Memory
+{{- end }}
 {{- end -}}
 
 {{/* Resources of an engine: the user's, plus GPU and RDMA device; argument: dict root, component. */}}

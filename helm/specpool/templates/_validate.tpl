@@ -2,6 +2,7 @@
 {{- define "specpool.validate" -}}
 {{- $errors := concat
   (include "specpool.validateEngines" . | fromJsonArray)
+  (include "specpool.validateColocated" . | fromJsonArray)
   (include "specpool.validateSpeculation" . | fromJsonArray)
   (include "specpool.validateFabric" . | fromJsonArray)
   (include "specpool.validateStores" . | fromJsonArray)
@@ -22,8 +23,11 @@
 {{- if and (eq $engine.device "cpu") (gt $count 0) -}}
 {{- $errors = append $errors (printf "%s.device is cpu but %s.gpu.count is %d: the GPU would stand idle; set the count to 0" $name $name $count) -}}
 {{- end -}}
-{{- if and (eq $engine.device "cuda") (gt $count 1) -}}
-{{- $errors = append $errors (printf "%s.device is cuda but %s.gpu.count is %d: an engine uses one device; raise %s.replicas instead" $name $name $count $name) -}}
+{{- if and (gt $count 1) (contains "mig-" $engine.gpu.resourceName) -}}
+{{- $errors = append $errors (printf "%s.gpu.count is %d but %s.gpu.resourceName is %s: a model cannot be split over MIG slices" $name $count $name $engine.gpu.resourceName) -}}
+{{- end -}}
+{{- if and (eq $engine.device "cpu") (lt (float64 $engine.gpu.memoryShare) 1.0) -}}
+{{- $errors = append $errors (printf "%s.gpu.memoryShare is %v but %s.device is cpu: only a GPU is shared out" $name $engine.gpu.memoryShare $name) -}}
 {{- end -}}
 {{- if and (eq $engine.device "cpu") (eq $engine.dtype "float16") -}}
 {{- $errors = append $errors (printf "%s.dtype is float16 but %s.device is cpu: use bfloat16 or float32 there" $name $name) -}}
@@ -38,6 +42,39 @@
 {{- if ne (mod (int $engine.blockSize) 256) 0 -}}
 {{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.blockSize is %d: it needs a multiple of 256" $name $name (int $engine.blockSize)) -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $errors -}}
+{{- end -}}
+
+{{- define "specpool.validateColocated" -}}
+{{- $errors := list -}}
+{{- if .Values.colocated -}}
+{{- range $name := list "target" "speculator" -}}
+{{- $engine := index $.Values $name -}}
+{{- if ne $engine.device "cuda" -}}
+{{- $errors = append $errors (printf "colocated is true but %s.device is %s: both engines share one CUDA device" $name $engine.device) -}}
+{{- end -}}
+{{- if gt (int $engine.gpu.count) 1 -}}
+{{- $errors = append $errors (printf "colocated is true but %s.gpu.count is %d: both engines share one GPU" $name (int $engine.gpu.count)) -}}
+{{- end -}}
+{{- end -}}
+{{- $target := .Values.target -}}
+{{- $speculator := .Values.speculator -}}
+{{- if ne $target.gpu.resourceName $speculator.gpu.resourceName -}}
+{{- $errors = append $errors (printf "colocated is true but target.gpu.resourceName is %s and speculator.gpu.resourceName is %s: name the one resource that the device plugin shares" $target.gpu.resourceName $speculator.gpu.resourceName) -}}
+{{- end -}}
+{{- if and (eq $target.device $speculator.device) (gt (addf $target.gpu.memoryShare $speculator.gpu.memoryShare) 1.0) -}}
+{{- $errors = append $errors (printf "colocated is true but target.gpu.memoryShare is %v and speculator.gpu.memoryShare is %v: together they must be at most 1, for example 0.75 and 0.2" $target.gpu.memoryShare $speculator.gpu.memoryShare) -}}
+{{- end -}}
+{{- if or (eq (int $speculator.replicas) 0) (gt (int $speculator.replicas) (int $target.replicas)) -}}
+{{- $errors = append $errors (printf "colocated is true but speculator.replicas is %d and target.replicas is %d: each speculator needs a target's GPU" (int $speculator.replicas) (int $target.replicas)) -}}
+{{- end -}}
+{{- if has .Values.speculation.distributionTransport (list "nccl" "auto") -}}
+{{- $errors = append $errors (printf "colocated is true but speculation.distributionTransport is %s: NCCL refuses two processes on one GPU, set it to grpc or gloo" .Values.speculation.distributionTransport) -}}
+{{- end -}}
+{{- if ne .Values.fabric.profile "none" -}}
+{{- $errors = append $errors (printf "colocated is true but fabric.profile is %s: pods that share a GPU are on one node, set it to none" .Values.fabric.profile) -}}
 {{- end -}}
 {{- end -}}
 {{- toJson $errors -}}

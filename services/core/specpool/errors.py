@@ -166,6 +166,12 @@ class EngineFailed(Internal):
     default_reason = "ENGINE_FAILED"
 
 
+class FollowerLost(EngineFailed):
+    """A process that holds part of a model ended or stopped answering; the engine cannot go on without it."""
+
+    default_reason = "FOLLOWER_LOST"
+
+
 STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     SpecPoolError: "INTERNAL",
     InvalidArgument: "INVALID_ARGUMENT",
@@ -189,6 +195,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     DeadlineExceeded: "DEADLINE_EXCEEDED",
     Internal: "INTERNAL",
     EngineFailed: "INTERNAL",
+    FollowerLost: "INTERNAL",
 }
 """The one table from error to gRPC status code name (``grpc.StatusCode[name]``)."""
 

@@ -11,6 +11,7 @@ from specpool.errors import ConfigError
 
 FanOutPolicy = Literal["best_first", "geometric", "uniform"]
 CudaGraphs = Literal["auto", "on", "off"]
+StreamPriority = Literal["normal", "high"]
 
 
 def _default_id() -> str:
@@ -45,6 +46,19 @@ class SpeculatorConfig:
     """float32, bfloat16 or float16."""
     device: str = "cpu"
     """Torch device."""
+    device_memory_share: float = 1.0
+    """Share of the GPU's memory for this process, weights and KV cache; below 1 where another process uses it too."""
+    stream_priority: StreamPriority = "normal"
+    """`high`: this process's kernels go first on a GPU that is shared by CUDA's multi-process service."""
+    sm_share: float = 1.0
+    """Share of the GPU's multiprocessors that draft steps use, by a green context: leaves the others to a target on the
+    same GPU, where both are clients of CUDA's multi-process service."""
+    tensor_parallel: int = 1
+    """Split the model over so many devices of this machine, `device` and those after it, with a process for each."""
+    follower_start_timeout_s: float = 1800.0
+    """`tensor_parallel`: longest that the other processes may take to load their part."""
+    follower_step_timeout_s: float = 120.0
+    """`tensor_parallel`: longest that one forward may take; then this process ends."""
     weights: Literal["plain", "prepacked", "streamed", "int8"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
@@ -100,11 +114,17 @@ class SpeculatorConfig:
         """Refuse values that can never work."""
         for name in ("max_lookahead", "row_budget", "fan_out_budget", "distribution_top_m", "max_prefill_tokens"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("follower_start_timeout_s", "follower_step_timeout_s"):
+            self._check(name, getattr(self, name) > 0, "more than 0")
+        self._check("tensor_parallel", self.tensor_parallel >= 1, "at least 1")
         self._check("max_sequences", self.max_sequences >= 1, "at least 1")
         self._check("draft_vocab_size", self.draft_vocab_size >= 0, "at least 0")
         self._check("distribution_memory_bytes", self.distribution_memory_bytes >= 0, "at least 0")
         self._check("block_size", self.block_size >= 1, "at least 1")
         self._check("saguaro_constant", 0 <= self.saguaro_constant <= 1, "between 0 and 1")
+        self._check("device_memory_share", 0 < self.device_memory_share <= 1, "more than 0 and at most 1")
+        self._check("stream_priority", self.stream_priority in get_args(StreamPriority), "normal or high")
+        self._check("sm_share", 0 < self.sm_share <= 1, "more than 0 and at most 1")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
         self._check("drain_grace_s", self.drain_grace_s >= 0, "at least 0")
         check_transport_choice(self.distribution_transport)
@@ -115,6 +135,10 @@ class SpeculatorConfig:
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
         formats = ("plain", "prepacked", "streamed", "int8")
         self._check("weights", self.weights in formats, ", ".join(formats))
+        is_high, is_split = self.stream_priority == "high", self.tensor_parallel > 1
+        self._check("sm_share", self.sm_share == 1 or not is_high, "1 where stream_priority is high")
+        self._check("sm_share", self.sm_share == 1 or not is_split, "1 where tensor_parallel is not 1")
+        self._check("stream_priority", not (is_high and is_split), "normal where tensor_parallel is not 1")
 
     def _check(self, name: str, is_good: bool, accepted: str) -> None:
         if not is_good:

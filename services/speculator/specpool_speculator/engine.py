@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from specpool.algorithm.verification import VerificationMode
-from specpool.errors import EngineFailed
+from specpool.errors import EngineFailed, SpecPoolError
 from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2
 from specpool_speculator.drafter import Drafter
@@ -66,7 +66,9 @@ class EngineThread:
         num_kv_blocks: int,
         num_free_kv_blocks: Callable[[], int],
         on_failure: Callable[[BaseException], None],
+        before_start: Callable[[], None] = lambda: None,
     ) -> None:
+        """`before_start` is called on the engine's thread."""
         self.snapshot = EngineSnapshot(num_kv_blocks=num_kv_blocks, num_free_kv_blocks=num_kv_blocks)
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._receivers: dict[int, Receiver] = {}
@@ -74,6 +76,7 @@ class EngineThread:
         self._drafter = make_drafter()
         self._num_free_kv_blocks = num_free_kv_blocks
         self._on_failure = on_failure
+        self._before_start = before_start
         self._averages = (0.0, 0.0)
         self._seen_counters = (0, 0, 0, 0)
         self._thread = threading.Thread(target=self._main, name="speculator-engine", daemon=True)
@@ -88,6 +91,14 @@ class EngineThread:
         """Stop after the running step and wait for it."""
         self._commands.put(None)
         self._thread.join()
+
+    def abort(self, error: SpecPoolError) -> None:
+        """End the thread as if a step had failed with `error`."""
+
+        def command() -> None:
+            raise error
+
+        self._commands.put(command)
 
     def connect(self, connection: int, vocab_size: int, receiver: Receiver) -> None:
         """A target's stream was acknowledged."""
@@ -124,10 +135,12 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
+            self._before_start()
             self._loop()
         except BaseException as error:
             _logger.critical("the engine failed", exc_info=error)
-            self._on_failure(EngineFailed(f"the speculator's engine failed: {error!r}"))
+            is_typed = isinstance(error, EngineFailed)
+            self._on_failure(error if is_typed else EngineFailed(f"the speculator's engine failed: {error!r}"))
 
     def _loop(self) -> None:
         worked = False

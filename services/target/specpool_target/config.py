@@ -11,6 +11,7 @@ from specpool.errors import ConfigError
 
 Fallback = Literal["auto", "wait", "backup"]
 CudaGraphs = Literal["auto", "on", "off"]
+StreamPriority = Literal["normal", "high"]
 
 
 def _default_id() -> str:
@@ -45,6 +46,16 @@ class TargetConfig:
     """float32, bfloat16 or float16."""
     device: str = "cpu"
     """Torch device."""
+    device_memory_share: float = 1.0
+    """Share of the GPU's memory for this process, weights and KV cache; below 1 where another process uses it too."""
+    stream_priority: StreamPriority = "normal"
+    """`high`: this process's kernels go first on a GPU that is shared by CUDA's multi-process service."""
+    tensor_parallel: int = 1
+    """Split the model over so many devices of this machine, `device` and those after it, with a process for each."""
+    follower_start_timeout_s: float = 1800.0
+    """`tensor_parallel`: longest that the other processes may take to load their part."""
+    follower_step_timeout_s: float = 120.0
+    """`tensor_parallel`: longest that one forward may take; then this process ends."""
     weights: Literal["plain", "prepacked", "streamed"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
@@ -92,13 +103,19 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that can never work."""
-        for name in ("block_size", "max_batch_size", "max_batch_tokens", "max_lookahead"):
+        for name in ("tensor_parallel", "block_size", "max_batch_size", "max_batch_tokens", "max_lookahead"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("follower_start_timeout_s", "follower_step_timeout_s"):
+            self._check(name, getattr(self, name) > 0, "more than 0")
         for name in (
             *("kv_cache_bytes", "num_kv_blocks", "max_waiting", "max_context", "backup_ngram", "num_threads"),
             *("speculation_deadline_ms", "distribution_deadline_ms", "connect_deadline_ms", "drain_grace_s"),
         ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("device_memory_share", 0 < self.device_memory_share <= 1, "more than 0 and at most 1")
+        self._check("stream_priority", self.stream_priority in get_args(StreamPriority), "normal or high")
+        is_normal = self.stream_priority == "normal"
+        self._check("stream_priority", is_normal or self.tensor_parallel == 1, "normal where tensor_parallel is not 1")
         self._check("trace_sampling_ratio", 0 <= self.trace_sampling_ratio <= 1, "between 0 and 1")
         check_transport_choice(self.distribution_transport)
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))

@@ -152,6 +152,14 @@ class EngineThread(threading.Thread):
         """End every sequence with `error`."""
         self._commands.put(partial(self._fail_all, error))
 
+    def abort(self, error: SpecPoolError) -> None:
+        """End the thread as if a step had failed with `error`."""
+
+        def command() -> None:
+            raise error
+
+        self._commands.put(command)
+
     def stop(self) -> None:
         """End the thread after the running step."""
         self._commands.put(self._stop)
@@ -459,7 +467,11 @@ class EngineThread(threading.Thread):
     def _fail(self, error: Exception) -> None:
         _logger.critical("the engine failed", exc_info=error)
         with self._submitting:
-            self.failure = EngineFailed(f"the target engine failed: {type(error).__name__}: {error}")
+            self.failure = (
+                error
+                if isinstance(error, EngineFailed)
+                else EngineFailed(f"the target engine failed: {type(error).__name__}: {error}")
+            )
         self._take_in_the_last()
         for sequence in self._sequences.values():
             self._outbox.emit(sequence, SequenceUpdate(error=self.failure))

@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any, Final
 
 from specpool.distributions.transport import offered
+from specpool.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
 from specpool.modeling.files import Progress, no_progress
-from specpool.modeling.interface import CausalModel
-from specpool.modeling.loading import load_model
+from specpool.modeling.interface import CausalModel, close_model, watch_model
+from specpool.modeling.loading import load_model, parse_device
 from specpool.modeling.spec import ModelKind, ModelSpec
+from specpool.modeling.tensor_parallel.settings import TensorParallelism, describe_device
 from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
@@ -55,7 +57,7 @@ async def serve(
     set_num_threads(config.num_threads)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     traces = tracing.setup("specpool-target", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
-    model, tokenizer = await asyncio.to_thread(_load, config, on_progress)
+    model, tokenizer, stream = await asyncio.to_thread(_load, config, on_progress)
     info = _model_info(config, model, tokenizer)
     metrics = TargetMetrics(info.name)
     metrics.set_engine(attention_backend=info.attention_backend, dtype=info.dtype, device=info.device)
@@ -65,9 +67,9 @@ async def serve(
         loop=asyncio.get_running_loop(),
         metrics=metrics,
         on_failed=stopping.set,
-        # Torch keeps the number of threads per calling thread.
-        before_start=partial(set_num_threads, config.num_threads),
+        before_start=partial(_prepare_engine_thread, config, model, stream),
     )
+    watch_model(model, engine.abort)
     info.max_context = engine.max_context
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
     receiver = DenseReceiver(
@@ -110,12 +112,27 @@ async def serve(
         await links.close()
         engine.stop()
         await asyncio.to_thread(engine.join, 10.0)
+        await asyncio.to_thread(close_model, model)
         await traces.aclose()
     if engine.failure is not None:
         raise engine.failure
 
 
-def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any]:
+def _prepare_engine_thread(config: TargetConfig, model: CausalModel, stream: Any) -> None:
+    """What torch and CUDA keep per thread."""
+    set_num_threads(config.num_threads)
+    use_stream(model.device, stream)
+
+
+def device_share(config: TargetConfig) -> DeviceShare:
+    """What this process takes of its device."""
+    return DeviceShare(memory=config.device_memory_share, priority=config.stream_priority)
+
+
+def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any, Any]:
+    """Model, tokenizer, and the engine's stream."""
+    await_mps(config.device)
+    stream = open_stream(parse_device(config.device), device_share(config))
     spec = ModelSpec.parse(config.model)
     model = load_model(
         spec,
@@ -123,14 +140,21 @@ def _load(config: TargetConfig, on_progress: Progress) -> tuple[CausalModel, Any
         device=config.device,
         num_blocks=config.num_kv_blocks or None,
         kv_cache_bytes=config.kv_cache_bytes or None,
+        memory_share=config.device_memory_share,
         block_size=config.block_size,
         attention_backend=config.attention_backend,
         weights=config.weights,
         compile_model=config.compile,
         cuda_graphs=config.cuda_graphs,
+        tensor_parallel=TensorParallelism(
+            size=config.tensor_parallel,
+            start_timeout_s=config.follower_start_timeout_s,
+            step_timeout_s=config.follower_step_timeout_s,
+        ),
+        stream=stream,
         on_progress=on_progress,
     )
-    return model, load_tokenizer(spec, on_progress=on_progress)
+    return model, load_tokenizer(spec, on_progress=on_progress), stream
 
 
 def _model_info(config: TargetConfig, model: CausalModel, tokenizer: Any) -> types_pb2.ModelInfo:
@@ -141,7 +165,7 @@ def _model_info(config: TargetConfig, model: CausalModel, tokenizer: Any) -> typ
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         dtype=config.dtype,
         attention_backend=config.attention_backend,
-        device=str(model.device),
+        device=describe_device(model.device, config.tensor_parallel) + describe_sharing(device_share(config)),
     )
 
 

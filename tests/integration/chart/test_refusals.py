@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+SHARED: dict[str, Any] = {"gpu": {"memoryShare": 0.5}}
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"target": {"gpu": {"count": 0}}},
@@ -16,8 +17,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "speculator.device is cpu but speculator.gpu.count is 1: the GPU would stand idle; set the count to 0",
     ),
     (
-        {"target": {"gpu": {"count": 8}}},
-        "target.device is cuda but target.gpu.count is 8: an engine uses one device; raise target.replicas instead",
+        {"target": {"gpu": {"count": 2, "resourceName": "nvidia.com/mig-3g.40gb"}}},
+        "target.gpu.count is 2 but target.gpu.resourceName is nvidia.com/mig-3g.40gb: "
+        "a model cannot be split over MIG slices",
     ),
     (
         {"target": {"device": "cpu", "dtype": "float16", "gpu": {"count": 0}}},
@@ -34,6 +36,46 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"speculator": {"attentionBackend": "flash"}},
         "speculator.attentionBackend is flash but speculator.blockSize is 16: it needs a multiple of 256",
+    ),
+    (
+        {"speculator": {"device": "cpu", "gpu": {"count": 0, "memoryShare": 0.5}}},
+        "speculator.gpu.memoryShare is 0.5 but speculator.device is cpu: only a GPU is shared out",
+    ),
+    (
+        {"colocated": True},
+        "colocated is true but target.gpu.memoryShare is 1 and speculator.gpu.memoryShare is 1: "
+        "together they must be at most 1, for example 0.75 and 0.2",
+    ),
+    (
+        {"colocated": True, "target": SHARED, "speculator": {"device": "cpu", "gpu": {"count": 0}}},
+        "colocated is true but speculator.device is cpu: both engines share one CUDA device",
+    ),
+    (
+        {"colocated": True, "target": {"gpu": {"memoryShare": 0.5, "count": 2}}, "speculator": SHARED},
+        "colocated is true but target.gpu.count is 2: both engines share one GPU",
+    ),
+    (
+        {"colocated": True, "target": SHARED, "speculator": {"gpu": {"memoryShare": 0.5, "resourceName": "other"}}},
+        "colocated is true but target.gpu.resourceName is nvidia.com/gpu and speculator.gpu.resourceName is other: "
+        "name the one resource that the device plugin shares",
+    ),
+    (
+        {"colocated": True, "target": SHARED, "speculator": SHARED | {"replicas": 2}},
+        "colocated is true but speculator.replicas is 2 and target.replicas is 1: each speculator needs a target's GPU",
+    ),
+    (
+        {
+            "colocated": True,
+            "target": SHARED,
+            "speculator": SHARED,
+            "speculation": {"distributionTransport": "nccl"},
+        },
+        "colocated is true but speculation.distributionTransport is nccl: "
+        "NCCL refuses two processes on one GPU, set it to grpc or gloo",
+    ),
+    (
+        {"colocated": True, "target": SHARED, "speculator": SHARED, "fabric": {"profile": "same-node"}},
+        "colocated is true but fabric.profile is same-node: pods that share a GPU are on one node, set it to none",
     ),
     (
         {"speculation": {"fanOut": 16, "rowBudget": 8}},
@@ -113,6 +155,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"extra": 1}, "at '': additional properties 'extra' not allowed"),
     ({"target": {"model": ""}}, "at '/target/model': minLength: got 0, want 1"),
     ({"target": {"replicas": 0}}, "at '/target/replicas': minimum: got 0, want 1"),
+    ({"target": {"gpu": {"memoryShare": 1.5}}}, "at '/target/gpu/memoryShare': maximum: got 1.5, want 1"),
     ({"speculation": {"lookahead": 0}}, "at '/speculation/lookahead': minimum: got 0, want 1"),
     ({"telemetry": {"samplingRatio": 1.5}}, "at '/telemetry/samplingRatio': maximum: got 1.5, want 1"),
     (

@@ -157,6 +157,56 @@ def test_a_fabric_sets_the_sign_of_the_placement(render, profile: str, topology_
         assert pods[component]["containers"][0]["resources"]["limits"] == expected
 
 
+def test_a_model_is_split_over_all_gpus_of_its_pod(render) -> None:
+    pods = workloads(render({"target": {"gpu": {"count": 4}}}))
+    for component, count in {"target": 4, "speculator": 1}.items():
+        (container,) = pods[component]["containers"]
+        environment = {each["name"]: each.get("value") for each in container["env"]}
+        assert environment[f"SPECPOOL_{component.upper()}_TENSOR_PARALLEL"] == str(count)
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": count}
+        mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+        volumes = {each["name"]: each for each in pods[component]["volumes"]}
+        if count > 1:
+            assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+        else:
+            assert "/dev/shm" not in mounts
+
+
+def test_colocated_pods_share_a_node_and_divide_its_gpu(render) -> None:
+    values = yaml.safe_load((CHART / "ci" / "colocated-values.yaml").read_text())
+    pods = workloads(render(values))
+    shares = {
+        "target": {"DEVICE_MEMORY_SHARE": "0.75", "STREAM_PRIORITY": "high"},
+        "speculator": {"DEVICE_MEMORY_SHARE": "0.2"},
+    }
+    for component, expected in shares.items():
+        (container,) = pods[component]["containers"]
+        environment = {each["name"]: each.get("value") for each in container["env"]}
+        for name, value in expected.items():
+            assert environment[f"SPECPOOL_{component.upper()}_{name}"] == value
+        assert container["resources"]["limits"] == {"nvidia.com/gpu.shared": 1}
+        apart = pods[component]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert [component_of(term) for term in apart] == [component]
+    beside = pods["speculator"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert [component_of(term) for term in beside] == ["target"]
+    assert "podAffinity" not in pods["target"]["affinity"], "a target must be able to come first"
+
+
+def component_of(term: dict[str, Any]) -> str:
+    """Of the pods that an affinity on a node is about."""
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    component: str = term["labelSelector"]["matchLabels"]["app.kubernetes.io/component"]
+    return component
+
+
+def test_pods_that_are_not_colocated_have_their_gpus_to_themselves(render) -> None:
+    pods = workloads(render())
+    for component in ("target", "speculator"):
+        environment = {each["name"]: each.get("value") for each in pods[component]["containers"][0]["env"]}
+        assert environment[f"SPECPOOL_{component.upper()}_DEVICE_MEMORY_SHARE"] == "1"
+        assert "affinity" not in pods[component]
+
+
 def test_cpu_engines_ask_for_no_gpu_and_keep_their_limits(render) -> None:
     values = yaml.safe_load((CHART / "ci" / "cpu-values.yaml").read_text())
     values["target"]["resources"] = {"limits": {"memory": "9Gi"}}

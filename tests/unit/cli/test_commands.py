@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -43,6 +44,11 @@ def specpool(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("generate", "x", "--endpoint", "h:1", "--max-tokens", "-1"), 2, "max_tokens cannot be -1"),
         (("generate", "x", "--endpoint", "h:1", "--logit-bias", "a=b"), 2, "expected TOKEN_ID=BIAS"),
         (("up",), 2, "error: CONFIG_INVALID: target is required: give --target MODEL"),
+        (
+            ("up", "--target", "toy", "--draft", "toy", "--colocated", "true", "--device", "cpu"),
+            2,
+            "error: COLOCATION_UNAVAILABLE: colocated needs one CUDA device, and device is cpu",
+        ),
         (("up", "--tagret", "x"), 2, "error: CONFIG_INVALID: unrecognized arguments: --tagret x"),
         (("up", "--target", "toy", "--targets", "0"), 2, "targets must be at least 1, got 0"),
         (("up", "--target", "toy", "--affinity", "gpu=1"), 2, "affinity names 'gpu'; known: target, speculator"),
@@ -157,6 +163,69 @@ def test_affinity_sets_cores_and_threads(tmp_path: Path) -> None:
     assert flag(made.speculator.command, "num-threads") == "1"
     with pytest.raises(InvalidArgument, match="cores such as 0,1 or 0-3, got '3-1'"):
         parse_affinity("target=3-1", 1)
+
+
+def devices(config: UpConfig, run_directory: Path) -> list[str | None]:
+    """Of every target, and of the speculator."""
+    made = make_plan(config, settings_file=None, run_directory=run_directory)
+    assert made.speculator is not None
+    return [flag(child.command, "device") for child in (*made.targets, made.speculator)]
+
+
+def test_split_targets_have_devices_of_their_own(tmp_path: Path) -> None:
+    pair = {"target": "toy", "draft": "toy", "targets": 2, "tensor_parallel": 2}
+    assert devices(UpConfig(**pair, device="cuda"), tmp_path) == ["cuda:0", "cuda:2", "cuda:4"]
+    assert devices(UpConfig(**pair, device="cuda:1", draft_device="cpu"), tmp_path) == ["cuda:1", "cuda:3", "cpu"]
+    assert devices(UpConfig(**pair, device="cpu"), tmp_path) == ["cpu"] * 3
+    assert devices(UpConfig(**pair), tmp_path) == [None] * 3
+    whole = UpConfig(target="toy", draft="toy", targets=2, device="cuda")
+    assert devices(whole, tmp_path) == ["cuda"] * 3
+    target = make_plan(UpConfig(**pair), settings_file=None, run_directory=tmp_path).targets[0]
+    assert flag(target.command, "tensor-parallel") == "2"
+    with pytest.raises(InvalidArgument, match="unknown device 'cuda:x'"):
+        devices(UpConfig(**pair, device="cuda:x"), tmp_path)
+
+
+COLOCATED: dict[str, Any] = {"target": "toy", "draft": "toy", "colocated": True, "device": "cuda"}
+
+
+def test_colocated_engines_have_their_shares_of_one_gpu(tmp_path: Path) -> None:
+    made = make_plan(UpConfig(**COLOCATED, draft_sm_share=0.25), settings_file=None, run_directory=tmp_path)
+    assert made.speculator is not None
+    target, draft = made.targets[0].command, made.speculator.command
+    assert [flag(command, "device") for command in (target, draft)] == ["cuda", "cuda"]
+    assert [flag(command, "device-memory-share") for command in (target, draft)] == ["0.75", "0.2"]
+    assert [flag(command, "stream-priority") for command in (target, draft)] == ["high", "normal"]
+    assert flag(draft, "sm-share") == "0.25"
+    assert service.resolve_config("target", target[4:])[0].stream_priority == "high"
+    assert service.resolve_config("speculator", draft[4:])[0].sm_share == 0.25
+    apart = make_plan(UpConfig(target="toy", draft="toy"), settings_file=None, run_directory=tmp_path)
+    assert apart.speculator is not None
+    for command in (apart.targets[0].command, apart.speculator.command):
+        assert not [part for part in command if "share" in part or "priority" in part]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"device": "cpu"}, "colocated needs one CUDA device, and device is cpu"),
+        ({"device": ""}, "colocated needs one CUDA device, and device is not given"),
+        ({"device": "cuda:x"}, "colocated needs one CUDA device, and device is cuda:x"),
+        ({"draft": "none"}, "colocated needs a draft"),
+        ({"targets": 2}, "colocated is for one target, and targets is 2"),
+        ({"tensor_parallel": 2}, "colocated uses one device, and each target 2"),
+        ({"draft_device": "cpu"}, "colocated puts both on cuda, and draft_device is cpu"),
+        ({"distribution_transport": "auto"}, "and distribution_transport is auto: set grpc or gloo"),
+        ({"memory_share": 0.9}, "memory_share and draft_memory_share add up to 1.1"),
+        ({"draft_sm_share": 0.0}, "draft_sm_share must be more than 0 and at most 1, got 0"),
+        ({"colocated": False, "memory_share": 0.5}, "memory_share is 0.5, which only colocated uses"),
+    ],
+)
+def test_what_contradicts_one_gpu_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        UpConfig(**(COLOCATED | settings))
+    is_range = "must be" in words or "only colocated" in words
+    assert caught.value.reason == ("CONFIG_INVALID" if is_range else "COLOCATION_UNAVAILABLE")
 
 
 @pytest.mark.parametrize(("cores", "targets", "expected"), [(2, 1, (1, 1)), (16, 1, (12, 4)), (16, 3, (4, 4))])

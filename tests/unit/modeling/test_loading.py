@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specpool.errors import ConfigError, InvalidArgument, ModelNotFound
-from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model, linear, native
+from specpool.modeling import ModelSpec, Segment, SequenceKV, linear, load_model, native
 from specpool.modeling.linear import (
     FusedLinear,
     Int8Linear,
@@ -186,15 +186,16 @@ def test_a_streamed_model_computes_what_the_plain_one_does(directory: Path) -> N
     model = load_model(str(directory), dtype="bfloat16", num_blocks=16, weights="streamed")
     plain = load_model(str(directory), dtype="bfloat16", num_blocks=16)
     tokens = list(range(20))
-    together = logits_of(model, tokens)
-    torch.testing.assert_close(together, logits_of(plain, tokens), atol=0.05, rtol=0.05)
-    kv = SequenceKV(model.pool)
-    alone = [model.forward([Segment(kv=kv, tokens=[token], num_logits=1)]) for token in tokens]
-    torch.testing.assert_close(torch.cat(alone), together, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(logits_of(model, tokens), logits_of(plain, tokens), atol=0.05, rtol=0.05)
+    one_by_one = []
+    for each in (model, plain):
+        kv = SequenceKV(each.pool)
+        one_by_one.append(torch.cat([each.forward([Segment(kv=kv, tokens=[token], num_logits=1)]) for token in tokens]))
+    torch.testing.assert_close(*one_by_one, atol=0.05, rtol=0.05)
 
 
 def test_streamed_weights_need_bfloat16(directory: Path) -> None:
-    with pytest.raises(InvalidArgument, match="'streamed' cannot be used: it needs bfloat16, not torch.float32"):
+    with pytest.raises(InvalidArgument, match=r"'streamed' cannot be used: it needs bfloat16, not torch\.float32"):
         load_model(str(directory), dtype="float32", weights="streamed")
 
 
@@ -202,7 +203,7 @@ def test_streamed_weights_need_bfloat16(directory: Path) -> None:
 def test_without_a_compiler_streamed_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_compiler", lambda: None)
     monkeypatch.setattr(linear, "load_library", native.load_library.__wrapped__)
-    with pytest.raises(ConfigError, match="install g\\+\\+, or use another weights format"):
+    with pytest.raises(ConfigError, match=r"install g\+\+, or use another weights format"):
         StreamedLinear(torch.nn.Linear(4, 4, dtype=torch.bfloat16))
 
 

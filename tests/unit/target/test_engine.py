@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from specpool.errors import ContextLengthExceeded, EngineFailed, KVCacheFull, TargetUnavailable
+from specpool.errors import ContextLengthExceeded, EngineFailed, FollowerLost, KVCacheFull, TargetUnavailable
 from specpool_target.sequence import FinishReason
 
 GREEDY = {"temperature": 0.0}
@@ -208,6 +208,16 @@ async def test_failure_of_the_model_ends_every_sequence_with_a_typed_error(bench
     assert str(result.error) == "the target engine failed: RuntimeError: no memory"
     with pytest.raises(EngineFailed):
         bench.submit(request_for("b", [1, 2]))
+
+
+async def test_an_idle_engine_ends_when_its_model_is_lost(bench_for, request_for):
+    bench = bench_for()
+    await bench.run(request_for("a", [1, 2, 3]))
+    bench.engine.abort(FollowerLost("rank 1 is gone"))
+    await asyncio.to_thread(bench.engine.join, 10)
+    assert isinstance(bench.engine.failure, FollowerLost)
+    with pytest.raises(FollowerLost, match="rank 1 is gone"):
+        bench.submit(request_for("b", [1, 2, 3]))
 
 
 async def test_failure_reaches_sequences_that_were_still_in_the_queue(bench_for, request_for):

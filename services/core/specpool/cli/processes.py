@@ -10,6 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from specpool.cli.colocation import (
+    DRAFT_MEMORY_SHARE,
+    MEMORY_SHARE,
+    check_colocation,
+    speculator_share,
+    target_share,
+)
 from specpool.cli.supervisor import ChildSpec
 from specpool.distributions.choices import check_transport_choice
 from specpool.errors import ConfigError, InvalidArgument
@@ -37,7 +44,18 @@ class UpConfig:
     device: str = ""
     """Torch device of the targets; empty for the services' default."""
     draft_device: str = ""
-    """Torch device of the draft; empty: as `device`."""
+    """Torch device of the draft; empty: as `device`, or the one after those of the targets if they are several."""
+    tensor_parallel: int = 1
+    """Devices that each target is split over: those from `device` on, the next target's behind them."""
+    colocated: bool = False
+    """Target and draft on one GPU, which must be given as `device`: each has its share of the memory, and the target's
+    kernels go first. Start `nvidia-cuda-mps-control -d` before, or they compute in turns."""
+    memory_share: float = MEMORY_SHARE
+    """`colocated`: the target's share of the GPU's memory, weights and KV cache."""
+    draft_memory_share: float = DRAFT_MEMORY_SHARE
+    """`colocated`: the draft's share of the GPU's memory."""
+    draft_sm_share: float = 1.0
+    """`colocated`: share of the GPU's multiprocessors that draft steps use; below 1 it needs green contexts and MPS."""
     weights: str = ""
     """Weight format of the targets: plain, prepacked or streamed."""
     draft_weights: str = ""
@@ -77,6 +95,7 @@ class UpConfig:
             raise ConfigError("target is required: give --target MODEL", metadata={"field": "target"})
         for name, least in (
             ("targets", 1),
+            ("tensor_parallel", 1),
             ("lookahead", 0),
             ("row_budget", 0),
             ("fan_out", 0),
@@ -89,6 +108,7 @@ class UpConfig:
         if self.distribution_transport:
             check_transport_choice(self.distribution_transport)
         parse_affinity(self.affinity, self.targets)
+        check_colocation(self)
 
     @property
     def has_speculator(self) -> bool:
@@ -127,7 +147,7 @@ def make_plan(config: UpConfig, *, settings_file: Path | None, run_directory: Pa
     if config.has_speculator:
         speculator = _engine("speculator", "speculator", ports[-1], config, affinity, settings_file)
     targets = tuple(
-        _engine("target", f"target-{index}", ports[index], config, affinity, settings_file)
+        _engine("target", f"target-{index}", ports[index], config, affinity, settings_file, index)
         for index in range(config.targets)
     )
     store, store_url = _store(config, run_directory)
@@ -153,6 +173,7 @@ def _engine(
     config: UpConfig,
     affinity: Mapping[str, tuple[int, ...]],
     settings_file: Path | None,
+    index: int = 0,
 ) -> ChildSpec:
     cores = affinity.get(name) or affinity.get(role)
     threads = len(cores) if cores else default_threads(role, config, num_cores())
@@ -160,7 +181,7 @@ def _engine(
     flags = {
         "id": name,
         "listen": endpoint,
-        **(_target_flags(config) if role == "target" else _speculator_flags(config)),
+        **(_target_flags(config, index) if role == "target" else _speculator_flags(config)),
         "max-lookahead": str(config.lookahead) if config.lookahead else None,
         "otlp-endpoint": config.otlp_endpoint or None,
         "compile": "true" if config.compile else None,
@@ -173,25 +194,38 @@ def _engine(
     return ChildSpec(name=name, command=command, environment=environment, endpoint=endpoint)
 
 
-def _target_flags(config: UpConfig) -> dict[str, str | None]:
+def _target_flags(config: UpConfig, index: int) -> dict[str, str | None]:
     return {
         "model": resolve_model(config.target),
         "dtype": config.dtype or None,
-        "device": config.device or None,
+        "device": _device_of_target(config, index) or None,
+        "tensor-parallel": str(config.tensor_parallel) if config.tensor_parallel > 1 else None,
         "weights": config.weights or None,
         "distribution-transport": config.distribution_transport or None,
+        **target_share(config),
     }
+
+
+def _device_of_target(config: UpConfig, index: int) -> str:
+    """First device of a target; of `config.targets`, the first one that no target has."""
+    kind, _, first = config.device.partition(":")
+    if config.tensor_parallel == 1 or kind != "cuda":
+        return config.device
+    if first and not first.isdecimal():
+        raise InvalidArgument(f"unknown device {config.device!r}; accepted: cpu, cuda, cuda:N")
+    return f"cuda:{int(first or 0) + index * config.tensor_parallel}"
 
 
 def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
     return {
         "model": resolve_model(config.draft),
         "dtype": config.draft_dtype or config.dtype or None,
-        "device": config.draft_device or config.device or None,
+        "device": config.draft_device or _device_of_target(config, config.targets) or None,
         "weights": config.draft_weights or None,
         "draft-vocab-size": str(config.draft_vocab_size) if config.draft_vocab_size else None,
         "row-budget": str(config.row_budget) if config.row_budget else None,
         "fan-out-budget": str(config.fan_out) if config.fan_out else None,
+        **speculator_share(config),
     }
 
 

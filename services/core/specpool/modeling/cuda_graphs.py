@@ -9,7 +9,7 @@ logits are computed for as many rows as there are tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -117,13 +117,21 @@ class BucketedForward:
 class GraphedForward(BucketedForward):
     """The same as CUDA graphs, all captured at the start, over one pool of memory."""
 
-    def __init__(self, model: TransformersModel, on_progress: Progress, buckets: Sequence[int] = BUCKETS) -> None:
-        """Capture.
+    def __init__(
+        self,
+        model: TransformersModel,
+        on_progress: Progress,
+        buckets: Sequence[int] = BUCKETS,
+        *,
+        stream: Any = None,
+    ) -> None:
+        """Capture, on `stream` where one is given: kernels of a graph keep its priority.
 
         Raises:
             InvalidArgument: MODEL_UNSUPPORTED if the model's code does what a graph cannot hold.
         """
         super().__init__(model, buckets)
+        self._stream = stream or torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call, unused-ignore]
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         keys = [(bucket, shares) for bucket in reversed(self.buckets) for shares in (False, True)]
         for done, key in enumerate(keys):
@@ -142,16 +150,15 @@ class GraphedForward(BucketedForward):
 
         self.forward.fill([], PackedInputs())
         current = torch.cuda.current_stream(model.device)
-        stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call, unused-ignore]
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(_NUM_WARM_UPS):
                 self.forward.compute(num_tokens, shares=shares)
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((captured.pool() for captured, _ in self._graphs.values()), None)
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 logits = self.forward.compute(num_tokens, shares=shares)
         except RuntimeError as error:
             raise InvalidArgument(
@@ -164,10 +171,10 @@ class GraphedForward(BucketedForward):
 
 
 @torch.inference_mode()
-def capture_graphs(model: TransformersModel, on_progress: Progress) -> None:
+def capture_graphs(model: TransformersModel, on_progress: Progress, stream: Any = None) -> None:
     """Give `model` its graphs; takes seconds."""
     with torch.cuda.device(model.device):
-        model.graphs = GraphedForward(model, on_progress)
+        model.graphs = GraphedForward(model, on_progress, stream=stream)
 
 
 def _refused(message: str, value: str) -> InvalidArgument:

@@ -5,14 +5,14 @@ Shapes: T = tokens of all segments together, V = vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from specpool.errors import ContextLengthExceeded, InvalidArgument
+from specpool.errors import ContextLengthExceeded, InvalidArgument, SpecPoolError
 from specpool.modeling.paged_kv import BlockPool, SequenceKV
 
 
@@ -43,6 +43,31 @@ class CausalModel(Protocol):
         or `ContextLengthExceeded` before anything changed.
         """
         ...
+
+
+@runtime_checkable
+class DistributedModel(CausalModel, Protocol):
+    """A model whose forward needs other processes too."""
+
+    def on_lost(self, listener: Callable[[SpecPoolError], None]) -> None:
+        """Call `listener` from another thread, once, when the model cannot go on, also while nothing is computed."""
+        ...
+
+    def close(self) -> None:
+        """End the other processes; no forward may run or come after."""
+        ...
+
+
+def watch_model(model: CausalModel, listener: Callable[[SpecPoolError], None]) -> None:
+    """Have `listener` told when a model is lost; one that lives in this process alone never is."""
+    if isinstance(model, DistributedModel):
+        model.on_lost(listener)
+
+
+def close_model(model: CausalModel) -> None:
+    """End what a model started besides itself."""
+    if isinstance(model, DistributedModel):
+        model.close()
 
 
 def check_segments(segments: Sequence[Segment], *, max_context: int, vocab_size: int) -> None:

@@ -6,8 +6,8 @@ Formats:
     streamed   same numbers in bfloat16 for a kernel of our own, which reads them as one stream; for AVX-512 bf16
     int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
 
-In all but the first, layers of one parent that read the same input become one product: with few rows, a layer costs about as
-much to start as to read.
+In all but the first, layers of one parent that read the same input become one product: with few rows, a layer costs
+about as much to start as to read.
 
 Shapes: M = rows, I = input features, O = output features.
 """
@@ -135,7 +135,7 @@ def _in_blocks(weight: Tensor) -> Tensor:  # [O, I] -> flat [O / 64, I / 2, 64, 
     num_blocks, num_pairs = -(-out_features // _STREAMED_BLOCK), -(-in_features // 2)
     packed = empty_in_huge_pages(num_blocks * num_pairs * _STREAMED_BLOCK * 2, weight.dtype)
     blocks = packed.view(num_blocks, num_pairs, _STREAMED_BLOCK, 2)
-    for block, rows in zip(blocks, weight.split(_STREAMED_BLOCK), strict=True):
+    for block, rows in zip(blocks, torch.split(weight, _STREAMED_BLOCK), strict=True):
         filled = F.pad(rows, (0, in_features % 2, 0, _STREAMED_BLOCK - rows.shape[0]))
         block.copy_(filled.view(_STREAMED_BLOCK, num_pairs, 2).transpose(0, 1))
     return packed

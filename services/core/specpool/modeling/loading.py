@@ -12,12 +12,15 @@ from specpool.errors import InvalidArgument
 from specpool.modeling.attention import get_backend
 from specpool.modeling.compiling import compile_decoder
 from specpool.modeling.cuda_graphs import capture_graphs, wants_graphs
+from specpool.modeling.device_sharing import limit_memory
 from specpool.modeling.files import Progress, no_progress, quiet_transformers, resolve_model_directory
 from specpool.modeling.interface import CausalModel
+from specpool.modeling.kv_budget import KVBudget
 from specpool.modeling.linear import check_weight_format, convert_linears
 from specpool.modeling.model import KVGeometry, TransformersModel
 from specpool.modeling.paged_kv import BlockPool
 from specpool.modeling.spec import ModelKind, ModelSpec
+from specpool.modeling.tensor_parallel.settings import SINGLE, TensorParallelism, check_tensor_parallel
 from specpool.modeling.toy import DraftTable, RandomModel, ToyModel, ToyTable
 from specpool.modeling.vocabulary import keep_frequent_tokens
 
@@ -26,9 +29,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CPU_KV_CACHE_BYTES = 1 << 30
-GPU_KV_CACHE_SHARE = 0.85
-"""Of the memory that is free after the weights are loaded."""
 TOY_NUM_BLOCKS = 4096
 
 
@@ -39,6 +39,7 @@ def load_model(
     device: str = "cpu",
     num_blocks: int | None = None,
     kv_cache_bytes: int | None = None,
+    memory_share: float = 1.0,
     block_size: int = 16,
     attention_backend: str = "sdpa",
     weights: str = "plain",
@@ -46,40 +47,70 @@ def load_model(
     cuda_graphs: str = "auto",
     num_frequent_tokens: int = 0,
     other_tokens: Iterable[int] = (),
+    tensor_parallel: TensorParallelism = SINGLE,
+    stream: Any = None,
     on_progress: Progress = no_progress,
 ) -> CausalModel:
     """Load a model and allocate its KV cache of `num_blocks`, or of `kv_cache_bytes`, or of the default size.
 
+    `memory_share` is what this process may use of a GPU's memory, and `stream` the one on which forwards will be
+    called, if it is not the usual one: see `specpool.modeling.device_sharing`.
     `weights` is a format of `specpool.modeling.linear`. With `num_frequent_tokens` the head knows only that many first
     tokens and `other_tokens`, see `specpool.modeling.vocabulary`. `compile_model` compiles the decoder, see
     `specpool.modeling.compiling`; `cuda_graphs` is auto, on or off, see `specpool.modeling.cuda_graphs`. Models without
-    weights ignore all of these.
+    weights ignore all of these. With `tensor_parallel` the model is split over processes, see
+    `specpool.modeling.tensor_parallel`: what it returns is a `DistributedModel`, and the sizes are those of each part.
     """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
     backend = get_backend(attention_backend)
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
     check_weight_format(weights, dtype=torch_dtype, device=torch_device)
+    budget = KVBudget(num_blocks=num_blocks, num_bytes=kv_cache_bytes, block_size=block_size, memory_share=memory_share)
+    if tensor_parallel.size > 1:
+        check_tensor_parallel(
+            spec,
+            tensor_parallel,
+            device=torch_device,
+            weights=weights,
+            compile_model=compile_model,
+            cuda_graphs=cuda_graphs,
+            num_frequent_tokens=num_frequent_tokens,
+        )
+        backend.check(dtype=torch_dtype, device=torch_device, block_size=block_size)
+        from specpool.modeling.tensor_parallel.leader import load_tensor_parallel  # it loads its part from here
+
+        return load_tensor_parallel(
+            spec,
+            tensor_parallel,
+            dtype=torch_dtype,
+            device=torch_device,
+            backend=attention_backend,
+            budget=budget,
+            on_progress=on_progress,
+        )
     if spec.kind is ModelKind.TOY:
         return _toy(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size))
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
+    limit_memory(torch_device, memory_share)
     with_graphs = wants_graphs(cuda_graphs, backend, torch_device)
     backend.check(dtype=torch_dtype, device=torch_device, block_size=block_size)
-    model = _transformers_model(spec, torch_dtype, torch_device, on_progress)
+    directory = resolve_model_directory(spec.source, on_progress)
+    on_progress("load", 0, 1)
+    model = read_model(spec, directory, torch_dtype).to(torch_device)
+    on_progress("load", 1, 1)
     if num_frequent_tokens:
         keep_frequent_tokens(model, num_frequent_tokens, other_tokens)
     convert_linears(model, weights, on_progress)
     on_progress("allocate", 0, 1)
-    if num_blocks is None:
-        geometry = KVGeometry.of(model.config.get_text_config())
-        budget = kv_cache_bytes or _default_kv_cache_bytes(torch_device)
-        num_blocks = _blocks_in(budget, geometry.bytes_per_token(torch_dtype) * block_size)
-    result = TransformersModel(model, pool=BlockPool(num_blocks, block_size), backend=backend)
+    bytes_per_token = KVGeometry.of(model.config.get_text_config()).bytes_per_token(torch_dtype)
+    pool = BlockPool(budget.blocks(bytes_per_token, torch_device), block_size)
+    result = TransformersModel(model, pool=pool, backend=backend)
     on_progress("allocate", 1, 1)
     if compile_model:
         compile_decoder(result, on_progress)
     if with_graphs:
-        capture_graphs(result, on_progress)
+        capture_graphs(result, on_progress, stream)
     return result
 
 
@@ -102,22 +133,6 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidArgument(f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices are visible")
     return device
-
-
-def _blocks_in(budget_bytes: int, block_bytes: int) -> int:
-    if budget_bytes < block_bytes:
-        raise InvalidArgument(
-            f"kv_cache_bytes {budget_bytes} is less than one block of {block_bytes} bytes",
-            metadata={"field": "kv_cache_bytes", "value": budget_bytes},
-        )
-    return budget_bytes // block_bytes
-
-
-def _default_kv_cache_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return CPU_KV_CACHE_BYTES
-    num_free_bytes, _ = torch.cuda.mem_get_info(device)
-    return int(num_free_bytes * GPU_KV_CACHE_SHARE)
 
 
 def _toy(spec: ModelSpec, pool: BlockPool) -> ToyModel:
@@ -145,11 +160,12 @@ def _random(spec: ModelSpec, pool: BlockPool, on_progress: Progress) -> RandomMo
     if like.kind is not ModelKind.TRANSFORMERS:
         model = load_model(like, num_blocks=1)
         return RandomModel(model.vocab_size, pool, max_context=model.max_context)
-    config = _config(like, resolve_model_directory(like.source, on_progress)).get_text_config()
+    config = read_config(like, resolve_model_directory(like.source, on_progress)).get_text_config()
     return RandomModel(config.vocab_size, pool, max_context=config.max_position_embeddings)
 
 
-def _config(spec: ModelSpec, directory: Path) -> Any:
+def read_config(spec: ModelSpec, directory: Path) -> Any:
+    """The `transformers` configuration of a model, with the layers that are asked for."""
     from transformers import AutoConfig
 
     try:
@@ -174,19 +190,16 @@ def _keep_first_layers(spec: ModelSpec, config: Any) -> None:
         config.layer_types = config.layer_types[: spec.num_layers]
 
 
-def _transformers_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device, on_progress: Progress) -> Any:
+def read_model(spec: ModelSpec, directory: Path, dtype: torch.dtype, *, distributed_config: Any = None) -> Any:
+    """The `transformers` model; with `distributed_config` (collectively) this rank's part, on its device."""
     from transformers import AutoModelForCausalLM
 
-    directory = resolve_model_directory(spec.source, on_progress)
-    config = _config(spec, directory)
-    on_progress("load", 0, 1)
+    config = read_config(spec, directory)
+    extra = {} if distributed_config is None else {"distributed_config": distributed_config}
     try:
         with quiet_transformers():  # it would report the layers left out on purpose
-            model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **extra)
     except (ValueError, OSError) as error:
         raise InvalidArgument(
             f"cannot load the weights of {spec.text!r}: {error}", reason="MODEL_UNSUPPORTED"
         ) from error
-    model = model.to(device)
-    on_progress("load", 1, 1)
-    return model

@@ -29,6 +29,9 @@ from specpool.modeling.paged_kv import BlockPool, reserve_all
 PAGED_ATTENTION = "specpool_paged"
 """Name under which `transformers` finds our attention. No mask function is registered for it: it builds no masks."""
 
+Copies = tuple[list[int], list[int]]
+"""Blocks to copy, as sources and destinations: all are read before any is written."""
+
 _running = threading.local()
 """`step`: the forward that runs in this thread. An operator takes tensors and numbers only, so it looks here."""
 
@@ -130,9 +133,11 @@ class TransformersModel:
         pool: BlockPool,
         backend: AttentionBackend,
         max_context: int | None = None,
+        num_shards: int = 1,
     ) -> None:
+        """`model` holds one of `num_shards` equal parts of the heads, and so does its KV cache."""
         config: Any = model.config.get_text_config()
-        geometry = KVGeometry.of(config)
+        geometry = KVGeometry.of(config, num_shards)
         backend.check(dtype=model.dtype, device=model.device, block_size=pool.block_size, head_dim=geometry.head_dim)
         self.model = model.eval()
         model.set_attn_implementation(PAGED_ATTENTION)
@@ -155,18 +160,26 @@ class TransformersModel:
             device=self.device,
         )
 
-    @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Logits [sum of num_logits, V] float32."""
-        check_segments(segments, max_context=self.max_context, vocab_size=self.vocab_size)
-        reserve_all(self.pool, ((segment.kv, len(segment.tokens)) for segment in segments))
-        sources, destinations = self.pool.take_copies()
-        if destinations:
-            self.storage.copy_blocks(sources, destinations)
-        logits = self._run(segments)
+        logits = self.execute(segments, self.reserve(segments))
         for segment in segments:
             segment.kv.advance(len(segment.tokens))
         return logits
+
+    def reserve(self, segments: Sequence[Segment]) -> Copies:
+        """Check the segments and make room for them; returns the copies of blocks that this makes necessary."""
+        check_segments(segments, max_context=self.max_context, vocab_size=self.vocab_size)
+        reserve_all(self.pool, ((segment.kv, len(segment.tokens)) for segment in segments))
+        return self.pool.take_copies()
+
+    @torch.inference_mode()
+    def execute(self, segments: Sequence[Segment], copies: Copies) -> Tensor:
+        """Logits [sum of num_logits, V] float32 of segments that have room. Reads block tables, changes none."""
+        sources, destinations = copies
+        if destinations:
+            self.storage.copy_blocks(sources, destinations)
+        return self._run(segments)
 
     def _run(self, segments: Sequence[Segment]) -> Tensor:
         packed = _pack(segments)
@@ -238,14 +251,14 @@ class KVGeometry:
         self.head_dim = head_dim
 
     @classmethod
-    def of(cls, config: Any) -> KVGeometry:
-        """Read it from a `transformers` text configuration."""
+    def of(cls, config: Any, num_shards: int = 1) -> KVGeometry:
+        """Read it from a `transformers` text configuration, for one of `num_shards` equal parts of the heads."""
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
             raise unsupported(config, "its configuration names no attention heads")
         return cls(
             num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // num_shards,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
 
