@@ -59,7 +59,7 @@ class SpeculatorConfig:
     """`tensor_parallel`: longest that the other processes may take to load their part."""
     follower_step_timeout_s: float = 120.0
     """`tensor_parallel`: longest that one forward may take; then this process ends."""
-    weights: Literal["plain", "prepacked", "streamed", "int8"] = "plain"
+    weights: Literal["plain", "prepacked", "streamed", "int8", "int4"] = "plain"
     """How linear layers hold their weights."""
     compile: bool = False
     """Compile the decoder: faster steps, a start that takes a minute longer the first time."""
@@ -133,7 +133,7 @@ class SpeculatorConfig:
         policies = get_args(FanOutPolicy)
         self._check("fan_out_policy", self.fan_out_policy in policies, ", ".join(policies))
         self._check("cuda_graphs", self.cuda_graphs in get_args(CudaGraphs), ", ".join(get_args(CudaGraphs)))
-        formats = ("plain", "prepacked", "streamed", "int8")
+        formats = ("plain", "prepacked", "streamed", "int8", "int4")
         self._check("weights", self.weights in formats, ", ".join(formats))
         is_high, is_split = self.stream_priority == "high", self.tensor_parallel > 1
         self._check("sm_share", self.sm_share == 1 or not is_high, "1 where stream_priority is high")

@@ -9,16 +9,20 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specpool.errors import ConfigError, InvalidArgument, ModelNotFound
-from specpool.modeling import ModelSpec, Segment, SequenceKV, linear, load_model, native
+from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model, native
 from specpool.modeling.linear import (
     FusedLinear,
+    Int4Linear,
     Int8Linear,
     LinearPart,
     PrepackedLinear,
     StreamedLinear,
     can_stream,
+    can_use_int4,
     convert_linears,
+    streamed,
 )
+from specpool.modeling.linear.int4 import round_to_4_bits
 from specpool.modeling.model import TransformersModel
 from specpool.modeling.spec import ModelKind
 from specpool.modeling.vocabulary import keep_frequent_tokens
@@ -27,6 +31,9 @@ VOCAB_SIZE = 61
 
 needs_streaming = pytest.mark.skipif(
     not can_stream(torch.bfloat16) or not native.has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
+)
+needs_int4 = pytest.mark.skipif(
+    not can_use_int4() or not native.has_compiler(), reason="needs AVX-512 VNNI and a C++ compiler"
 )
 
 
@@ -98,7 +105,7 @@ def test_bad_options_name_the_accepted_ones(directory: Path) -> None:
         load_model(str(directory), dtype="int3")
     with pytest.raises(InvalidArgument, match="unknown device 'tpu9'"):
         load_model(str(directory), device="tpu9")
-    with pytest.raises(InvalidArgument, match="'int5' cannot be used: accepted: plain, prepacked, streamed, int8"):
+    with pytest.raises(InvalidArgument, match=r"'int5' cannot be used: accepted: plain, .*, int8, int4"):
         load_model(str(directory), weights="int5")
     with pytest.raises(InvalidArgument, match="kv_cache_bytes 10 is less than one block"):
         load_model(str(directory), kv_cache_bytes=10)
@@ -194,6 +201,37 @@ def test_a_streamed_model_computes_what_the_plain_one_does(directory: Path) -> N
     torch.testing.assert_close(*one_by_one, atol=0.05, rtol=0.05)
 
 
+@needs_int4
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 128), (100, 45), (31, 17)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_int4_products_are_those_of_the_rounded_weights(in_features: int, out_features: int, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(in_features, out_features, bias=has_bias)
+    x = torch.randn(1, 13, in_features)
+    x[0, 0] *= 100  # a row of large values must not cost the others their precision
+    padded = torch.nn.functional.pad(layer.weight.detach(), (0, -in_features % 32))
+    values, scales = round_to_4_bits(padded.view(out_features, -1, 32))
+    rounded = (values * scales.float()[..., None]).flatten(1)[:, :in_features]
+    with torch.inference_mode():
+        packed = Int4Linear(layer)
+        actual, exact = packed(x)[0], layer(x)[0]
+        expected = torch.nn.functional.linear(x[0], rounded, layer.bias)
+        assert all(packed(x[:, :num_rows])[0].equal(actual[:num_rows]) for num_rows in range(1, 14))
+    norm = expected.norm(dim=1)
+    assert ((actual - expected).norm(dim=1) / norm).max() < 0.02, "inputs are rounded to 8 bits"
+    assert ((actual - exact).norm(dim=1) / norm).max() < 0.15, "weights to 4"
+
+
+def test_rounding_to_4_bits_takes_any_weights() -> None:
+    groups = torch.zeros(4, 32)
+    groups[1] = 3.0
+    groups[2, 5] = -1e-30
+    groups[3] = torch.linspace(-1, 0.5, 32)
+    values, scales = round_to_4_bits(groups)
+    assert -8 <= values.min() <= values.max() <= 7
+    torch.testing.assert_close(values * scales.float()[:, None], groups, atol=0.07, rtol=0)
+
+
 def test_streamed_weights_need_bfloat16(directory: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"'streamed' cannot be used: it needs bfloat16, not torch\.float32"):
         load_model(str(directory), dtype="float32", weights="streamed")
@@ -202,7 +240,7 @@ def test_streamed_weights_need_bfloat16(directory: Path) -> None:
 @needs_streaming
 def test_without_a_compiler_streamed_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_compiler", lambda: None)
-    monkeypatch.setattr(linear, "load_library", native.load_library.__wrapped__)
+    monkeypatch.setattr(streamed, "load_library", native.load_library.__wrapped__)
     with pytest.raises(ConfigError, match=r"install g\+\+, or use another weights format"):
         StreamedLinear(torch.nn.Linear(4, 4, dtype=torch.bfloat16))
 
@@ -248,9 +286,10 @@ def test_a_fused_product_is_never_handed_to_another_input() -> None:
     assert len(products) == 4
 
 
-def test_int8_converts_every_linear_layer(directory: Path) -> None:
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=needs_int4)])
+def test_quantising_converts_every_linear_layer(directory: Path, weights: str) -> None:
     model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    convert_linears(model, "int8")
+    convert_linears(model, weights)
     assert not [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
 
 

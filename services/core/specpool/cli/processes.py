@@ -59,7 +59,7 @@ class UpConfig:
     weights: str = ""
     """Weight format of the targets: plain, prepacked or streamed."""
     draft_weights: str = ""
-    """Weight format of the draft: plain, prepacked, streamed or int8."""
+    """Weight format of the draft: plain, prepacked, streamed, int8 or int4."""
     compile: bool = False
     """Compile target and draft: faster steps, a start that takes minutes longer the first time."""
     draft_vocab_size: int = 0

@@ -1,6 +1,6 @@
 // y = x W^T + b for bfloat16 on CPUs with AVX-512 bf16: weights are read once, in order, from one stream.
 //
-// Shapes: x [M, I], packed W [blocks of 64 outputs][I / 2][64 outputs][2], b [O] in float32 or null, y [M, O].
+// Shapes: x [M, I], packed W [blocks of 32 outputs][I / 2][32 outputs][2], b [O] in float32 or null, y [M, O].
 // Sums are float32 and added in the order of I, so a row's result does not depend on M.
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@
 namespace {
 
 constexpr long kVector = 16;            // outputs in a register, two inputs of each
-constexpr long kBlock = 4 * kVector;    // outputs whose weights lie together
+constexpr long kBlock = 2 * kVector;    // outputs whose weights lie together
 constexpr long kPrefetch = 512;         // bytes ahead
 
 struct Problem {
@@ -65,15 +65,17 @@ void multiply(const Problem& p, long row, long first) {
 }
 
 using Multiply = void (*)(const Problem&, long, long);
-constexpr long kRows = 5;
-constexpr Multiply kMultiply[kRows + 1] = {nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>};
+constexpr long kRows = 12;
+constexpr Multiply kMultiply[kRows + 1] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,
+                                           multiply<5>, multiply<6>, multiply<7>, multiply<8>,  multiply<9>,
+                                           multiply<10>, multiply<11>, multiply<12>};
 
 }  // namespace
 
 extern "C" void specpool_streamed_linear(const uint16_t* x, const uint16_t* weights, const float* bias, uint16_t* y,
                                          long M, long I, long O, int num_threads) {
   const Problem problem{x, weights, bias, y, I, O};
-  // Six rows are 3 + 3, not 5 + 1. Only the first pass reads the block from memory.
+  // Thirteen rows are 7 + 6, not 12 + 1. Only the first pass reads the block from memory.
   const long passes = (M + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
   for (long first = 0; first < O; first += kBlock) {

@@ -1,0 +1,138 @@
+// y = x W^T + b with 4-bit weights on CPUs with AVX-512 VNNI, for drafts: few rows, and as few bytes to read as possible.
+//
+// Groups of 32 inputs share a scale, in the weights and in every row of x, which is rounded to 8 bits. Products and
+// sums within a group are exact integers, the groups' sums are float32 in their order: a row's result does not depend
+// on M.
+//
+// Shapes: x [M, I], y [M, O], b [O] or null, all float32; I is a multiple of 32.
+// W: for each 32 outputs and each group, 32 scales in float16, then 512 bytes of [4][2 halves of the outputs][16][4]:
+// of the 8 inputs of each of the four, the low half of a byte has the first 4, the high half the others, plus 8.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr long kVector = 16;               // outputs in a register
+constexpr long kHalves = 2;
+constexpr long kBlock = kHalves * kVector;  // outputs whose weights lie together
+constexpr long kGroup = 32;                // inputs with a scale of their own
+constexpr long kScaleBytes = 2 * kBlock;
+constexpr long kGroupBytes = kScaleBytes + kBlock * kGroup / 2;
+constexpr long kPrefetch = 1024;           // bytes ahead
+
+struct Problem {
+  const int8_t* x;       // [M, I]
+  const float* scales;   // [M, I / 32]
+  const int32_t* zeros;  // [M, I / 32]: what the weights' offset of 8 adds to a group's sum, negated
+  const uint8_t* weights;
+  const float* bias;
+  float* y;
+  long I, O;
+};
+
+// M rows times one block of outputs. 2 M sums, 2 M of the group, weights and scales fit into 32 registers.
+template <int M>
+void multiply(const Problem& p, long row, long first) {
+  const long num_groups = p.I / kGroup;
+  const uint8_t* w = p.weights + first / kBlock * num_groups * kGroupBytes;
+  const int8_t* x = p.x + row * p.I;
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 sums[kHalves][M];
+#pragma GCC unroll 32
+  for (int h = 0; h < kHalves; h++)
+#pragma GCC unroll 32
+    for (int m = 0; m < M; m++) sums[h][m] = _mm512_setzero_ps();
+  for (long g = 0; g < num_groups; g++, w += kGroupBytes) {
+    __m512i group[kHalves][M];
+#pragma GCC unroll 32
+    for (int h = 0; h < kHalves; h++)
+#pragma GCC unroll 32
+      for (int m = 0; m < M; m++) group[h][m] = _mm512_set1_epi32(p.zeros[(row + m) * num_groups + g]);
+    const uint8_t* packed = w + kScaleBytes;
+#pragma GCC unroll 32
+    for (long i = g * kGroup; i < (g + 1) * kGroup; i += 8) {
+#pragma GCC unroll 32
+      for (int h = 0; h < kHalves; h++, packed += 64) {
+        _mm_prefetch(packed + kPrefetch, _MM_HINT_T0);
+        const __m512i both = _mm512_loadu_si512(packed);
+        const __m512i weights[2] = {_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16(both, 4), low)};
+#pragma GCC unroll 32
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 32
+          for (int part = 0; part < 2; part++) {
+            int inputs;
+            std::memcpy(&inputs, x + m * p.I + i + 4 * part, sizeof inputs);
+            group[h][m] = _mm512_dpbusd_epi32(group[h][m], weights[part], _mm512_set1_epi32(inputs));
+          }
+      }
+    }
+#pragma GCC unroll 32
+    for (int h = 0; h < kHalves; h++) {
+      const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(w + 2 * kVector * h)));
+#pragma GCC unroll 32
+      for (int m = 0; m < M; m++) {
+        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(p.scales[(row + m) * num_groups + g]));
+        sums[h][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(group[h][m]), scale, sums[h][m]);
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int h = 0; h < kHalves; h++) {
+    const long output = first + h * kVector;
+    if (output >= p.O) return;
+    const __mmask16 mask = p.O - output < kVector ? (1u << (p.O - output)) - 1 : 0xFFFFu;
+    const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + output) : _mm512_setzero_ps();
+#pragma GCC unroll 32
+    for (int m = 0; m < M; m++)
+      _mm512_mask_storeu_ps(p.y + (row + m) * p.O + output, mask, _mm512_add_ps(sums[h][m], bias));
+  }
+}
+
+using Multiply = void (*)(const Problem&, long, long);
+constexpr long kRows = 6;
+constexpr Multiply kMultiply[kRows + 1] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
+                                           multiply<4>, multiply<5>, multiply<6>};
+
+// Every group of inputs to 8 bits with its own scale.
+void round_inputs(const float* x, long num_groups, int8_t* rounded, float* scales, int32_t* zeros) {
+  for (long g = 0; g < num_groups; g++, x += kGroup, rounded += kGroup) {
+    float largest = 1e-20f;
+    for (long i = 0; i < kGroup; i++) largest = std::max(largest, std::fabs(x[i]));
+    scales[g] = largest / 127.0f;
+    int sum = 0;
+    for (long i = 0; i < kGroup; i++) {
+      const int value = static_cast<int>(std::nearbyint(x[i] * (127.0f / largest)));
+      rounded[i] = static_cast<int8_t>(value);
+      sum += value;
+    }
+    zeros[g] = -8 * sum;
+  }
+}
+
+}  // namespace
+
+extern "C" void specpool_int4_linear(const float* x, const uint8_t* weights, const float* bias, float* y, long M,
+                                     long I, long O, int num_threads) {
+  const long num_groups = M * I / kGroup;
+  std::vector<int8_t> rounded(M * I);
+  std::vector<float> scales(num_groups);
+  std::vector<int32_t> zeros(num_groups);
+  round_inputs(x, num_groups, rounded.data(), scales.data(), zeros.data());
+  const Problem problem{rounded.data(), scales.data(), zeros.data(), weights, bias, y, I, O};
+  // Seven rows are 4 + 3, not 6 + 1. Only the first pass reads the block from memory.
+  const long passes = (M + kRows - 1) / kRows;
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (num_threads > 1)
+  for (long first = 0; first < O; first += kBlock) {
+    for (long pass = 0, row = 0; pass < passes; pass++) {
+      const long rows = (M - row + passes - pass - 1) / (passes - pass);
+      kMultiply[rows](problem, row, first);
+      row += rows;
+    }
+  }
+}
