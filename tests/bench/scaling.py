@@ -1,11 +1,20 @@
-"""How a pool scales, on models that take given times: many targets on one speculator, and large batches on one target.
+"""How a pool scales: many targets on one speculator, and large batches on one target.
 
     python tests/bench/scaling.py targets --json targets.json --plot targets.png
     python tests/bench/scaling.py batch --json batch.json --plot batch.png
+    python tests/bench/scaling.py batch --target qwen2.5-coder-1.5b-instruct --draft qwen2.5-coder-0.5b-instruct
 
-Everything but the models is real: router, streams, schedulers. The models sleep for the times of a 70B target on four
-GPUs and a 1B draft on one, stretched by `--stretch` so that Python's own time does not matter; speeds are printed as if
-they had not been stretched. The draft's logits are the target's with noise, at temperature 1.
+Router, streams and schedulers are the real ones. Without `--target` and `--draft` the models are toys that sleep for
+the times of a 70B target on four GPUs and a 1B draft on one, stretched by `--stretch` so that Python's own time does
+not matter; speeds are printed as if they had not been stretched. The toy draft's logits are the target's with noise, at
+temperature 1. Real models answer real prompts, greedily unless told otherwise, with the settings that suit the machine.
+
+End tokens are ignored, so that all sequences are equally long. `tok/s per seq` is the mean over sequences of decoded
+tokens, those after the first, per second from the sequence's first token to its last. `total` is the decoded tokens of
+all sequences per second from the first token of any of them to the last token of all.
+
+Before each point the same prompts are answered with `--warm-up-tokens`: estimates settle, and prompts are in the prefix
+caches up to their last block. JSON and plot are written after every point, so that a run may be cut off.
 """
 
 from __future__ import annotations
@@ -13,19 +22,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from specpool.bench.machine import recommended_arguments
+from specpool.bench.main import choose_prompts
+from specpool.bench.options import MODES, BenchOptions
 from specpool.bench.report import summarize
 from specpool.bench.requests import Measurement, Setting, measure
 from specpool.bench.system import running_system
+from specpool.cli.endpoint import write_atomically
 from specpool.client import Client
+from specpool.errors import InvalidArgument
 from specpool.models.prompts import Prompt
+from specpool_target.config import Fallback
 
 VERIFY_MS, VERIFY_ROW_MS = 18.3, 0.06
 DRAFT_STEP_MS, DRAFT_ROW_MS = 2.0, 0.0033
@@ -33,20 +49,30 @@ NOISE = 0.4
 """At temperature 1 this accepts 0.85 of the draft tokens, and finds 0.97 of the others among three further ranks."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
+TOY_DEFAULTS = {"temperature": 1.0, "stretch": 8.0, "max_tokens": 64, "warm_up_tokens": 64, "lookahead": 6}
+TOY_DEFAULTS |= {"row_budget": 32, "fan_out": 16}
+REAL_DEFAULTS = {"temperature": 0.0, "stretch": 1.0, "max_tokens": 48, "warm_up_tokens": 16, "lookahead": 4}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measured point."""
+class Point:
+    """What is measured."""
 
     mode: str
     """off, sd or ssd, with the fallback's name where it is not the default."""
     num_targets: int
     batch_size: int
     """Sequences per target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Point):
+    """One measured point."""
+
     tokens_per_second: float
     """Of one sequence, mean."""
     total_tokens_per_second: float
-    """Of all sequences."""
+    """Of all sequences, over `batch_seconds`."""
     tokens_per_round: float
     hit_rate: float
     full_hit_rate: float
@@ -66,6 +92,92 @@ def model(step_ms: float, row_ms: float, stretch: float, **options: object) -> s
     return "toy#" + ",".join(f"{name}={value}" for name, value in fields.items())
 
 
+def up_arguments(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Models and settings for `specpool up`. Of a repeated flag the last one counts."""
+    if arguments.target:
+        up = [*recommended_arguments(), "--target", arguments.target, "--draft", arguments.draft]
+    else:
+        up = ["--target", model(VERIFY_MS, VERIFY_ROW_MS, arguments.stretch)]
+        up += ["--draft", model(DRAFT_STEP_MS, DRAFT_ROW_MS, arguments.stretch, noise=arguments.noise)]
+    up += ["--lookahead", str(arguments.lookahead)]
+    if arguments.row_budget:
+        up += ["--row-budget", str(arguments.row_budget)]
+    if arguments.fan_out:
+        up += ["--fan-out", str(arguments.fan_out)]
+    return (*up, *arguments.up)
+
+
+def prompts_for(arguments: argparse.Namespace, count: int) -> list[Prompt]:
+    """One for each sequence of the largest batch; a smaller batch takes the first of them."""
+    if not arguments.target:
+        texts = ["".join(LETTERS[(i * 7 + j * j) % 26] for j in range(9)) for i in range(count)]
+        return [Prompt(id=str(i), source="toy", text=text) for i, text in enumerate(texts)]
+    options = BenchOptions(target=arguments.target, draft=arguments.draft, num_prompts=count, num_tuning_prompts=0)
+    _, prompts = choose_prompts(options)
+    if len(prompts) < count:
+        raise InvalidArgument(f"{count} sequences at once need as many prompts, there are {len(prompts)}")
+    return prompts
+
+
+def system(arguments: argparse.Namespace, num_targets: int, fallback: str) -> AbstractContextManager[str]:
+    """`specpool up` over the models, with a batch that takes all sequences and no deadline that matters."""
+    settings = {"SPECPOOL_TARGET_FALLBACK": fallback, "OMP_NUM_THREADS": "1"}
+    settings |= {"SPECPOOL_TARGET_MAX_BATCH_SIZE": str(max(64, *arguments.batches))}
+    settings |= {"SPECPOOL_TARGET_SPECULATION_DEADLINE_MS": "60000"}
+    return running_system((*up_arguments(arguments), "--targets", str(num_targets)), environment=settings)
+
+
+def modes_by_fallback(modes: Sequence[str], fallbacks: Sequence[str]) -> dict[str, list[str]]:
+    """What is measured with each fallback: it matters to ssd alone, the other modes run with the first one only."""
+    plan = {fallback: [mode for mode in modes if mode == "ssd"] for fallback in fallbacks}
+    plan[fallbacks[0]] = list(modes)
+    return {fallback: chosen for fallback, chosen in plan.items() if chosen}
+
+
+def measure_points(arguments: argparse.Namespace) -> Iterator[Row]:
+    """All points; the modes of one batch size follow one another, so that drift of the machine hits all alike."""
+    prompts = prompts_for(arguments, max(arguments.targets) * max(arguments.batches))
+    for fallback, modes in modes_by_fallback(arguments.modes, arguments.fallbacks).items():
+        for num_targets in arguments.targets:
+            with system(arguments, num_targets, fallback) as endpoint:
+                for batch_size in arguments.batches:
+                    for mode in modes:
+                        label = f"ssd, {fallback}" if mode == "ssd" and fallback != "auto" else mode
+                        point = Point(mode=label, num_targets=num_targets, batch_size=batch_size)
+                        setting = Setting(mode=mode, temperature=arguments.temperature, lookahead=arguments.lookahead)
+                        chosen = prompts[: num_targets * batch_size]
+                        yield asyncio.run(run_point(endpoint, point, setting, chosen, arguments))
+
+
+async def run_point(
+    endpoint: str, point: Point, setting: Setting, prompts: Sequence[Prompt], arguments: argparse.Namespace
+) -> Row:
+    """A warm-up, then the batch as often as asked for, with other seeds each time."""
+    samples: list[tuple[float, float]] = []
+    async with Client(endpoint) as client:
+        await run_batch(client, setting, prompts, max_tokens=arguments.warm_up_tokens, first_seed=0)
+        watcher = asyncio.create_task(watch_speculator(client, samples))
+        batches = [
+            await run_batch(client, setting, prompts, max_tokens=arguments.max_tokens, first_seed=n * len(prompts))
+            for n in range(1, arguments.repeats + 1)
+        ]
+        watcher.cancel()
+        status = await client.cluster_status()
+    threshold = status.targets[0].status.fallback_batch_size
+    return row_of(point, batches, samples, stretch=arguments.stretch, threshold=threshold)
+
+
+async def run_batch(
+    client: Client, setting: Setting, prompts: Sequence[Prompt], *, max_tokens: int, first_seed: int
+) -> list[Measurement]:
+    """All sequences at once."""
+    requests = [
+        measure(client, prompt, setting, max_tokens=max_tokens, seed=seed, ignore_eos=True)
+        for seed, prompt in enumerate(prompts, first_seed)
+    ]
+    return await asyncio.gather(*requests)
+
+
 async def watch_speculator(client: Client, samples: list[tuple[float, float]]) -> None:
     """Rows per step and milliseconds per step, twice a second."""
     while True:
@@ -74,93 +186,62 @@ async def watch_speculator(client: Client, samples: list[tuple[float, float]]) -
         samples += [(s.status.load.rows_per_step, s.status.load.step_ms) for s in status.speculators]
 
 
-async def run_point(
-    endpoint: str, setting: Setting, num_targets: int, batch_size: int, arguments: argparse.Namespace
+def row_of(
+    point: Point,
+    batches: Sequence[Sequence[Measurement]],
+    samples: Sequence[tuple[float, float]],
+    *,
+    stretch: float,
+    threshold: int,
 ) -> Row:
-    """All sequences at once, as often as asked for."""
-    samples: list[tuple[float, float]] = []
-    found: list[Measurement] = []
-    async with Client(endpoint) as client:
-        watcher = asyncio.create_task(watch_speculator(client, samples))
-        for repeat in range(arguments.repeats + 1):
-            prompts = [
-                Prompt(
-                    id=f"{repeat}.{i}",
-                    source="toy",
-                    text="".join(LETTERS[(i * 7 + j * j + repeat) % 26] for j in range(9)),
-                )
-                for i in range(num_targets * batch_size)
-            ]
-            runs = await asyncio.gather(
-                *(
-                    measure(client, p, setting, max_tokens=arguments.max_tokens, seed=1 + index)
-                    for index, p in enumerate(prompts)
-                )
-            )
-            if repeat:  # the first lets the estimates settle
-                found += runs
-            else:
-                samples.clear()
-        watcher.cancel()
-        status = await client.cluster_status()
+    """The figures of a point, from its batches and from what `watch_speculator` saw."""
+    found = [m for batch in batches for m in batch]
     (summary,) = summarize(found)
-    speeds = [m.decode_tokens / m.decode_seconds * arguments.stretch for m in found]
     return Row(
-        mode=setting.mode,
-        num_targets=num_targets,
-        batch_size=batch_size,
-        tokens_per_second=sum(speeds) / len(speeds),
-        total_tokens_per_second=sum(speeds) / arguments.repeats,
+        **asdict(point),
+        tokens_per_second=stretch * _mean([m.decode_tokens / m.decode_seconds for m in found]),
+        total_tokens_per_second=stretch * sum(m.decode_tokens for m in found) / sum(map(batch_seconds, batches)),
         tokens_per_round=summary.tokens_per_round,
         hit_rate=summary.hit_rate,
         full_hit_rate=summary.full_hit_rate,
         wait_share=summary.waiting_ms / summary.round_ms,
         rows_per_step=_mean([rows for rows, _ in samples]),
-        draft_step_ms=_mean([ms for _, ms in samples]) / arguments.stretch,
-        threshold=status.targets[0].status.fallback_batch_size,
+        draft_step_ms=_mean([ms for _, ms in samples]) / stretch,
+        threshold=threshold,
     )
+
+
+def batch_seconds(batch: Sequence[Measurement]) -> float:
+    """From the first token of any sequence to the last token of all; they arrived together."""
+    return max(m.stats.seconds for m in batch) - min(m.stats.seconds_to_first_token for m in batch)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def system(arguments: argparse.Namespace, num_targets: int, fallback: str) -> AbstractContextManager[str]:
-    """`specpool up` over models of the given times."""
-    stretch = arguments.stretch
-    up = ["--targets", str(num_targets), "--lookahead", str(arguments.lookahead)]
-    up += ["--row-budget", str(arguments.row_budget), "--fan-out", str(arguments.fan_out)]
-    up += ["--target", model(VERIFY_MS, VERIFY_ROW_MS, stretch)]
-    up += ["--draft", model(DRAFT_STEP_MS, DRAFT_ROW_MS, stretch, noise=arguments.noise)]
-    settings = {"SPECPOOL_TARGET_FALLBACK": fallback, "SPECPOOL_TARGET_MAX_BATCH_SIZE": "64"}
-    settings |= {"SPECPOOL_TARGET_SPECULATION_DEADLINE_MS": "60000", "OMP_NUM_THREADS": "1"}
-    return running_system(tuple(up), environment=settings)
-
-
 def show(rows: Sequence[Row], console: Console) -> None:
     """A table of all points."""
-    table = Table(title="tokens/s as if times were not stretched")
-    for name in (
-        "targets",
-        "batch",
-        "mode",
-        "tok/s per seq",
-        "total",
-        "tok/round",
-        "hit",
-        "full",
-        "wait",
-        "rows",
-        "step ms",
-        "b*",
-    ):
+    table = Table(title="tokens/s, toys as if times were not stretched")
+    names = ("targets", "batch", "mode", "tok/s per seq", "total", "tok/round")
+    for name in (*names, "hit", "full", "wait", "rows", "step ms", "b*"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     for r in rows:
-        speeds = (f"{r.tokens_per_second:.1f}", f"{r.total_tokens_per_second:.0f}", f"{r.tokens_per_round:.2f}")
+        speeds = (f"{r.tokens_per_second:.2f}", f"{r.total_tokens_per_second:.1f}", f"{r.tokens_per_round:.2f}")
         rates = (f"{r.hit_rate:.3f}", f"{r.full_hit_rate:.3f}", f"{r.wait_share:.2f}")
         load = (f"{r.rows_per_step:.1f}", f"{r.draft_step_ms:.2f}", str(r.threshold))
         table.add_row(str(r.num_targets), str(r.batch_size), r.mode, *speeds, *rates, *load)
     console.print(table)
+
+
+def save(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
+    """The files that were asked for, with what there is so far."""
+    if arguments.json:
+        settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}
+        document = {"settings": settings, "points": [asdict(row) for row in rows]}
+        write_atomically(str(arguments.json), json.dumps(document, indent=2) + "\n")
+    if arguments.plot:
+        plot(rows, arguments.plot, by_targets=arguments.what == "targets")
 
 
 def plot(rows: Sequence[Row], path: Path, *, by_targets: bool) -> None:
@@ -186,41 +267,65 @@ def plot(rows: Sequence[Row], path: Path, *, by_targets: bool) -> None:
         axes.set(xlabel="tokens/s of a sequence", ylabel="tokens/s of the target", title="numbers: batch size")
     axes.legend()
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options; toys and real models have defaults of their own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("targets", "batch"))
+    parser.add_argument("--target", default="", help="real target, as `specpool up` takes it; default: toys")
+    parser.add_argument("--draft", default="", help="its draft")
+    parser.add_argument("--targets", type=int, nargs="+", default=[1, 2, 4, 8], help="with `targets`")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="with `batch`")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    fallbacks = get_args(Fallback)
+    parser.add_argument(
+        "--fallbacks", nargs="+", choices=fallbacks, default=list(fallbacks), help="of ssd, with `batch`"
+    )
+    parser.add_argument("--temperature", type=float, help="default: 1 for toys, else 0")
+    parser.add_argument(
+        "--noise", type=float, default=NOISE, help="deviation of the toy draft's logits from the target's"
+    )
+    parser.add_argument("--lookahead", type=int, help="K; default: 6 for toys, else 4")
+    parser.add_argument("--row-budget", type=int, help="default: 32 for toys, else what suits the machine")
+    parser.add_argument("--fan-out", type=int, help="default: 16 for toys, else what suits the machine")
+    parser.add_argument("--stretch", type=float, help="of the toys' times; default: 8")
+    parser.add_argument("--max-tokens", type=int, help="default: 64 for toys, else 48")
+    parser.add_argument("--warm-up-tokens", type=int, help="default: 64 for toys, else 16")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--up", action="append", default=[], metavar="ARGUMENT", help="further `specpool up` argument")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    return parser
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is not given is what suits toys or real models; what does not go together is refused."""
+    parser = make_parser()
+    is_real = bool(parser.parse_args(words).target)
+    parser.set_defaults(**(REAL_DEFAULTS if is_real else TOY_DEFAULTS))
+    arguments = parser.parse_args(words)
+    if is_real != bool(arguments.draft):
+        parser.error("--target and --draft go together")
+    if is_real and arguments.stretch != 1:
+        parser.error("--stretch is for toys: real models take the time they take")
+    if arguments.what == "targets":
+        arguments.batches, arguments.fallbacks = [1], ["auto"]
+    else:
+        arguments.targets = [1]
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("targets", "batch"))
-    parser.add_argument("--targets", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--fallbacks", nargs="+", default=["auto", "wait", "backup"], help="for ssd, with `batch`")
-    parser.add_argument("--noise", type=float, default=NOISE, help="deviation of the draft's logits from the target's")
-    parser.add_argument("--lookahead", type=int, default=6)
-    parser.add_argument("--row-budget", type=int, default=32)
-    parser.add_argument("--fan-out", type=int, default=16)
-    parser.add_argument("--stretch", type=float, default=8.0)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     console, rows = Console(width=150), list[Row]()
-    by_targets = arguments.what == "targets"
-    settings = [Setting(mode=m, temperature=1.0, lookahead=arguments.lookahead) for m in ("off", "sd", "ssd")]
-    points = [(n, 1) for n in arguments.targets] if by_targets else [(1, b) for b in arguments.batches]
-    for fallback in ("auto",) if by_targets else arguments.fallbacks:
-        for num_targets in dict.fromkeys(n for n, _ in points):
-            with system(arguments, num_targets, fallback) as endpoint:
-                for setting in settings if fallback == "auto" else settings[-1:]:
-                    for batch_size in [b for n, b in points if n == num_targets]:
-                        row = asyncio.run(run_point(endpoint, setting, num_targets, batch_size, arguments))
-                        rows.append(row if fallback == "auto" else replace(row, mode=f"ssd, {fallback}"))
+    for row in measure_points(arguments):
+        rows.append(row)
+        save(rows, arguments)
+        speeds = f"{row.tokens_per_second:.2f} tokens/s of a sequence, {row.total_tokens_per_second:.1f} of all"
+        console.print(f"{row.num_targets} x {row.batch_size}, {row.mode}: {speeds}")
     show(rows, console)
-    if arguments.json:
-        document = {"settings": {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}}
-        arguments.json.write_text(json.dumps(document | {"points": [asdict(row) for row in rows]}, indent=2) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot, by_targets=by_targets)
 
 
 if __name__ == "__main__":

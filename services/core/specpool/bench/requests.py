@@ -52,20 +52,27 @@ class Measurement:
         return self.stats.seconds - self.stats.seconds_to_first_token
 
 
-def chat_request(prompt: Prompt, setting: Setting, *, max_tokens: int, seed: int) -> inference_pb2.GenerateRequest:
+def chat_request(
+    prompt: Prompt, setting: Setting, *, max_tokens: int, seed: int, ignore_eos: bool = False
+) -> inference_pb2.GenerateRequest:
     """The request that sends `prompt` as a user's message."""
+    sampling = types_pb2.SamplingParams(
+        temperature=setting.temperature, max_tokens=max_tokens, seed=seed, ignore_eos=ignore_eos
+    )
     return inference_pb2.GenerateRequest(
         chat=inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content=prompt.text)]),
-        sampling=types_pb2.SamplingParams(temperature=setting.temperature, max_tokens=max_tokens, seed=seed),
+        sampling=sampling,
         mode=MODE_VALUES[setting.mode],
         verification=VERIFICATION_VALUES[setting.verification],
         max_lookahead=setting.lookahead,
     )
 
 
-async def measure(client: Client, prompt: Prompt, setting: Setting, *, max_tokens: int, seed: int) -> Measurement:
+async def measure(
+    client: Client, prompt: Prompt, setting: Setting, *, max_tokens: int, seed: int, ignore_eos: bool = False
+) -> Measurement:
     """Generate once and keep what the report needs."""
-    request = chat_request(prompt, setting, max_tokens=max_tokens, seed=seed)
+    request = chat_request(prompt, setting, max_tokens=max_tokens, seed=seed, ignore_eos=ignore_eos)
     completion: Completion = await client.complete(request)
     return Measurement(
         setting=setting,
