@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from specpool.algorithm.planning import LinearTime
+from specpool.algorithm.planning import RowTimes
 from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
 from specpool.distributions.transport import BODY_TYPES
@@ -61,7 +61,7 @@ class Drafter:
         end_tokens: frozenset[int] = frozenset(),
         on_draft: Callable[[str, int], None] = lambda tenant, num_tokens: None,
         ranker: RanksNodes | None = None,
-        step_time: LinearTime | None = None,
+        step_time: RowTimes | None = None,
     ) -> None:
         self.outbox = Outbox()
         self.counters = DraftCounters()
@@ -91,7 +91,7 @@ class Drafter:
         self._sequences: dict[SequenceKey, SequenceState] = {}
         self._refused: set[SequenceKey] = set()
         self._spans = SequenceSpans()
-        self.step_time = step_time or LinearTime()
+        self.step_time = step_time or RowTimes()
         """Seconds of a step by its rows."""
         self._on_draft = on_draft
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from specpool.algorithm.planning import LinearTime, best_lookahead
+from specpool.algorithm.planning import RowTimes, best_lookahead
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import LinkMeasurements
 from specpool_target.sequence import SpeculationMode
@@ -18,7 +18,7 @@ class LookaheadPlanner:
     def __init__(self, policy: FallbackPolicy, *, max_lookahead: int) -> None:
         self._policy = policy
         self._max_lookahead = max_lookahead
-        self._verify_time = LinearTime()
+        self._verify_time = RowTimes()
         self._num_steps = 0
         self._plans: dict[SpeculationMode, int] = {}
 

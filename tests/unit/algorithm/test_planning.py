@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specpool.algorithm.planning import LinearTime, best_lookahead, rows_worth_running
+from specpool.algorithm.planning import LinearTime, RowTimes, best_lookahead, rows_worth_running
 
 
 def test_linear_time_finds_base_and_slope_in_noise() -> None:
@@ -35,6 +35,32 @@ def test_linear_time_draws_no_slope_from_one_row_count() -> None:
     assert time.per_row_s == 0
     assert time(20) == pytest.approx(0.02, rel=0.05)
     assert LinearTime()(3) == 0
+
+
+def free_up_to_four(rows: int) -> float:
+    return 0.020 + 0.004 * max(0, rows - 4)
+
+
+def test_row_times_know_which_rows_are_free() -> None:
+    time, rng = RowTimes(), random.Random(0)
+    for _ in range(500):
+        rows = rng.randint(1, 8)
+        time.observe(rows, free_up_to_four(rows) * rng.uniform(0.95, 1.05))
+    for rows in range(1, 9):
+        assert time(rows) == pytest.approx(free_up_to_four(rows), rel=0.1)
+    assert time(4) - time(1) < 0.1 * (time(8) - time(4))
+    assert time(20) > time(8) == max(map(time, range(9)))
+    values = [0.6, 0.05, 0.05, 0.05, 0.05, 0.05]
+    assert rows_worth_running(values, time, num_rows=6) == 4, "three more cost nothing, the next would"
+
+
+def test_row_times_forget_counts_that_were_not_seen_for_long() -> None:
+    time = RowTimes()
+    for rows, factor, times in ((1, 1, 20), (6, 1, 20), (1, 3, 300), (2, 3, 300)):
+        for _ in range(times):
+            time.observe(rows, factor * (0.010 + 0.001 * rows))
+    assert time(6) >= 3 * 0.011
+    assert RowTimes()(3) == 0
 
 
 def test_rows_are_run_as_long_as_they_raise_the_value_per_second() -> None:

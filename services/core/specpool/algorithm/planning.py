@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from specpool.algorithm.fallback import expected_tokens
 
 _LEAST_SPREAD: Final = 0.5
 """Variance of the row counts seen, below which a slope would be noise."""
+_MAX_IN_TABLE: Final = 128
+"""Rows; what more of them take is looked up one by one."""
+_LINE_WEIGHT: Final = 2.0
+"""How many forwards of one number of rows count as much as the line through all."""
 
 
 class LinearTime:
@@ -46,6 +51,60 @@ class LinearTime:
     def __call__(self, num_rows: int) -> float:
         """Expected seconds."""
         return self.base_s + self.per_row_s * num_rows
+
+
+class RowTimes(LinearTime):
+    """Seconds of a forward by its number of rows: what was measured, near a line where little was.
+
+    A line alone would be wrong where it matters: up to some number of rows a forward takes as long as reading the
+    weights, so these rows are free, and only further ones cost time.
+    """
+
+    def __init__(self, *, decay: float = 0.99) -> None:
+        super().__init__(decay=decay)
+        self._means: dict[int, _Mean] = {}
+        self._num_observed = 0
+        self._table: list[float] = []
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """One forward."""
+        super().observe(num_rows, seconds)
+        self._num_observed += 1
+        self._table.clear()
+        mean = self._means.setdefault(num_rows, _Mean())
+        mean.weight = self._weight_now(mean) + 1
+        mean.seconds += (seconds - mean.seconds) / mean.weight
+        mean.observed_at = self._num_observed
+
+    def __call__(self, num_rows: int) -> float:
+        """Expected seconds; never fewer for more rows."""
+        num_in_table = min(num_rows, _MAX_IN_TABLE)
+        while len(self._table) <= num_in_table:
+            least = self._table[-1] if self._table else 0.0
+            self._table.append(max(least, self._expected(len(self._table))))
+        return self._table[num_rows] if num_rows <= _MAX_IN_TABLE else max(self._table[-1], self._expected(num_rows))
+
+    def _expected(self, num_rows: int) -> float:
+        line = super().__call__(num_rows)
+        if num_rows not in self._means:
+            return line
+        mean = self._means[num_rows]
+        weight = self._weight_now(mean)
+        return line + (mean.seconds - line) * weight / (weight + _LINE_WEIGHT)
+
+    def _weight_now(self, mean: _Mean) -> float:
+        weight: float = mean.weight * self._decay ** (self._num_observed - mean.observed_at)
+        return weight
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Of the seconds of one number of rows."""
+
+    weight: float = 0.0
+    """Forwards, older ones counting less, when it was last observed."""
+    seconds: float = 0.0
+    observed_at: int = 0
 
 
 def rows_worth_running(

@@ -14,7 +14,7 @@ from itertools import count
 from typing import cast
 
 from specpool.algorithm.fallback import DraftTimes, choose_fallback
-from specpool.algorithm.planning import LinearTime
+from specpool.algorithm.planning import RowTimes
 from specpool.algorithm.speculation_cache import LookupKind, SpeculationCache
 from specpool.planning.profile import Profile
 from specpool.planning.text import VOCAB_SIZE, SimulatedModel, SimulatedRanker, SimulatedText
@@ -60,7 +60,7 @@ class Figures:
     """Share of the time that the speculator computes."""
 
 
-class _FixedTime(LinearTime):
+class _FixedTime(RowTimes):
     """The profile's, instead of one fitted to the time that the simulation takes."""
 
     def __init__(self, profile: Profile) -> None:
