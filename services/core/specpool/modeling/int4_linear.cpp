@@ -11,7 +11,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -102,16 +101,16 @@ constexpr Multiply kMultiply[kRows + 1] = {nullptr,     multiply<1>, multiply<2>
 // Every group of inputs to 8 bits with its own scale.
 void round_inputs(const float* x, long num_groups, int8_t* rounded, float* scales, int32_t* zeros) {
   for (long g = 0; g < num_groups; g++, x += kGroup, rounded += kGroup) {
-    float largest = 1e-20f;
-    for (long i = 0; i < kGroup; i++) largest = std::max(largest, std::fabs(x[i]));
+    const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + kVector);
+    const __m512 sizes = _mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second));
+    const float largest = std::max(1e-20f, _mm512_reduce_max_ps(sizes));
+    const __m512 factor = _mm512_set1_ps(127.0f / largest);
+    const __m512i integers[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(first, factor)),
+                                 _mm512_cvtps_epi32(_mm512_mul_ps(second, factor))};
+    for (int part = 0; part < 2; part++)
+      _mm_storeu_si128((__m128i*)(rounded + part * kVector), _mm512_cvtepi32_epi8(integers[part]));
     scales[g] = largest / 127.0f;
-    int sum = 0;
-    for (long i = 0; i < kGroup; i++) {
-      const int value = static_cast<int>(std::nearbyint(x[i] * (127.0f / largest)));
-      rounded[i] = static_cast<int8_t>(value);
-      sum += value;
-    }
-    zeros[g] = -8 * sum;
+    zeros[g] = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(integers[0], integers[1]));
   }
 }
 
