@@ -114,11 +114,14 @@ class Speculation:
     ) -> FallbackChoice:
         kind, tokens, rank = LookupKind.MISS, [], None
         if sequence.inbox is not None and self._epoch(sequence) is not None:
-            # Near the end of the output the table is deeper than what can be used: still a hit.
+            # Near the end of the output the table is deeper than what can be used, or ends where the output would:
+            # still a hit.
             lookup, rank = sequence.inbox.lookup(
                 ended, outcome.num_accepted, outcome.bonus_token, lookahead=max(1, limit)
             )
             kind, tokens = lookup.kind, self._valid(lookup.tokens)[:limit]
+            if kind is LookupKind.PARTIAL and _ends_output(sequence, tokens):
+                kind = LookupKind.HIT
         sequence.stats.lookup(kind, outcome.num_accepted, rank)
         self.lookups[kind.value] += 1
         sequence.draft = Draft(lookup=kind.value)
@@ -151,11 +154,12 @@ class Speculation:
     def _tail(self, sequence: TargetSequence, tokens: Sequence[int], limit: int) -> list[int]:
         """Tokens of the backup after a speculation that is not deep enough: a forward over a few more costs the same.
 
-        Not for rejection verification, which needs the distribution that every draft token was sampled from.
+        Not for rejection verification, which needs the distribution that every draft token was sampled from, and not
+        after a token that ends the output.
         """
         request = sequence.request
         is_rejection = effective_mode(request.sampling, request.verification) is VerificationMode.REJECTION
-        if is_rejection or request.mode is not SpeculationMode.SSD:
+        if is_rejection or request.mode is not SpeculationMode.SSD or _ends_output(sequence, tokens):
             return []
         return self._valid(sequence.backup(limit - len(tokens), after=tokens, min_ngram=_TAIL_NGRAM))
 
@@ -350,3 +354,8 @@ class Speculation:
             sequence.inbox.clear()
         if sequence.await_deadline_s is not None:
             self._end_wait_without(sequence)
+
+
+def _ends_output(sequence: TargetSequence, tokens: Sequence[int]) -> bool:
+    """Whether a draft goes as far as the output: nothing is ever committed after it."""
+    return bool(tokens) and tokens[-1] in sequence.request.stop_token_ids

@@ -29,7 +29,7 @@ class StepStats:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_hits: int = 0
-    """Lookups that found the full lookahead."""
+    """Lookups that found the full lookahead, or a draft up to a token that ends the output."""
     num_partial: int = 0
     """Lookups that found fewer tokens than the lookahead, at least one."""
     num_late: int = 0

@@ -353,7 +353,7 @@ class GenerationStats(_message.Message):
     num_rounds: _builtins.int
     """Verification forwards this request took part in, the prefill not counted."""
     num_hits: _builtins.int
-    """Rounds whose outcome was in the pushed table at the full lookahead."""
+    """Rounds whose outcome was in the pushed table at the full lookahead, or up to a token that ends the output."""
     num_partial: _builtins.int
     """Rounds whose outcome was in the table with fewer tokens than the lookahead (at least one)."""
     num_misses: _builtins.int
