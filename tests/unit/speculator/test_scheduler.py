@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from statistics import mean
 
 import pytest
 
@@ -11,7 +13,7 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import types_pb2
 from specpool_speculator.scheduler import branch_candidates, plan_step, share_rows
 
-from .conftest import ScriptedTarget, exchange, make_drafter
+from .conftest import VOCAB_SIZE, ScriptedTarget, exchange, make_drafter
 
 
 def _plan(drafter, model, row_budget=6, max_prefill_tokens=64):
@@ -89,6 +91,47 @@ def test_a_waiting_target_comes_first(prompt) -> None:
     exchange(drafter, targets, num_steps=1)
     planned = _plan(drafter, model, row_budget=1)
     assert [p.sequence.key[1] for p in planned] == ["waits"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What sequences got of a speculator, on average."""
+
+    width: float
+    """Guesses with a token."""
+    depth: float
+    """Tokens of the deepest guess."""
+    drafted: float
+    """Share of the sequences with any token."""
+
+
+def _crowd(num_sequences: int) -> Shares:
+    """After one round's worth of steps: a step for the prompts, then twice as many as K, 16 rows each."""
+    drafter, _ = make_drafter(num_blocks=5000, row_budget=16, max_prefill_tokens=1000)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(9)] for _ in range(num_sequences)]
+    targets = [ScriptedTarget(drafter, prompt, name=f"s{i}") for i, prompt in enumerate(prompts)]
+    exchange(drafter, targets, num_steps=7)
+    assert not any(target.answers for target in targets), "nobody is refused"
+    depths = [max(map(len, target.table.values()), default=0) for target in targets]
+    return Shares(
+        width=mean(sum(bool(tokens) for tokens in target.table.values()) for target in targets),
+        depth=mean(depths),
+        drafted=mean(depth > 0 for depth in depths),
+    )
+
+
+def test_a_crowded_speculator_sheds_width_then_depth_then_sequences() -> None:
+    roomy, crowded, full, overfull = (_crowd(num_sequences) for num_sequences in (4, 8, 32, 64))
+    assert roomy == Shares(width=8, depth=3, drafted=1)
+    assert crowded.width < 0.6 * roomy.width
+    assert (crowded.depth, crowded.drafted) == (3, 1)
+    assert full.width < crowded.width
+    assert full.depth < crowded.depth
+    assert full.drafted == 1
+    assert overfull.width < full.width
+    assert overfull.depth < full.depth
+    assert 0.8 < overfull.drafted < 1
 
 
 def test_full_cache_sheds_branches_before_sequences(prompt) -> None:
