@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -70,13 +72,37 @@ def test_own_logarithm_is_within_four_units_in_the_last_place() -> None:
     assert float(((noise._log(x) - expected) / expected).abs().max()) < 4 * 2.0**-52
 
 
-def test_the_approximation_stays_within_half_the_margin_at_the_extremes() -> None:
-    powers = [2**j for j in range(52)]
-    bits = torch.tensor([0, *powers, *(2**52 - power for power in powers)])
-    error = noise._exact_gumbel(bits) + noise._approximate_negative_gumbel(bits).double()
-    assert float(error.max()) < 0.1  # underestimates: the true winner may look this much worse
-    assert float(-error.min()) < 0.85  # overestimates: the threshold may be this much too high
-    assert noise._MARGIN > 0.1 + 0.85
+def key_of_hash(hashed: int) -> int:
+    """The row key that gives token 0 this hash: every step of the hash is invertible."""
+
+    def unshift(state: int, shift: int) -> int:
+        return state ^ (state >> shift) ^ (state >> 2 * shift)
+
+    state = unshift(hashed, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) & MASK
+    state = unshift(state, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & MASK
+    return noise._int64(unshift(state, 30) - 0x9E3779B97F4A7C15)
+
+
+def test_bounds_and_range_hold_at_the_extremes_of_the_hash() -> None:
+    powers = [1 << j for j in range(64)]
+    hashes = [0, *powers, *(power - 1 for power in powers), *((1 << 64) - power for power in powers)]
+    keys = torch.tensor([key_of_hash(hashed) for hashed in hashes])
+    bits = noise._bits(keys, torch.zeros_like(keys))
+    assert bits.tolist() == [hashed >> 12 for hashed in hashes]
+    exact = noise._exact_gumbel(bits)
+    bounds = noise._noise_bounds(keys, 1, torch.ones(len(keys), 1, dtype=torch.bool))[:, 0]
+    assert bool((bounds > exact).all())
+    assert noise._MIN_NOISE < float(exact.min()) < float(exact.max()) < noise._MAX_NOISE
+
+
+def test_bounds_are_those_of_the_best_token_of_a_block() -> None:
+    keys, wanted = torch.arange(7) << 50, torch.ones(7, 300, dtype=torch.bool)
+    wanted[:, ::3] = False
+    bounds = noise._noise_bounds(keys, 64, wanted)
+    exact = noise._exact_gumbel(noise._bits(keys[:, None], torch.arange(300 * 64))).unflatten(1, (300, 64)).amax(dim=2)
+    assert bool((bounds[~wanted] == -torch.inf).all())
+    assert bool((bounds >= exact)[wanted].all())
+    assert float((bounds - exact)[wanted].max()) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -123,6 +149,66 @@ def test_fast_selection_equals_the_exact_one(spread: float, k: int) -> None:
     positions = torch.arange(64)
     exact = (scores.double() + gumbel(11, positions, 5_000)).topk(k, dim=1).indices
     assert gumbel_topk(scores, 11, positions, k)[0].equal(exact)
+
+
+def exact_topk(scores: Tensor, seed: int, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """By exact noise over the whole vocabulary."""
+    padded = torch.nn.functional.pad(scores.double(), (0, k), value=-torch.inf)
+    best = (padded + gumbel(seed, positions, padded.shape[1])).topk(k, dim=1)
+    return best.indices.masked_fill(best.values == -torch.inf, -1), best.values
+
+
+def all_possible(scores: Tensor) -> Tensor:
+    return scores
+
+
+def every_third_possible(scores: Tensor) -> Tensor:
+    return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) % 3 != 1, -torch.inf)
+
+
+def five_possible(scores: Tensor) -> Tensor:
+    return scores.masked_fill(scores < scores.topk(min(5, scores.shape[1]), dim=1).values[:, -1:], -torch.inf)
+
+
+def first_row_impossible(scores: Tensor) -> Tensor:
+    return torch.cat((torch.full_like(scores[:1], -torch.inf), scores[1:]))
+
+
+def one_peak_per_block(scores: Tensor) -> Tensor:
+    """Bounds that say nothing: the noise of the peaks is not that of the block's best token."""
+    return torch.where(torch.arange(scores.shape[1], device=scores.device) % 64 == 5, 0, scores - 1000)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [all_possible, every_third_possible, five_possible, first_row_impossible, one_peak_per_block]
+)
+def test_tokens_and_sums_are_those_of_brute_force(
+    pattern: Callable[[Tensor], Tensor], dtype: torch.dtype, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(2, 1), (3, 64), (1, 100), (4, 1025), (3, 5000), (2, 30_001)]
+    for (num_rows, vocab_size), temperature, k in product(shapes, [1e-3, 0.3, 1.0, 1e6], [1, 4, 17]):
+        logits = 3 * torch.randn(num_rows, vocab_size, generator=generator)
+        scores = pattern((logits / temperature).clamp(-6e4, 6e4).to(device, dtype))
+        positions = torch.arange(num_rows, device=device) + vocab_size
+        tokens, sums = gumbel_topk(scores, 13, positions, k)
+        expected_tokens, expected_sums = exact_topk(scores, 13, positions, k)
+        assert tokens.equal(expected_tokens), (vocab_size, temperature, k)
+        assert sums.equal(expected_sums), (vocab_size, temperature, k)
+
+
+def test_equal_scores_and_no_rows() -> None:
+    scores, positions = torch.zeros(5, 40_000), torch.arange(5)
+    assert gumbel_topk(scores, 1, positions, 3)[0].equal(exact_topk(scores, 1, positions, 3)[0])
+    assert gumbel_topk(scores[:0], 1, positions[:0], 3)[0].shape == (0, 3)
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    scores = torch.randn(40_000, 6, generator=torch.Generator().manual_seed(5)).t()[::2]
+    positions = torch.arange(3)
+    assert gumbel_topk(scores, 1, positions, 3)[0].equal(exact_topk(scores, 1, positions, 3)[0])
 
 
 def test_fast_selection_equals_the_exact_one_on_a_large_vocabulary() -> None:

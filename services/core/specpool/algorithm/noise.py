@@ -6,7 +6,7 @@ wrapping int64 operations and of exactly rounded elementwise float64 additions, 
 divisions. (Run it eagerly: a compiler that contracts a multiplication and an addition into one rounding
 would change the last bit.)
 
-Shape legend: N rows (one sampled token each), V vocabulary, C candidates.
+Shape legend: N rows (one sampled token each), V vocabulary, C candidates, B blocks of W consecutive tokens.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ _SQRT_HALF_BITS: Final = 0x3FE6A09E667F3BCD
 # atanh series 1 + s/3 + s^2/5 + ...: s <= 0.0295 makes the first term left out less than 1e-17
 _ATANH_COEFFICIENTS: Final = tuple(1.0 / (2 * n + 1) for n in range(11))
 
-_MARGIN: Final = 1.0  # above the largest error of the float32 noise (0.8, where 1 - v underflows; else 0.05)
-_FLOAT32_EPS: Final = 2.0**-22  # a few roundings of score + noise
-_CACHED_ENTRIES: Final = 1 << 17  # 1 MiB of int64
+_LEAST_FINITE: Final = torch.finfo(torch.float64).min
+_MIN_NOISE: Final = -3.62  # of v = 1 - 2**-53, rounded down
+_MAX_NOISE: Final = 36.74  # of v = 2**-53, rounded up
+_MARGIN: Final = 1e-9  # far above the error of torch's own logarithm, which only bounds use
+_BLOCK_SIZE: Final = 64  # W: torch reduces fewer at a time slowly, and more make the bounds less tight
+_NUM_TRIED: Final = 16  # blocks per token wanted that are looked into first
+_CACHED_ENTRIES: Final = 1 << 16  # half a MiB of int64
 
 
 def gumbel(
@@ -97,9 +101,9 @@ def gumbel_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k tokens with the largest scores + noise, best first: int64 [N, k], and these sums, float64 [N, k].
 
-    Float32 noise over the vocabulary selects the few tokens that can be among the best; the exact noise
-    decides among these, so the result is that of the exact noise everywhere. Where a row has fewer than k
-    possible tokens (finite scores), the rest are -1, with sum -inf.
+    The largest score and the smallest hash of a block of tokens bound their sums. Exact noise is computed only in the
+    few blocks that may hold one of the best; the result is that of exact noise everywhere. Where a row has fewer than
+    k possible tokens (finite scores), the rest are -1, with sum -inf.
 
     Args:
         scores: [N, V], -inf for excluded tokens.
@@ -110,43 +114,90 @@ def gumbel_topk(
         reach: leave out tokens whose score is further below the row's best than this, for a draft: it costs no noise
             over the vocabulary, and misses only what would be sampled with a probability under exp(-reach) each.
     """
-    keys = _row_keys(seed, positions, stream).to(scores.device)
-    num_rows, vocab_size = scores.shape
-    if reach is None:
-        rows, tokens = _candidates(scores, keys, min(k, vocab_size))
+    keys = _row_keys(seed, positions, stream).to(scores.device).expand(len(scores))
+    blocks = _blocks(scores)
+    best = blocks.amax(dim=2).double()
+    if reach is not None:
+        lowest = best.amax(dim=1, keepdim=True) - reach
+    elif best.shape[1] <= _NUM_TRIED * k:
+        lowest = torch.full_like(best[:, :1], -torch.inf)
     else:
-        possible = (scores >= scores.amax(dim=1, keepdim=True) - reach) & (scores > -torch.inf)
-        rows, tokens = possible.nonzero(as_tuple=True)
-    values = scores[rows, tokens].double() + _exact_gumbel(_bits(keys.expand(num_rows)[rows], tokens))
-    return _topk_of_candidates(rows, tokens, values, num_rows, k)
+        return _topk_by_bounds(scores, blocks, best, keys, k)
+    rows, tokens = _at_least(blocks, best >= lowest.clamp_(min=_LEAST_FINITE), lowest)
+    return _topk_of_candidates(scores, keys, rows, tokens, k)
 
 
-def _candidates(scores: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Rows and tokens (in order) of every entry that may be among its row's k best."""
-    noisy = _noisy(scores, keys)
-    kth = noisy.amax(dim=1) if k == 1 else noisy.topk(k, dim=1).values[:, -1]
-    threshold = kth - (_MARGIN + _FLOAT32_EPS * kth.abs())
-    possible = noisy >= threshold.clamp_(min=torch.finfo(noisy.dtype).min)[:, None]  # never -inf
-    rows, tokens = possible.nonzero(as_tuple=True)
-    return rows, tokens
-
-
-def _noisy(scores: Tensor, keys: Tensor) -> Tensor:
-    """Scores with float32 noise, [N, V]."""
+def _blocks(scores: Tensor) -> Tensor:
+    """[N, B, W], a view unless the last block must be filled up with -inf."""
     num_rows, vocab_size = scores.shape
-    noisy = torch.empty_like(scores)
-    # A dozen passes over 64-bit integers: on a CPU they stay in the cache if they go piece by piece.
-    width = max(1, _CACHED_ENTRIES // max(1, num_rows)) if scores.device.type == "cpu" else vocab_size
-    for start in range(0, vocab_size, width):
-        stop = min(vocab_size, start + width)
-        tokens = torch.arange(start, stop, device=scores.device)
-        noise = _approximate_negative_gumbel(_bits(keys[:, None], tokens))
-        torch.sub(scores[:, start:stop], noise, out=noisy[:, start:stop])
-    return noisy
+    block_size = min(_BLOCK_SIZE, vocab_size)
+    if num_missing := -vocab_size % block_size:
+        scores = torch.nn.functional.pad(scores, (0, num_missing), value=-torch.inf)
+    return scores.view(num_rows, scores.shape[1] // block_size, block_size)
 
 
-def _topk_of_candidates(rows: Tensor, tokens: Tensor, values: Tensor, num_rows: int, k: int) -> tuple[Tensor, Tensor]:
-    """Best k tokens of each row among its candidates: pad the ragged rows, then sort once."""
+def _topk_by_bounds(scores: Tensor, blocks: Tensor, best: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`gumbel_topk` of many `blocks` [N, B, W] of scores, given the `best` score of each block [N, B].
+
+    Most often the blocks with the highest bounds hold better sums than any other bound, and that is all.
+    """
+    block_size = blocks.shape[2]
+    lowest = best.topk(k, dim=1).values[:, -1:] + _MIN_NOISE - _MAX_NOISE
+    bounds = best + _noise_bounds(keys, block_size, best >= lowest.clamp_(min=_LEAST_FINITE))
+    tried = bounds.topk(_NUM_TRIED * k + 1, dim=1)
+    columns = tried.indices[:, :-1, None]
+    tokens = (columns * block_size + torch.arange(block_size, device=blocks.device)).flatten(1)
+    tried_scores = blocks.gather(1, columns.expand(-1, -1, block_size)).flatten(1)
+    found = (tried_scores.double() + _exact_gumbel(_bits(keys[:, None], tokens))).topk(k, dim=1)
+    enough = found.values[:, -1:].clamp(min=_LEAST_FINITE)
+    if not (tried.values[:, -1:] >= enough).any():  # nor is any other bound
+        tokens = tokens.gather(1, found.indices)
+        return tokens.masked_fill_(found.values == -torch.inf, -1), found.values
+    rows, tokens = _at_least(blocks, bounds >= enough, enough - _MAX_NOISE)
+    noise_bounds = _MARGIN - _unit(_bits(keys[rows], tokens)).log_()
+    possible = scores[rows, tokens].double() + noise_bounds >= enough[rows, 0]
+    return _topk_of_candidates(scores, keys, rows[possible], tokens[possible], k)
+
+
+def _noise_bounds(keys: Tensor, block_size: int, wanted: Tensor) -> Tensor:
+    """At least the noise of every token of a block, float64 [N, B]; -inf where the block is not `wanted`.
+
+    Noise decreases in v and is below -log v: per token only integers are needed, and of these the smallest of the
+    block. The last step of `_mix` is left out, as it changes only the low 33 of the 64 bits.
+    """
+    device = keys.device
+    firsts = torch.arange(wanted.shape[1], device=device) * block_size + 1
+    starts = (keys[:, None] + firsts * _TOKEN_STEP).masked_select(wanted)
+    steps = torch.arange(block_size, device=device) * _TOKEN_STEP
+    # On a CPU a dozen passes over 64-bit integers stay in the cache if they go piece by piece.
+    size = max(1, _CACHED_ENTRIES // block_size if device.type == "cpu" else len(starts))
+    states, scratch = torch.empty((2, size, block_size), dtype=torch.int64, device=device)
+    top = torch.tensor((1 << 63) - 1, device=device)
+    turned = torch.empty_like(starts)  # top - smallest hash: torch is slow at minima
+    for piece, out in zip(torch.split(starts[:, None], size), torch.split(turned, size), strict=True):
+        state, shifted = states[: len(piece)], scratch[: len(piece)]
+        torch.add(steps, piece, out=state)
+        _xor_shifted(state, 30, shifted)
+        state *= _MULTIPLY_1
+        _xor_shifted(state, 27, shifted)
+        torch.add(top, state, alpha=-_MULTIPLY_2, out=state)
+        torch.amax(state, dim=1, out=out)
+    smallest = (0.5 - 2.0**-30) - turned.double() * 2.0**-64
+    noise = _MARGIN - smallest.clamp_(min=2.0 ** -(_NUM_BITS + 1)).log_()
+    return torch.full_like(wanted, -torch.inf, dtype=torch.float64).masked_scatter_(wanted, noise)
+
+
+def _at_least(blocks: Tensor, near: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and tokens, in order, with scores of at least `lowest` [N, 1] in the `near` blocks [N, B]."""
+    rows, columns = near.nonzero(as_tuple=True)
+    entries, lanes = (blocks[rows, columns] >= lowest[rows]).nonzero(as_tuple=True)
+    return rows[entries], columns[entries] * blocks.shape[2] + lanes
+
+
+def _topk_of_candidates(scores: Tensor, keys: Tensor, rows: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Best k tokens of each row among its candidates, given in order of rows: pad the ragged rows, then sort once."""
+    num_rows = len(scores)
+    values = scores[rows, tokens].double() + _exact_gumbel(_bits(keys[rows], tokens))
     counts = torch.bincount(rows, minlength=num_rows)
     slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     width = max(k, int(counts.max()) if num_rows else 0)
@@ -175,12 +226,18 @@ def _bits(keys: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place. The mask makes torch's arithmetic shift a logical one."""
-    state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
+    """SplitMix64's finaliser, in place."""
+    _xor_shifted(state, 30)
     state *= _MULTIPLY_1
-    state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
+    _xor_shifted(state, 27)
     state *= _MULTIPLY_2
-    state ^= (state >> 31).bitwise_and_((1 << 33) - 1)
+    return _xor_shifted(state, 31)
+
+
+def _xor_shifted(state: Tensor, shift: int, shifted: Tensor | None = None) -> Tensor:
+    """state ^= state >> shift, in place. The mask makes torch's arithmetic shift a logical one."""
+    shifted = torch.bitwise_right_shift(state, shift, out=shifted)
+    state ^= shifted.bitwise_and_((1 << (64 - shift)) - 1)
     return state
 
 
@@ -192,12 +249,6 @@ def _unit(bits: Tensor) -> Tensor:
 def _exact_gumbel(bits: Tensor) -> Tensor:
     """-log(-log(1 - v)), float64; 1 - v is exact."""
     return -_log(-_log(1.0 - _unit(bits)))
-
-
-def _approximate_negative_gumbel(bits: Tensor) -> Tensor:
-    """log(-log(1 - v)) in float32: small v (large noise) keeps its relative precision through log1p."""
-    unit = bits.float().mul_(2.0**-_NUM_BITS).clamp_(2.0**-53, 1.0 - 2.0**-24)
-    return unit.neg_().log1p_().neg_().log_()
 
 
 def _log(x: Tensor) -> Tensor:
@@ -212,6 +263,6 @@ def _log(x: Tensor) -> Tensor:
     s = f * f
     series = torch.full_like(s, _ATANH_COEFFICIENTS[-1])
     for coefficient in reversed(_ATANH_COEFFICIENTS[:-1]):
-        series = series * s + coefficient
+        series.mul_(s).add_(coefficient)
     e = exponent.double()
     return e * _LN2 + (2.0 * f * series + e * _LN2_TAIL)
