@@ -71,6 +71,22 @@ def test_compiled_model_computes_the_same_with_one_graph(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
 
 
+@needs_compiler
+def test_each_of_two_compiled_models_runs_its_own_graph(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    sources = (str(directory), f"{directory}#layers=2")
+    plain = [run(load_model(source, dtype="float32", num_blocks=32, block_size=4)) for source in sources]
+    models = [
+        load_model(source, dtype="float32", num_blocks=32, block_size=4, compile_model=True) for source in sources
+    ]
+    for index in (0, 1, 0):
+        for compiled, expected in zip(run(models[index]), plain[index], strict=True):
+            torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_without_a_compiler_the_error_says_what_to_do(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler

@@ -10,7 +10,8 @@ Shapes: T = packed tokens, V = vocabulary size, Hkv = key/value heads, D = head 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +147,8 @@ class TransformersModel:
         self.device = model.device
         self.min_tokens = 1
         """Forwards of fewer tokens are padded to this many."""
+        self.around_forward: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Entered for every forward."""
         self.graphs: BucketedForward | None = None
         """CUDA graphs of small forwards, if there are any."""
         self.vocab_size: int = config.vocab_size
@@ -206,12 +209,13 @@ class TransformersModel:
     ) -> Tensor:  # [rows, V] float32
         """The forward's part on the device: nothing but tensors that are there already."""
         _running.step = _Step(self.storage, plan, slots)
-        output = self.model(
-            input_ids=tokens.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            logits_to_keep=logit_rows,
-            use_cache=False,
-        )
+        with self.around_forward():
+            output = self.model(
+                input_ids=tokens.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                logits_to_keep=logit_rows,
+                use_cache=False,
+            )
         logits: Tensor = output.logits[0]
         return logits.float()
 
