@@ -32,9 +32,12 @@
 {{- if and (eq $engine.device "cpu") (eq $engine.dtype "float16") -}}
 {{- $errors = append $errors (printf "%s.dtype is float16 but %s.device is cpu: use bfloat16 or float32 there" $name $name) -}}
 {{- end -}}
+{{- if and (eq $engine.attentionBackend "native") (eq $engine.device "cuda") -}}
+{{- $errors = append $errors (printf "%s.attentionBackend is native but %s.device is cuda: use sdpa, flex or flash there" $name $name) -}}
+{{- end -}}
 {{- if eq $engine.attentionBackend "flash" -}}
 {{- if eq $engine.device "cpu" -}}
-{{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.device is cpu: use sdpa there" $name $name) -}}
+{{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.device is cpu: use sdpa or native there" $name $name) -}}
 {{- end -}}
 {{- if eq $engine.dtype "float32" -}}
 {{- $errors = append $errors (printf "%s.attentionBackend is flash but %s.dtype is float32: use bfloat16 or float16, or sdpa or flex" $name $name) -}}

@@ -67,8 +67,9 @@ class SpeculatorConfig:
     """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.
     A smaller head makes draft steps faster; what is generated stays the same."""
     attention_backend: str = "sdpa"
-    """Attention over the paged cache: `sdpa` runs everywhere; `flex` and `flash` read blocks where they lie, once for
-    all branches that share them. `flash` needs flash-attn and a `block_size` that is a multiple of 256."""
+    """Attention over the paged cache: `sdpa` runs everywhere; the others read blocks where they lie, once for all
+    branches that share them: `native` on CPUs, with a C++ compiler, `flex`, and `flash` on GPUs. `flash` needs
+    flash-attn and a `block_size` that is a multiple of 256."""
     cuda_graphs: CudaGraphs = "auto"
     """Replay small forwards as CUDA graphs: `auto` does so on CUDA with `flash`, `on` insists, `off` does not."""
     kv_cache_bytes: int = 0

@@ -27,7 +27,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"target": {"device": "cpu", "attentionBackend": "flash", "blockSize": 256, "gpu": {"count": 0}}},
-        "target.attentionBackend is flash but target.device is cpu: use sdpa there",
+        "target.attentionBackend is flash but target.device is cpu: use sdpa or native there",
+    ),
+    (
+        {"speculator": {"attentionBackend": "native"}},
+        "speculator.attentionBackend is native but speculator.device is cuda: use sdpa, flex or flash there",
     ),
     (
         {"target": {"attentionBackend": "flash", "blockSize": 256, "dtype": "float32"}},

@@ -165,6 +165,17 @@ def test_affinity_sets_cores_and_threads(tmp_path: Path) -> None:
         parse_affinity("target=3-1", 1)
 
 
+def test_target_and_draft_have_attention_backends_of_their_own(tmp_path: Path) -> None:
+    config = UpConfig(target="toy", draft="toy", draft_attention_backend="native")
+    made = make_plan(config, settings_file=None, run_directory=tmp_path)
+    assert made.speculator is not None
+    assert flag(made.targets[0].command, "attention-backend") is None
+    assert flag(made.speculator.command, "attention-backend") == "native"
+    both = UpConfig(target="toy", draft="none", attention_backend="flex")
+    made = make_plan(both, settings_file=None, run_directory=tmp_path)
+    assert flag(made.targets[0].command, "attention-backend") == "flex"
+
+
 def devices(config: UpConfig, run_directory: Path) -> list[str | None]:
     """Of every target, and of the speculator."""
     made = make_plan(config, settings_file=None, run_directory=run_directory)

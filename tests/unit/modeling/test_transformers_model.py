@@ -26,6 +26,7 @@ from specpool.modeling.attention.varlen import TorchVarlenKernel
 from specpool.modeling.cuda_graphs import BucketedForward
 from specpool.modeling.interface import Segment
 from specpool.modeling.model import TransformersModel
+from specpool.modeling.native import has_compiler
 from specpool.modeling.paged_kv import BlockPool, SequenceKV
 
 VOCAB_SIZE = 97
@@ -39,6 +40,7 @@ ARCHITECTURES = {
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     "sdpa": lambda: get_backend("sdpa"),
     "flex": lambda: get_backend("flex"),
+    **({"native": lambda: get_backend("native")} if has_compiler() else {}),
     "flash with a kernel in plain torch": lambda: FlashBackend(TorchVarlenKernel()),
     "the same in buckets": lambda: FlashBackend(TorchVarlenKernel()),
 }
@@ -186,5 +188,5 @@ def test_full_cache_is_refused_before_anything_runs(case: Case) -> None:
 
 
 def test_unknown_attention_backend_names_the_accepted_ones() -> None:
-    with pytest.raises(InvalidArgument, match="unknown attention backend 'fast'; accepted: flash, flex, sdpa"):
+    with pytest.raises(InvalidArgument, match="unknown attention backend 'fast'; accepted: flash, flex, native, sdpa"):
         get_backend("fast")

@@ -9,8 +9,9 @@ def recommended_arguments() -> tuple[str, ...]:
     """Arguments of `specpool up` for a target and a draft on this machine.
 
     On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
-    that this CPU supports, and as many branch rows as a step takes for little more than the price of one. The draft
-    computes in float32 between its int8 products, which take and give float32.
+    that this CPU supports, our own attention where it can be compiled, and as many branch rows as a step takes for
+    little more than the price of one. The draft computes in float32 between its int8 products, which take and give
+    float32.
     """
     import torch
 
@@ -23,6 +24,8 @@ def recommended_arguments() -> tuple[str, ...]:
     weights = "streamed" if can_stream(torch.bfloat16) and has_compiler() else "prepacked"
     arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", weights]
     arguments += ["--draft-weights", "int8", "--draft-dtype", "float32", "--row-budget", "6", "--fan-out", "8"]
+    if has_compiler():
+        arguments += ["--attention-backend", "native", "--draft-attention-backend", "native"]
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= 2:
         split = len(cores) // 2

@@ -60,6 +60,10 @@ class UpConfig:
     """Weight format of the targets: plain, prepacked or streamed."""
     draft_weights: str = ""
     """Weight format of the draft: plain, prepacked, streamed, int8 or int4."""
+    attention_backend: str = ""
+    """Attention of the targets: sdpa, native, flex or flash; empty for the services' default."""
+    draft_attention_backend: str = ""
+    """Attention of the draft; empty for the services' default."""
     compile: bool = False
     """Compile target and draft: faster steps, a start that takes minutes longer the first time."""
     draft_vocab_size: int = 0
@@ -201,6 +205,7 @@ def _target_flags(config: UpConfig, index: int) -> dict[str, str | None]:
         "device": _device_of_target(config, index) or None,
         "tensor-parallel": str(config.tensor_parallel) if config.tensor_parallel > 1 else None,
         "weights": config.weights or None,
+        "attention-backend": config.attention_backend or None,
         "distribution-transport": config.distribution_transport or None,
         **target_share(config),
     }
@@ -222,6 +227,7 @@ def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
         "dtype": config.draft_dtype or config.dtype or None,
         "device": config.draft_device or _device_of_target(config, config.targets) or None,
         "weights": config.draft_weights or None,
+        "attention-backend": config.draft_attention_backend or None,
         "draft-vocab-size": str(config.draft_vocab_size) if config.draft_vocab_size else None,
         "row-budget": str(config.row_budget) if config.row_budget else None,
         "fan-out-budget": str(config.fan_out) if config.fan_out else None,

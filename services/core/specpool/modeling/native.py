@@ -14,7 +14,15 @@ from pathlib import Path
 from specpool.errors import ConfigError
 from specpool.modeling.files import cache_directory
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+# Without contraction a sum is rounded the same wherever it is inlined: kernels say themselves where they fuse.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+
+_SETTINGS = {
+    "streamed_linear": ("weights", "streamed", "another weights format"),
+    "int4_linear": ("weights", "int4", "another weights format"),
+    "attention/paged_attention": ("attention_backend", "native", "another attention backend"),
+}
+"""For each kernel: the setting and the value that ask for it, and what would do instead."""
 
 
 def has_compiler() -> bool:
@@ -24,21 +32,22 @@ def has_compiler() -> bool:
 
 @functools.cache
 def load_library(name: str) -> ctypes.CDLL:
-    """The library compiled from NAME.cpp in this folder.
+    """The library compiled from NAME.cpp, a path from this folder.
 
     Raises `ConfigError` COMPILER_MISSING where there is no C++ compiler, COMPILER_FAILED with its last lines.
     """
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source = Path(__file__).parent / f"{name}.cpp"
     compiler = _compiler()
     if compiler is None:
+        setting, value, instead = _SETTINGS[name]
         raise ConfigError(
-            "weights 'streamed' needs a C++ compiler and none was found: install g++, or use another weights format",
+            f"{setting} {value!r} needs a C++ compiler and none was found: install g++, or use {instead}",
             reason="COMPILER_MISSING",
-            metadata={"field": "weights"},
+            metadata={"field": setting},
         )
     # -march=native makes the code this CPU's own: another CPU on a shared cache must not find it.
     identity = "\n".join((source.read_text(), compiler, *_FLAGS, _cpu()))
-    path = cache_directory() / "compiled" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    path = cache_directory() / "compiled" / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")

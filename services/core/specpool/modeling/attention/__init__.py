@@ -8,12 +8,13 @@ from specpool.errors import InvalidArgument
 from specpool.modeling.attention.flash import FlashBackend
 from specpool.modeling.attention.flex import FlexBackend
 from specpool.modeling.attention.interface import AttentionBackend, AttentionPlan, KVStorage, PackedSegment, StaticPlans
+from specpool.modeling.attention.native import NativeBackend
 from specpool.modeling.attention.sdpa import SdpaBackend
 
 __all__ = ["BACKENDS", "AttentionBackend", "AttentionPlan", "KVStorage", "PackedSegment", "StaticPlans", "get_backend"]
 
 BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = {
-    kind.name: kind for kind in (SdpaBackend, FlexBackend, FlashBackend)
+    kind.name: kind for kind in (SdpaBackend, NativeBackend, FlexBackend, FlashBackend)
 }
 
 
