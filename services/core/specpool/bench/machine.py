@@ -9,13 +9,12 @@ def recommended_arguments() -> tuple[str, ...]:
     """Arguments of `specpool up` for a target and a draft on this machine.
 
     On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
-    that this CPU supports, our own attention where it can be compiled, and as many branch rows as a step takes for
-    little more than the price of one. The draft computes in float32 between its int8 products, which take and give
-    float32.
+    that this CPU supports, our own attention where it can be compiled, and as many branch rows as may be worth their
+    price. The draft computes in float32 between its quantised products, which take and give float32.
     """
     import torch
 
-    from specpool.modeling.linear import can_stream
+    from specpool.modeling.linear import can_stream, can_use_int4
     from specpool.modeling.native import has_compiler
 
     if torch.cuda.is_available():
@@ -23,7 +22,9 @@ def recommended_arguments() -> tuple[str, ...]:
     has_bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     weights = "streamed" if can_stream(torch.bfloat16) and has_compiler() else "prepacked"
     arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", weights]
-    arguments += ["--draft-weights", "int8", "--draft-dtype", "float32", "--row-budget", "6", "--fan-out", "8"]
+    draft_weights = "int4" if can_use_int4() and has_compiler() else "int8"
+    arguments += ["--draft-weights", draft_weights, "--draft-dtype", "float32"]
+    arguments += ["--row-budget", "8", "--fan-out", "12"]
     if has_compiler():
         arguments += ["--attention-backend", "native", "--draft-attention-backend", "native"]
     cores = sorted(os.sched_getaffinity(0))
