@@ -23,6 +23,8 @@ from specpool_speculator.sequence import SequenceState
 
 _ONE_BLOCK = 1
 """A row of one token takes a fresh block or the copy of a shared one, never both."""
+_FIRST_TOKEN = 3.0
+"""Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Candidate:
     """A branch row that could be run."""
 
     value: float
-    """Probability that what it drafts is used."""
+    """Probability that what it drafts is used; the first token after a guess counts more."""
     sequence: SequenceState
     """Whose."""
     node: Node
@@ -206,7 +208,7 @@ def branch_candidates(sequence: SequenceState) -> list[Candidate]:
         tokens, tip = guess.node.chain(lookahead + 1)
         if len(tokens) > lookahead or sequence.is_end(tip):
             continue
-        value = guess.probability * sequence.chain_probability(guess.node, len(tokens))
+        value = guess.probability * (sequence.chain_probability(guess.node, len(tokens)) if tokens else _FIRST_TOKEN)
         found.append(Candidate(value, sequence, tip, len(tokens) < lookahead or is_best))
     return found
 

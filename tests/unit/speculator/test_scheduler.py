@@ -122,9 +122,9 @@ def _crowd(num_sequences: int) -> Shares:
 
 
 def test_a_crowded_speculator_sheds_width_then_depth_then_sequences() -> None:
-    roomy, crowded, full, overfull = (_crowd(num_sequences) for num_sequences in (4, 8, 32, 64))
+    roomy, crowded, full, overfull = (_crowd(num_sequences) for num_sequences in (4, 8, 32, 96))
     assert roomy == Shares(width=8, depth=3, drafted=1)
-    assert crowded.width < 0.6 * roomy.width
+    assert crowded.width < 0.8 * roomy.width
     assert (crowded.depth, crowded.drafted) == (3, 1)
     assert full.width < crowded.width
     assert full.depth < crowded.depth
@@ -132,6 +132,22 @@ def test_a_crowded_speculator_sheds_width_then_depth_then_sequences() -> None:
     assert overfull.width < full.width
     assert overfull.depth < full.depth
     assert 0.8 < overfull.drafted < 1
+
+
+def test_a_first_token_goes_before_a_further_one_that_is_somewhat_likelier(prompt) -> None:
+    drafter, _ = make_drafter(fan_out_policy="best_first", row_budget=2)
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=3)
+    (sequence,) = drafter._sequences.values()
+    firsts, further = [], []
+    for candidate in branch_candidates(sequence):
+        is_first = candidate.node.parent in sequence.tree.path
+        used = next(g.probability for g in sequence.guesses() if candidate.node in g.node.subtree())
+        (firsts if is_first else further).append((candidate.value, used))
+    assert firsts
+    assert further
+    assert all(value == pytest.approx(3 * used) for value, used in firsts)
+    assert all(value <= used for value, used in further)
 
 
 def test_full_cache_sheds_branches_before_sequences(prompt) -> None:
@@ -174,7 +190,7 @@ def test_best_first_guesses_where_the_draft_is_unsure(prompt) -> None:
 
 
 def test_the_value_of_a_row_is_that_all_before_it_is_used(prompt) -> None:
-    drafter, _ = make_drafter(fan_out_policy="best_first")
+    drafter, _ = make_drafter(fan_out_policy="best_first", row_budget=2)
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=2)
     (sequence,) = drafter._sequences.values()

@@ -208,7 +208,8 @@ class _Sequence:
     cache: SpeculationCache
     round: int = 0
     draft: list[int] = field(default_factory=list)
-    is_waiting: bool = False
+    waits_for: int = 0
+    """Draft tokens that it waits for; 0: it does not wait."""
     num_rounds: int = 0
     num_tokens: int = 0
     lookups: dict[LookupKind, int] = field(default_factory=dict)
@@ -255,7 +256,7 @@ class _Target:
         simulation.after(simulation.half_trip_s, lambda: simulation.speculator.receive(self._connection, request))
 
     def _begin(self) -> None:
-        ready = [sequence for sequence in self.sequences if not sequence.is_waiting]
+        ready = [sequence for sequence in self.sequences if not sequence.waits_for]
         if self._is_busy or not ready:
             return
         self._is_busy = True
@@ -272,7 +273,7 @@ class _Target:
                 now = speculator_pb2.SpeculateNow(
                     sequence_id=sequence.id,
                     round=outcome.round,
-                    num_tokens=self._simulation.profile.lookahead,
+                    num_tokens=sequence.waits_for,
                     deadline_ms=1e9,
                 )
                 self._send(Request(speculate_now=now))
@@ -298,23 +299,24 @@ class _Target:
             bonus_token=bonus,
             draft_tokens=sequence.draft,
             draft_source=speculator_pb2.DRAFT_SOURCE_SPECULATOR,
-            awaits_speculation=sequence.is_waiting,
+            awaits_speculation=sequence.waits_for > 0,
         )
 
     def _choose(self, sequence: _Sequence, ended: int, num_accepted: int, bonus: int) -> list[int]:
         """Draft tokens at hand; or none, and the sequence waits."""
         mode = self._simulation.scenario.mode
         if mode == "sd":
-            sequence.is_waiting = True
+            sequence.waits_for = self._simulation.profile.lookahead
         if mode != "ssd":
             return []
         lookup = sequence.cache.lookup(ended, num_accepted, bonus)
         sequence.lookups[lookup.kind] = sequence.lookups.get(lookup.kind, 0) + 1
         if not lookup.tokens:
-            sequence.is_waiting = self._waits(sequence)
+            sequence.waits_for = self._wait_after_miss(sequence)
         return list(lookup.tokens)
 
-    def _waits(self, sequence: _Sequence) -> bool:
+    def _wait_after_miss(self, sequence: _Sequence) -> int:
+        """Draft tokens that are worth waiting for."""
         profile = self._simulation.profile
         step_s = self._simulation.speculator.drafter.step_time(profile.row_budget)
         verify_s = (profile.verify_ms + profile.verify_row_ms * (profile.lookahead + 1)) / 1e3
@@ -329,7 +331,7 @@ class _Target:
             acceptance=profile.acceptance,
             steady_tokens_per_s=tokens / verify_s,
         )
-        return choice.depth > 0
+        return choice.depth
 
     def receive(self, responses: list[speculator_pb2.SpeculateResponse]) -> None:
         """Tables and answers of the speculator."""
@@ -342,9 +344,9 @@ class _Target:
 
     def _resume(self, answer: speculator_pb2.Speculation) -> None:
         sequence = self._by_id[answer.sequence_id]
-        if not sequence.is_waiting or answer.round != sequence.round - 1:
+        if not sequence.waits_for or answer.round != sequence.round - 1:
             return
-        sequence.is_waiting, sequence.draft = False, list(answer.draft_tokens)
+        sequence.waits_for, sequence.draft = 0, list(answer.draft_tokens)
         start = speculator_pb2.StartRound(
             sequence_id=sequence.id,
             round=sequence.round,
