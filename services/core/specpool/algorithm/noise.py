@@ -6,6 +6,11 @@ wrapping int64 operations and of exactly rounded elementwise float64 additions, 
 divisions. (Run it eagerly: a compiler that contracts a multiplication and an addition into one rounding
 would change the last bit.)
 
+Gumbel noise is -log E of independent exponential E. Here E of a token is the least E of its block of 64 tokens, drawn
+once per block, plus, unless the token is the one that has the least, an exponential of its own: independent
+exponentials, since they have no memory. So the best noise of a block is known without looking at its tokens, and an
+argmax over a vocabulary looks into a few blocks only.
+
 Shape legend: N rows (one sampled token each), V vocabulary, C candidates, B blocks of W consecutive tokens.
 """
 
@@ -51,12 +56,12 @@ _SQRT_HALF_BITS: Final = 0x3FE6A09E667F3BCD
 _ATANH_COEFFICIENTS: Final = tuple(1.0 / (2 * n + 1) for n in range(11))
 
 _LEAST_FINITE: Final = torch.finfo(torch.float64).min
-_MIN_NOISE: Final = -3.62  # of v = 1 - 2**-53, rounded down
-_MAX_NOISE: Final = 36.74  # of v = 2**-53, rounded up
-_MARGIN: Final = 1e-9  # far above the error of torch's own logarithm, which only bounds use
-_BLOCK_SIZE: Final = 64  # W: torch reduces fewer at a time slowly, and more make the bounds less tight
-_NUM_TRIED: Final = 16  # blocks per token wanted that are looked into first
-_CACHED_ENTRIES: Final = 1 << 16  # half a MiB of int64
+_MAX_NOISE: Final = 40.91  # of 64 E = -log(1 - 2**-53), rounded up
+_MARGIN: Final = 1e-9  # far above the error of our logarithm: bounds hold although it is not quite monotonic
+_BLOCK_BITS: Final = 6
+_BLOCK_SIZE: Final = 1 << _BLOCK_BITS  # W; part of the seed contract
+_BLOCK_STEP: Final = _int64(0xA0761D6478BD642F)
+_NUM_TRIED: Final = 8  # blocks per token wanted that are looked into first
 
 
 def gumbel(
@@ -76,13 +81,13 @@ def gumbel(
     keys = _row_keys(seed, positions, stream)
     if isinstance(tokens, int):
         tokens = torch.arange(tokens, device=keys.device)
-    return _exact_gumbel(_bits(keys[:, None], tokens))
+    return _noise(keys[:, None], tokens)
 
 
 def uniform(seed: int | Tensor, positions: Tensor, stream: Stream = Stream.ACCEPT) -> Tensor:
     """One uniform number in (0, 1) per row, float64 [N]."""
     keys = _row_keys(seed, positions, stream)
-    return _unit(_bits(keys, torch.zeros_like(keys)))
+    return _unit(_hash(keys, torch.zeros_like(keys)))
 
 
 def gumbel_argmax(scores: Tensor, seed: int | Tensor, positions: Tensor, stream: Stream = Stream.TARGET) -> Tensor:
@@ -101,9 +106,8 @@ def gumbel_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k tokens with the largest scores + noise, best first: int64 [N, k], and these sums, float64 [N, k].
 
-    The largest score and the smallest hash of a block of tokens bound their sums. Exact noise is computed only in the
-    few blocks that may hold one of the best; the result is that of exact noise everywhere. Where a row has fewer than
-    k possible tokens (finite scores), the rest are -1, with sum -inf.
+    The largest score and the largest noise of a block of tokens bound their sums, so that noise of tokens is computed
+    in few blocks only. Where a row has fewer than k possible tokens (finite scores), the rest are -1, with sum -inf.
 
     Args:
         scores: [N, V], -inf for excluded tokens.
@@ -129,11 +133,9 @@ def gumbel_topk(
 
 def _blocks(scores: Tensor) -> Tensor:
     """[N, B, W], a view unless the last block must be filled up with -inf."""
-    num_rows, vocab_size = scores.shape
-    block_size = min(_BLOCK_SIZE, vocab_size)
-    if num_missing := -vocab_size % block_size:
+    if num_missing := -scores.shape[1] % _BLOCK_SIZE:
         scores = torch.nn.functional.pad(scores, (0, num_missing), value=-torch.inf)
-    return scores.view(num_rows, scores.shape[1] // block_size, block_size)
+    return scores.view(len(scores), scores.shape[1] // _BLOCK_SIZE, _BLOCK_SIZE)
 
 
 def _topk_by_bounds(scores: Tensor, blocks: Tensor, best: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -141,50 +143,19 @@ def _topk_by_bounds(scores: Tensor, blocks: Tensor, best: Tensor, keys: Tensor, 
 
     Most often the blocks with the highest bounds hold better sums than any other bound, and that is all.
     """
-    block_size = blocks.shape[2]
-    lowest = best.topk(k, dim=1).values[:, -1:] + _MIN_NOISE - _MAX_NOISE
-    bounds = best + _noise_bounds(keys, block_size, best >= lowest.clamp_(min=_LEAST_FINITE))
+    numbers = torch.arange(best.shape[1], device=best.device)
+    bounds = best + (_MARGIN - _log(_least_of_block(keys[:, None], numbers)[0]))
     tried = bounds.topk(_NUM_TRIED * k + 1, dim=1)
     columns = tried.indices[:, :-1, None]
-    tokens = (columns * block_size + torch.arange(block_size, device=blocks.device)).flatten(1)
-    tried_scores = blocks.gather(1, columns.expand(-1, -1, block_size)).flatten(1)
-    found = (tried_scores.double() + _exact_gumbel(_bits(keys[:, None], tokens))).topk(k, dim=1)
+    tokens = (columns * _BLOCK_SIZE + torch.arange(_BLOCK_SIZE, device=blocks.device)).flatten(1)
+    tried_scores = blocks.gather(1, columns.expand(-1, -1, _BLOCK_SIZE)).flatten(1)
+    found = (tried_scores.double() + _noise(keys[:, None], tokens)).topk(k, dim=1)
     enough = found.values[:, -1:].clamp(min=_LEAST_FINITE)
     if not (tried.values[:, -1:] >= enough).any():  # nor is any other bound
         tokens = tokens.gather(1, found.indices)
         return tokens.masked_fill_(found.values == -torch.inf, -1), found.values
     rows, tokens = _at_least(blocks, bounds >= enough, enough - _MAX_NOISE)
-    noise_bounds = _MARGIN - _unit(_bits(keys[rows], tokens)).log_()
-    possible = scores[rows, tokens].double() + noise_bounds >= enough[rows, 0]
-    return _topk_of_candidates(scores, keys, rows[possible], tokens[possible], k)
-
-
-def _noise_bounds(keys: Tensor, block_size: int, wanted: Tensor) -> Tensor:
-    """At least the noise of every token of a block, float64 [N, B]; -inf where the block is not `wanted`.
-
-    Noise decreases in v and is below -log v: per token only integers are needed, and of these the smallest of the
-    block. The last step of `_mix` is left out, as it changes only the low 33 of the 64 bits.
-    """
-    device = keys.device
-    firsts = torch.arange(wanted.shape[1], device=device) * block_size + 1
-    starts = (keys[:, None] + firsts * _TOKEN_STEP).masked_select(wanted)
-    steps = torch.arange(block_size, device=device) * _TOKEN_STEP
-    # On a CPU a dozen passes over 64-bit integers stay in the cache if they go piece by piece.
-    size = max(1, _CACHED_ENTRIES // block_size if device.type == "cpu" else len(starts))
-    states, scratch = torch.empty((2, size, block_size), dtype=torch.int64, device=device)
-    top = torch.tensor((1 << 63) - 1, device=device)
-    turned = torch.empty_like(starts)  # top - smallest hash: torch is slow at minima
-    for piece, out in zip(torch.split(starts[:, None], size), torch.split(turned, size), strict=True):
-        state, shifted = states[: len(piece)], scratch[: len(piece)]
-        torch.add(steps, piece, out=state)
-        _xor_shifted(state, 30, shifted)
-        state *= _MULTIPLY_1
-        _xor_shifted(state, 27, shifted)
-        torch.add(top, state, alpha=-_MULTIPLY_2, out=state)
-        torch.amax(state, dim=1, out=out)
-    smallest = (0.5 - 2.0**-30) - turned.double() * 2.0**-64
-    noise = _MARGIN - smallest.clamp_(min=2.0 ** -(_NUM_BITS + 1)).log_()
-    return torch.full_like(wanted, -torch.inf, dtype=torch.float64).masked_scatter_(wanted, noise)
+    return _topk_of_candidates(scores, keys, rows, tokens, k)
 
 
 def _at_least(blocks: Tensor, near: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +168,7 @@ def _at_least(blocks: Tensor, near: Tensor, lowest: Tensor) -> tuple[Tensor, Ten
 def _topk_of_candidates(scores: Tensor, keys: Tensor, rows: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Best k tokens of each row among its candidates, given in order of rows: pad the ragged rows, then sort once."""
     num_rows = len(scores)
-    values = scores[rows, tokens].double() + _exact_gumbel(_bits(keys[rows], tokens))
+    values = scores[rows, tokens].double() + _noise(keys[rows], tokens)
     counts = torch.bincount(rows, minlength=num_rows)
     slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     width = max(k, int(counts.max()) if num_rows else 0)
@@ -219,10 +190,22 @@ def _row_keys(seed: int | Tensor, positions: Tensor, stream: Stream) -> Tensor:
     return _mix(keys.to(positions.device) + positions * _POSITION_STEP)
 
 
-def _bits(keys: Tensor, tokens: Tensor) -> Tensor:
-    """_NUM_BITS random bits per (key, token), int64."""
-    hashed = _mix(keys + (tokens + 1) * _TOKEN_STEP)
-    return hashed.bitwise_right_shift_(64 - _NUM_BITS).bitwise_and_((1 << _NUM_BITS) - 1)
+def _noise(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel noise of tokens, float64."""
+    least, lanes = _least_of_block(keys, tokens >> _BLOCK_BITS)
+    further = _exponential(_hash(keys, tokens))
+    return -_log(least + further.masked_fill_(lanes == tokens & (_BLOCK_SIZE - 1), 0.0))
+
+
+def _least_of_block(keys: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Least exponential of W, float64, and which of a block's tokens has it."""
+    hashed = _hash(keys ^ _BLOCK_STEP, blocks)
+    return _exponential(hashed) * (1.0 / _BLOCK_SIZE), hashed & (_BLOCK_SIZE - 1)
+
+
+def _hash(keys: Tensor, numbers: Tensor) -> Tensor:
+    """64 random bits per (key, number), int64."""
+    return _mix(keys + (numbers + 1) * _TOKEN_STEP)
 
 
 def _mix(state: Tensor) -> Tensor:
@@ -234,21 +217,20 @@ def _mix(state: Tensor) -> Tensor:
     return _xor_shifted(state, 31)
 
 
-def _xor_shifted(state: Tensor, shift: int, shifted: Tensor | None = None) -> Tensor:
+def _xor_shifted(state: Tensor, shift: int) -> Tensor:
     """state ^= state >> shift, in place. The mask makes torch's arithmetic shift a logical one."""
-    shifted = torch.bitwise_right_shift(state, shift, out=shifted)
-    state ^= shifted.bitwise_and_((1 << (64 - shift)) - 1)
+    state ^= (state >> shift).bitwise_and_((1 << (64 - shift)) - 1)
     return state
 
 
-def _unit(bits: Tensor) -> Tensor:
-    """Integer to (0, 1), exactly, float64."""
-    return (bits.double() + 0.5) * 2.0**-_NUM_BITS
+def _unit(hashed: Tensor) -> Tensor:
+    """The high bits, exactly, as a number in (0, 1), float64."""
+    return (((hashed >> (64 - _NUM_BITS)) & ((1 << _NUM_BITS) - 1)).double() + 0.5) * 2.0**-_NUM_BITS
 
 
-def _exact_gumbel(bits: Tensor) -> Tensor:
-    """-log(-log(1 - v)), float64; 1 - v is exact."""
-    return -_log(-_log(1.0 - _unit(bits)))
+def _exponential(hashed: Tensor) -> Tensor:
+    """-log(1 - v), float64; 1 - v is exact."""
+    return -_log(1.0 - _unit(hashed))
 
 
 def _log(x: Tensor) -> Tensor:

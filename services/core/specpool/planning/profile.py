@@ -24,6 +24,8 @@ class Profile:
     """Step of the draft, without what each row adds."""
     draft_row_ms: float = 0.0
     """What each row adds."""
+    draft_free_rows: int = 0
+    """Rows that add nothing: as many as are computed while the weights are read."""
     round_trip_ms: float = 0.5
     """Between target and speculator."""
     acceptance: float
@@ -45,7 +47,7 @@ class Profile:
         """Refuse what can never be."""
         for name in ("verify_ms", "draft_step_ms"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "greater than 0")
-        for name in ("verify_row_ms", "draft_row_ms", "round_trip_ms", "miss_exponent"):
+        for name in ("verify_row_ms", "draft_row_ms", "draft_free_rows", "round_trip_ms", "miss_exponent"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("acceptance", "miss_constant"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")

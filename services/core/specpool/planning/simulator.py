@@ -71,7 +71,9 @@ class _FixedTime(RowTimes):
         """Nothing is learned."""
 
     def __call__(self, num_rows: int) -> float:
-        return (self._profile.draft_step_ms + self._profile.draft_row_ms * num_rows) / 1e3
+        profile = self._profile
+        num_paid = max(0, num_rows - profile.draft_free_rows)
+        return (profile.draft_step_ms + profile.draft_row_ms * num_paid) / 1e3
 
 
 class Simulation:
