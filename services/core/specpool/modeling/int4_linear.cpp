@@ -1,12 +1,12 @@
 // y = x W^T + b with 4-bit weights on CPUs with AVX-512 VNNI, for drafts: few rows, and as few bytes to read as possible.
 //
-// Groups of 64 inputs share a scale, in the weights and in every row of x, which is rounded to 8 bits. Products and
+// Groups of 32 inputs share a scale, in the weights and in every row of x, which is rounded to 8 bits. Products and
 // sums within a group are exact integers, the groups' sums are float32 in their order: a row's result does not depend
 // on M.
 //
-// Shapes: x [M, I], y [M, O], b [O] or null, all float32; I is a multiple of 64.
-// W: for each 32 outputs and each group, 32 scales in float16, then 1024 bytes of [8][2 halves of the outputs][16][4]:
-// of the 8 inputs of each of the eight, the low half of a byte has the first 4, the high half the others, plus 8.
+// Shapes: x [M, I], y [M, O], b [O] or null, all float32; I is a multiple of 32.
+// W: for each 32 outputs and each group, 32 scales in float16, then 512 bytes of [4][2 halves of the outputs][16][4]:
+// of the 8 inputs of each of the four, the low half of a byte has the first 4, the high half the others, plus 8.
 
 #include <immintrin.h>
 
@@ -20,15 +20,15 @@ namespace {
 constexpr long kVector = 16;               // outputs in a register
 constexpr long kHalves = 2;
 constexpr long kBlock = kHalves * kVector;  // outputs whose weights lie together
-constexpr long kGroup = 64;                // inputs with a scale of their own
+constexpr long kGroup = 32;                // inputs with a scale of their own
 constexpr long kScaleBytes = 2 * kBlock;
 constexpr long kGroupBytes = kScaleBytes + kBlock * kGroup / 2;
 constexpr long kPrefetch = 1024;           // bytes ahead
 
 struct Problem {
   const int8_t* x;       // [M, I]
-  const float* scales;   // [M, I / 64]
-  const int32_t* zeros;  // [M, I / 64]: what the weights' offset of 8 adds to a group's sum, negated
+  const float* scales;   // [M, I / 32]
+  const int32_t* zeros;  // [M, I / 32]: what the weights' offset of 8 adds to a group's sum, negated
   const uint8_t* weights;
   const float* bias;
   float* y;
@@ -101,18 +101,16 @@ constexpr Multiply kMultiply[kRows + 1] = {nullptr,     multiply<1>, multiply<2>
 // Every group of inputs to 8 bits with its own scale.
 void round_inputs(const float* x, long num_groups, int8_t* rounded, float* scales, int32_t* zeros) {
   for (long g = 0; g < num_groups; g++, x += kGroup, rounded += kGroup) {
-    __m512 sizes = _mm512_setzero_ps();
-    for (long i = 0; i < kGroup; i += kVector) sizes = _mm512_max_ps(sizes, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+    const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + kVector);
+    const __m512 sizes = _mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second));
     const float largest = std::max(1e-20f, _mm512_reduce_max_ps(sizes));
     const __m512 factor = _mm512_set1_ps(127.0f / largest);
-    __m512i sum = _mm512_setzero_si512();
-    for (long i = 0; i < kGroup; i += kVector) {
-      const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor));
-      _mm_storeu_si128((__m128i*)(rounded + i), _mm512_cvtepi32_epi8(integers));
-      sum = _mm512_add_epi32(sum, integers);
-    }
+    const __m512i integers[2] = {_mm512_cvtps_epi32(_mm512_mul_ps(first, factor)),
+                                 _mm512_cvtps_epi32(_mm512_mul_ps(second, factor))};
+    for (int part = 0; part < 2; part++)
+      _mm_storeu_si128((__m128i*)(rounded + part * kVector), _mm512_cvtepi32_epi8(integers[part]));
     scales[g] = largest / 127.0f;
-    zeros[g] = -8 * _mm512_reduce_add_epi32(sum);
+    zeros[g] = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(integers[0], integers[1]));
   }
 }
 

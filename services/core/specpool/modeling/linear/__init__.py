@@ -5,7 +5,7 @@ Formats:
     prepacked  same numbers and data type, reordered once into oneDNN's blocked layout
     streamed   same numbers in bfloat16 for a kernel of our own, which reads them as one stream; for AVX-512 bf16
     int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
-    int4       weights quantised in groups of 64, for a kernel of our own and AVX-512 VNNI; for drafts likewise
+    int4       weights quantised in groups of 32, for a kernel of our own and AVX-512 VNNI; for drafts likewise
 
 In all but the first, layers of one parent that read the same input become one product.
 """

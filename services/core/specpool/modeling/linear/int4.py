@@ -1,4 +1,4 @@
-"""4-bit weights, every 64 inputs of an output with a scale of their own, for a kernel of ours: `int4_linear.cpp`.
+"""4-bit weights, every 32 inputs of an output with a scale of their own, for a kernel of ours: `int4_linear.cpp`.
 
 A draft's step takes about as long as reading its weights: these are half the bytes of int8.
 """
@@ -15,7 +15,7 @@ from specpool.modeling.huge_pages import empty_in_huge_pages
 from specpool.modeling.linear.packed import PackedLinear
 from specpool.modeling.native import load_library
 
-_GROUP = 64
+_GROUP = 32
 """Inputs that share a scale."""
 _BLOCK = 32
 """Outputs whose weights lie together."""
@@ -58,14 +58,14 @@ def _in_blocks(weight: Tensor) -> Tensor:  # [O, I] -> flat bytes, see int4_line
         filled = F.pad(rows.float(), (0, -in_features % _GROUP, 0, _BLOCK - rows.shape[0]))
         values, scales = round_to_4_bits(filled.view(_BLOCK, num_groups, _GROUP).transpose(0, 1))
         block[:, :_SCALE_BYTES] = scales.contiguous().view(torch.uint8)
-        # [groups, 32 outputs, 64 inputs] -> [groups, 8, low or high half, 2 x 16 outputs, 4 inputs]
-        parts = (values + 8).to(torch.uint8).view(num_groups, _BLOCK, _GROUP // 8, 2, 4).permute(0, 2, 3, 1, 4)
+        # [groups, 32 outputs, 32 inputs] -> [groups, 4, low or high half, 2 x 16 outputs, 4 inputs]
+        parts = (values + 8).to(torch.uint8).view(num_groups, _BLOCK, 4, 2, 4).permute(0, 2, 3, 1, 4)
         block[:, _SCALE_BYTES:] = (parts[:, :, 0] | parts[:, :, 1] << 4).reshape(num_groups, -1)
     return packed
 
 
 def round_to_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers from -8 to 7 and float16 scales [...] of `groups` [..., inputs], with the least squared error tried."""
+    """Integers from -8 to 7 and float16 scales [...] of `groups` [..., 32], with the least squared error tried."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best = best_scale = least = None
     for share in _TRIED_SCALES:
