@@ -57,6 +57,16 @@ class FallbackPolicy:
         """Of the speculator's draft tokens, each given those before it."""
         return self._acceptance.value
 
+    @property
+    def backup_acceptance(self) -> float:
+        """Of the backup's tokens, each given those before it."""
+        return self._backup_acceptance.value
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of one sequence; 0: not measured yet."""
+        return self._tokens_per_round.value / self._round_s.value if self._round_s.value > 0 else 0.0
+
     def observe_step(self, batch_size: int, seconds: float) -> None:
         """One verification of so many sequences."""
         self._verify_s.setdefault(batch_size, Average()).observe(seconds)

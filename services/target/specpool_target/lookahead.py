@@ -43,6 +43,23 @@ class LookaheadPlanner:
             )
         return self._plans[mode]
 
+    def worthwhile_backup(self, num_draft: int, num_backup: int, batch_size: int) -> int:
+        """How many of the backup's tokens behind `num_draft` others are worth the time that they add to the forward.
+
+        Others in the batch have about as many tokens, and wait as long.
+        """
+        if self._num_steps < _STEPS_PER_PLAN:
+            return num_backup
+        accepted = self._policy.acceptance**num_draft
+        tokens_per_s = batch_size * self._policy.tokens_per_s
+        for count in range(num_backup):
+            accepted *= self._policy.backup_acceptance
+            num_tokens = batch_size * (1 + num_draft) + count
+            added_s = self._verify_time(num_tokens + 1) - self._verify_time(num_tokens)
+            if accepted < added_s * tokens_per_s:
+                return count
+        return num_backup
+
     def explain(self) -> str:
         """For status."""
         if self._num_steps < _STEPS_PER_PLAN:

@@ -65,6 +65,7 @@ class Speculation:
         """Misses do not wait for a link until then."""
         self._no_distributions_before_s: dict[SpeculatorLink, float] = {}
         """Verifications do not wait for a link's distributions until then."""
+        self._batch_size = 1
         self.lookups: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
 
@@ -73,6 +74,7 @@ class Speculation:
     def next_round(self, sequence: TargetSequence, outcome: VerificationOutcome, *, batch_size: int) -> None:
         """Choose what the sequence verifies next, and report the outcome of the round that ended."""
         ended = sequence.round
+        self._batch_size = batch_size
         sequence.round += 1
         sequence.draft = Draft()
         choice = self._choose(sequence, ended, outcome, batch_size)
@@ -138,7 +140,7 @@ class Speculation:
                 sequence.link.measured.draft_times(),
                 batch_size=batch_size,
                 lookahead=limit,
-                num_backup=len(sequence.backup(limit)),
+                num_backup=len(self._backup(sequence, limit)),
             )
             if choice.depth:
                 self.fallbacks["wait"] += 1
@@ -152,7 +154,7 @@ class Speculation:
         sequence.draft = Draft([*tokens, *tail], DraftSource.SPECULATOR, sequence.draft.lookup, len(tail))
 
     def _tail(self, sequence: TargetSequence, tokens: Sequence[int], limit: int) -> list[int]:
-        """Tokens of the backup after a speculation that is not deep enough: a forward over a few more costs the same.
+        """Tokens of the backup after a speculation that is not deep enough: a few more may cost the forward nothing.
 
         Not for rejection verification, which needs the distribution that every draft token was sampled from, and not
         after a token that ends the output.
@@ -161,13 +163,20 @@ class Speculation:
         is_rejection = effective_mode(request.sampling, request.verification) is VerificationMode.REJECTION
         if is_rejection or request.mode is not SpeculationMode.SSD or _ends_output(sequence, tokens):
             return []
-        return self._valid(sequence.backup(limit - len(tokens), after=tokens, min_ngram=_TAIL_NGRAM))
+        return self._backup(sequence, limit - len(tokens), after=tokens, min_ngram=_TAIL_NGRAM)
 
     def _use_backup(self, sequence: TargetSequence) -> None:
-        backup = sequence.backup(self._limit(sequence))
+        backup = self._backup(sequence, self._limit(sequence))
         self.fallbacks["backup" if backup else "no_draft"] += 1
         source = DraftSource.BACKUP if backup else DraftSource.NONE
         sequence.draft = Draft(backup, source, sequence.draft.lookup)
+
+    def _backup(
+        self, sequence: TargetSequence, limit: int, *, after: Sequence[int] = (), min_ngram: int = 1
+    ) -> list[int]:
+        """What prompt lookup proposes, as far as it is worth verifying."""
+        tokens = self._valid(sequence.backup(limit, after=after, min_ngram=min_ngram))
+        return tokens[: self._planner.worthwhile_backup(len(after), len(tokens), self._batch_size)]
 
     def _limit(self, sequence: TargetSequence) -> int:
         lookahead = min(sequence.lookahead, sequence.request.max_lookahead)

@@ -11,7 +11,7 @@ from specpool.algorithm.fallback import expected_tokens
 _LEAST_SPREAD: Final = 0.5
 """Variance of the row counts seen, below which a slope would be noise."""
 _MAX_IN_TABLE: Final = 128
-"""Rows; what more of them take is looked up one by one."""
+"""Rows; what more of them take lies on a line."""
 _LINE_WEIGHT: Final = 2.0
 """How many forwards of one number of rows count as much as the line through all."""
 
@@ -78,11 +78,14 @@ class RowTimes(LinearTime):
 
     def __call__(self, num_rows: int) -> float:
         """Expected seconds; never fewer for more rows."""
-        num_in_table = min(num_rows, _MAX_IN_TABLE)
-        while len(self._table) <= num_in_table:
+        most = min(max(self._means, default=0), _MAX_IN_TABLE)
+        while len(self._table) <= most:
             least = self._table[-1] if self._table else 0.0
             self._table.append(max(least, self._expected(len(self._table))))
-        return self._table[num_rows] if num_rows <= _MAX_IN_TABLE else max(self._table[-1], self._expected(num_rows))
+        if num_rows <= most:
+            return self._table[num_rows]
+        # A line through all would begin below the last of them where the first rows are free.
+        return self._table[most] + self.per_row_s * (num_rows - most)
 
     def _expected(self, num_rows: int) -> float:
         line = super().__call__(num_rows)
