@@ -16,8 +16,8 @@ from specpool.planning.answers import best_settings, fit_acceptance, smallest_po
 from specpool.planning.profile import Profile
 from specpool.planning.simulator import Scenario, simulate
 
-BENCH = Path(__file__).parents[3] / "docs" / "benchmarks" / "cpu-2-cores" / "bench-geometric.json"
-"""The run whose step times the profile has: geometric fan-out, decoders not compiled."""
+BENCH = Path(__file__).parents[3] / "docs" / "benchmarks" / "cpu-2-cores" / "bench.json"
+"""The run whose step times the profile has."""
 FAST = Profile(verify_ms=20, draft_step_ms=2, acceptance=0.8, lookahead=4, fan_out=8, row_budget=16)
 
 
