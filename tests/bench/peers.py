@@ -97,7 +97,7 @@ class SpecPool(System):
     def __init__(self, pair: Pair, *, name: str, ways: Mapping[str, Sequence[Options]], up: Sequence[str]) -> None:
         self.name = name
         self.ways = ways
-        self.precision = "16 bit, draft 8 bit" if set(ways) != {"off"} else "16 bit"
+        self.precision = "16 bit, draft 4 bit" if set(ways) != {"off"} else "16 bit"
         self._up = (*recommended_arguments(), "--target", pair.target, "--draft", pair.draft, *up)
 
     @contextmanager
@@ -369,7 +369,7 @@ def main() -> None:
     parser.add_argument("--target", default="qwen2.5-coder-1.5b-instruct")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b-instruct")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--lookaheads", type=int, nargs="+", default=[3, 4], help="candidates for our K")
+    parser.add_argument("--lookaheads", type=int, nargs="+", default=[4, 5], help="candidates for our K")
     parser.add_argument("--num-prompts", type=int, default=12)
     parser.add_argument("--num-tuning-prompts", type=int, default=3)
     parser.add_argument("--num-passes", type=int, default=2)
