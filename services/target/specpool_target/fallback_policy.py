@@ -123,7 +123,7 @@ class FallbackPolicy:
             times,
             lookahead=lookahead,
             acceptance=self._acceptance.value,
-            steady_tokens_per_s=self._tokens_per_round.value / self._round_s.value,
+            steady_tokens_per_s=self.tokens_per_s,
             tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value) + self._lead_of_backup(),
         )
 

@@ -79,7 +79,7 @@ class RowTimes(LinearTime):
     def __call__(self, num_rows: int) -> float:
         """Expected seconds; never fewer for more rows."""
         most = min(max(self._means, default=0), _MAX_IN_TABLE)
-        while len(self._table) <= most:
+        while len(self._table) <= min(num_rows, most):
             least = self._table[-1] if self._table else 0.0
             self._table.append(max(least, self._expected(len(self._table))))
         if num_rows <= most:
