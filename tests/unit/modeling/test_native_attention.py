@@ -257,6 +257,25 @@ def test_a_model_computes_what_it_does_with_sdpa(dtype: torch.dtype, tolerance: 
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["fused", "permuted", "another type"])
+def test_keys_and_values_are_written_where_the_slots_say(dtype: torch.dtype, layout: str) -> None:
+    shape = {"num_layers": 3, "num_blocks": 4, "block_size": 4, "num_kv_heads": 2, "head_dim": 8}
+    ours, expected = (KVStorage.allocate(**shape, dtype=dtype, device=CPU) for _ in range(2))
+    key, value = torch.randn(1, 5, 2, 24).transpose(1, 2).to(dtype)[..., 8:].split(8, dim=-1)  # [1, Hkv, T, D]
+    if layout == "permuted":
+        key, value = (states.transpose(2, 3).contiguous().transpose(2, 3) for states in (key, value))
+    if layout == "another type":
+        key, value = key.double(), value.double()
+    slots = torch.tensor([3, 15, 0, 7, 8])
+    get_backend("native").write(ours, 1, key, value, slots)
+    expected.write(1, key, value, slots)
+    assert ours.keys.equal(expected.keys)
+    assert ours.values.equal(expected.values)
+    assert ours.keys[1].any()
+
+
+@needs_compiler
 def test_what_it_cannot_do_is_refused() -> None:
     backend = get_backend("native")
     backend.check(dtype=torch.bfloat16, device=CPU, block_size=3, head_dim=5)

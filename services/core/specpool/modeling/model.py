@@ -105,23 +105,21 @@ def unsupported(subject: object, why: str) -> InvalidArgument:
 class _Step:
     """One forward, as its attention layers see it."""
 
+    backend: AttentionBackend
     storage: KVStorage
     plan: AttentionPlan
     slots: Tensor
     """[T]: where the packed tokens' keys and values go in the flattened cache. Rows after these are padding."""
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:  # [1, Hkv, T, D]
         """Into the blocks: attention reads them from there."""
-        self._write(self.storage.keys[layer], key)
-        self._write(self.storage.values[layer], value)
-
-    def _write(self, cache: Tensor, states: Tensor) -> None:
-        rows = states.squeeze(0).transpose(0, 1)  # [T, Hkv, D]
-        if rows.shape[1:] != cache.shape[2:]:
-            raise unsupported(
-                self, f"a layer's keys have shape {tuple(rows.shape[1:])}, {tuple(cache.shape[2:])} expected"
-            )
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, self.slots, rows.to(cache.dtype))
+        expected = self.storage.keys.shape[3:]
+        for states in (key, value):
+            if (states.shape[1], states.shape[3]) != expected:
+                raise unsupported(
+                    self, f"a layer's keys have shape {(states.shape[1], states.shape[3])}, {tuple(expected)} expected"
+                )
+        self.backend.write(self.storage, layer, key, value, self.slots)
 
 
 class TransformersModel:
@@ -208,7 +206,7 @@ class TransformersModel:
         logit_rows: Tensor,  # [rows]
     ) -> Tensor:  # [rows, V] float32
         """The forward's part on the device: nothing but tensors that are there already."""
-        _running.step = _Step(self.storage, plan, slots)
+        _running.step = _Step(self.backend, self.storage, plan, slots)
         with self.around_forward():
             output = self.model(
                 input_ids=tokens.unsqueeze(0),

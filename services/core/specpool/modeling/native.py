@@ -20,6 +20,7 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-
 _SETTINGS = {
     "streamed_linear": ("weights", "streamed", "another weights format"),
     "int4_linear": ("weights", "int4", "another weights format"),
+    "attention/kv_write": ("attention_backend", "native", "another attention backend"),
     "attention/paged_attention": ("attention_backend", "native", "another attention backend"),
 }
 """For each kernel: the setting and the value that ask for it, and what would do instead."""

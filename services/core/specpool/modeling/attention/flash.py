@@ -112,6 +112,7 @@ class FlashBackend:
 
     name = NAME
     has_static_plans = True
+    write = staticmethod(KVStorage.write)
 
     def __init__(self, kernel: VarlenKernel | None = None) -> None:
         self._kernel: VarlenKernel = kernel or FlashAttnKernel()

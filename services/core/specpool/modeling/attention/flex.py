@@ -41,6 +41,7 @@ class FlexBackend:
 
     name = "flex"
     has_static_plans = False
+    write = staticmethod(KVStorage.write)
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """Any data type; on CUDA blocks and heads that tensor cores can multiply."""

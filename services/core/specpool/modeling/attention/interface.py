@@ -46,6 +46,12 @@ class KVStorage:
             values=torch.zeros(shape, dtype=dtype, device=device),
         )
 
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Put keys and values [1, Hkv, T, D] into `slots` [T] of the flattened cache."""
+        for cache, states in ((self.keys[layer], key), (self.values[layer], value)):
+            rows = states.squeeze(0).transpose(0, 1)  # [T, Hkv, D]
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows.to(cache.dtype))
+
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copy blocks of every layer; all sources are read before any destination is written."""
         source = torch.tensor(sources, device=self.keys.device)
@@ -115,6 +121,10 @@ class AttentionBackend(Protocol):
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Everything about this forward that does not depend on the layer."""
+        ...
+
+    def write(self, storage: KVStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Like `KVStorage.write`."""
         ...
 
     def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans | None:

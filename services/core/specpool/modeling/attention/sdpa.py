@@ -33,6 +33,7 @@ class SdpaBackend:
 
     name = "sdpa"
     has_static_plans = False
+    write = staticmethod(KVStorage.write)
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """Runs everywhere."""
