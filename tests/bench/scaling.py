@@ -43,6 +43,8 @@ from specpool.errors import InvalidArgument
 from specpool.models.prompts import Prompt
 from specpool_target.config import Fallback
 
+PLANNED = "ssd-planned"
+"""Mode ssd with requests that name no K: the target plans it, and pauses speculation where it does not pay."""
 VERIFY_MS, VERIFY_ROW_MS = 18.3, 0.06
 DRAFT_STEP_MS, DRAFT_ROW_MS = 2.0, 0.0033
 NOISE = 0.4
@@ -59,7 +61,7 @@ class Point:
     """What is measured."""
 
     mode: str
-    """off, sd or ssd, with the fallback's name where it is not the default."""
+    """off, sd, ssd or ssd-planned, with the fallback's name where it is not the default."""
     num_targets: int
     batch_size: int
     """Sequences per target."""
@@ -144,7 +146,8 @@ def measure_points(arguments: argparse.Namespace) -> Iterator[Row]:
                     for mode in modes:
                         label = f"ssd, {fallback}" if mode == "ssd" and fallback != "auto" else mode
                         point = Point(mode=label, num_targets=num_targets, batch_size=batch_size)
-                        setting = Setting(mode=mode, temperature=arguments.temperature, lookahead=arguments.lookahead)
+                        lookahead, served = (0, "ssd") if mode == PLANNED else (arguments.lookahead, mode)
+                        setting = Setting(mode=served, temperature=arguments.temperature, lookahead=lookahead)
                         chosen = prompts[: num_targets * batch_size]
                         yield asyncio.run(run_point(endpoint, point, setting, chosen, arguments))
 
@@ -278,7 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", default="", help="its draft")
     parser.add_argument("--targets", type=int, nargs="+", default=[1, 2, 4, 8], help="with `targets`")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="with `batch`")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, PLANNED), default=[*MODES, PLANNED])
     fallbacks = get_args(Fallback)
     parser.add_argument(
         "--fallbacks", nargs="+", choices=fallbacks, default=list(fallbacks), help="of ssd, with `batch`"

@@ -41,6 +41,7 @@ from specpool_target.sequence import (
     RoundInfo,
     SequenceRequest,
     SequenceUpdate,
+    SpeculationMode,
     TargetSequence,
 )
 from specpool_target.speculation import Speculation
@@ -109,6 +110,7 @@ class EngineThread(threading.Thread):
         self._on_failed = on_failed
         self._before_start = before_start
         self._step_stats = StepStats()
+        self._last_step_s: float | None = None
         self._rows_per_step = Average()
         self._step_s = Average()
         self._ready = threading.Event()
@@ -289,7 +291,7 @@ class EngineThread(threading.Thread):
                 assert sequence.kv is not None, "just admitted"
                 sequence.was_admitted = True
                 sequence.num_cached_prompt_tokens = min(sequence.kv.length, sequence.num_prompt_tokens)
-                self._speculation.open(sequence)
+                self._speculation.admit(sequence, batch_size=len(self.scheduler.running))
         return plan
 
     def _forward(self, plan: StepPlan) -> Tensor:
@@ -526,6 +528,17 @@ class EngineThread(threading.Thread):
             seconds = phases.forward + phases.verify
             self.policy.observe_step(len(items), seconds)
             self.lookahead_planner.observe_step(sum(1 + item.num_draft for item in items), seconds)
+            self._observe_output(items, stats.num_generation_tokens)
+        self._last_step_s = time.perf_counter() if self.scheduler.running else None
+
+    def _observe_output(self, items: Sequence[VerifyItem], num_tokens: int) -> None:
+        """Whether speculation pays is judged by batches in which the planner may decide for everyone."""
+        sequences = {id(s): s for s in (*(item.sequence for item in items), *self.scheduler.running)}
+        modes = {s.request.mode if s.request.plans_lookahead else None for s in sequences.values()}
+        mode = modes.pop() if len(modes) == 1 else None
+        if self._last_step_s is not None and mode is not None and mode is not SpeculationMode.OFF:
+            seconds = time.perf_counter() - self._last_step_s
+            self.lookahead_planner.observe_output(mode, len(sequences), num_tokens, seconds)
 
     def _report_idle(self) -> None:
         self.metrics.set_queue(

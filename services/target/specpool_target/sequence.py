@@ -186,6 +186,8 @@ class TargetSequence:
         """Whether the round that ended last had waited for the speculator after a miss; None if it was a hit."""
         self.lookahead = request.max_lookahead
         """K now."""
+        self.is_paused = False
+        """Whether no speculator is told of it, since plain decoding is faster for now."""
         self.await_deadline_s: float | None = None
         self.opened_epoch: int | None = None
         """Connection of the link on which the speculator was told of this sequence."""

@@ -78,6 +78,8 @@ class Speculation:
         sequence.round += 1
         sequence.draft = Draft()
         choice = self._choose(sequence, ended, outcome, batch_size)
+        if self._is_told_all(sequence):
+            return
         epoch = self._epoch(sequence)
         if epoch is None or sequence.link is None:
             return
@@ -94,14 +96,26 @@ class Speculation:
         if choice.depth:
             self._await_speculation(sequence, sequence.link, epoch, ended, choice)
 
+    def _is_told_all(self, sequence: TargetSequence) -> bool:
+        """Whether the speculator needs no outcome: none while the plan is not to speculate, when it holds nothing of
+        the sequence, and none when the plan has changed, since opening the sequence tells everything."""
+        was_paused, sequence.is_paused = sequence.is_paused, sequence.lookahead == 0
+        if sequence.is_paused and not was_paused:
+            self.close(sequence)
+            if sequence.inbox is not None:
+                sequence.inbox.clear()
+        elif was_paused and not sequence.is_paused:
+            self.open(sequence)
+        return was_paused or sequence.is_paused
+
     def _choose(
         self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int
     ) -> FallbackChoice:
         """Set the draft, or return what to wait for."""
         mode = sequence.request.mode
-        if sequence.request.plans_lookahead and mode is not SpeculationMode.OFF:
-            measured = None if sequence.link is None else sequence.link.measured
-            sequence.lookahead = self._planner.lookahead(mode, measured, batch_size)
+        self._plan(sequence, batch_size)
+        if sequence.lookahead == 0:
+            return NO_WAIT
         limit = self._limit(sequence)
         if mode is SpeculationMode.SSD:
             return self._choose_ssd(sequence, ended, outcome, limit, batch_size)
@@ -296,11 +310,23 @@ class Speculation:
         epoch = self._epochs.get(sequence.link)
         return epoch if epoch == sequence.opened_epoch else None
 
+    def admit(self, sequence: TargetSequence, *, batch_size: int) -> None:
+        """It is in the batch for the first time."""
+        self._plan(sequence, batch_size)
+        sequence.is_paused = sequence.lookahead == 0
+        self.open(sequence)
+
+    def _plan(self, sequence: TargetSequence, batch_size: int) -> None:
+        request = sequence.request
+        if request.plans_lookahead and request.mode is not SpeculationMode.OFF:
+            measured = None if sequence.link is None else sequence.link.measured
+            sequence.lookahead = self._planner.lookahead(request.mode, measured, batch_size)
+
     def open(self, sequence: TargetSequence) -> None:
         """Hand the sequence over with every token it has."""
         link, request = sequence.link, sequence.request
         epoch = None if link is None else self._epochs.get(link)
-        if link is None or epoch is None or request.mode is SpeculationMode.OFF:
+        if link is None or epoch is None or request.mode is SpeculationMode.OFF or sequence.is_paused:
             return
         sequence.opened_epoch = epoch
         rejection = request.verification is VerificationMode.REJECTION

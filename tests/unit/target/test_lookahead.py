@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from specpool_target.fallback_policy import FallbackPolicy
+from specpool_target.link import LinkMeasurements
 from specpool_target.lookahead import LookaheadPlanner
+from specpool_target.sequence import SpeculationMode
 
 
 def planner(free_tokens: int) -> LookaheadPlanner:
@@ -35,3 +37,35 @@ def test_backup_tokens_are_verified_while_the_forward_takes_no_longer(free_token
 def test_in_a_batch_everyone_pays_for_a_token() -> None:
     assert planner(5).worthwhile_backup(2, 5, 4) == 0
     assert planner(5).worthwhile_backup(0, 5, 1) >= 3
+
+
+def lookahead(made: LookaheadPlanner, batch_size: int, mode: SpeculationMode = SpeculationMode.SSD) -> int:
+    return made.lookahead(mode, LinkMeasurements(draft_step_s=0.010, max_lookahead=8), batch_size)
+
+
+@pytest.mark.parametrize(("num_tokens", "is_paused"), [(4, True), (9, False)])
+def test_speculation_pauses_where_plain_decoding_is_faster_and_is_tried_again(num_tokens: int, is_paused: bool) -> None:
+    """Four sequences decode four tokens in 100 ms, and are observed to bring four or nine in 200 ms."""
+    made = planner(12)
+    for _ in range(16):
+        assert lookahead(made, 4) > 0
+        made.observe_output(SpeculationMode.SSD, 4, num_tokens, 0.200)
+    assert (lookahead(made, 4) == 0) is is_paused
+    assert ("paused in batches of 4 to 7" in made.explain()) is is_paused
+    assert lookahead(made, 1) > 0
+    assert lookahead(made, 4, SpeculationMode.SD) > 0
+    for _ in range(512):
+        made.observe_output(SpeculationMode.SSD, 4, 4, 0.100)
+    assert lookahead(made, 4) > 0
+
+
+def test_a_slow_start_is_not_held_against_speculation() -> None:
+    made = planner(12)
+    made.observe_output(SpeculationMode.SSD, 4, 1, 5.0)
+    for _ in range(64):
+        made.observe_output(SpeculationMode.SSD, 4, 9, 0.200)
+        assert lookahead(made, 4) > 0
+
+
+def test_the_larger_the_batch_the_fewer_tokens_are_worth_verifying() -> None:
+    assert lookahead(planner(5), 1) > lookahead(planner(5), 4) >= 1

@@ -27,6 +27,10 @@ class ConnectedLink:
     def __init__(self) -> None:
         self.measured = LinkMeasurements(max_lookahead=LOOKAHEAD)
         self.is_connected = True
+        self.sent: list[str] = []
+
+    def send(self, epoch, requests):
+        self.sent += [request.WhichOneof("message") for request in requests]
 
 
 @pytest.fixture
@@ -77,3 +81,49 @@ async def test_prompt_lookup_lengthens_a_draft_unless_it_ends_the_output(next_dr
     assert (draft.tokens, draft.num_tail) == ([5, 6, 4, 3], 2)
     draft, _ = next_draft([5, STOP], prompt=(5, STOP, 4, 3))
     assert (draft.tokens, draft.num_tail) == ([5, STOP], 0)
+
+
+class Plan:
+    """A planner that is told what to plan."""
+
+    value = LOOKAHEAD
+
+    def lookahead(self, mode, measured, batch_size):
+        return self.value
+
+    def worthwhile_backup(self, num_draft, num_backup, batch_size):
+        return num_backup
+
+
+async def test_no_speculator_holds_a_sequence_that_is_not_speculated_on(request_for):
+    request = replace(request_for("a", (1, 2, 3)), mode=SpeculationMode.SSD, plans_lookahead=True)
+    plan, outbox = Plan(), Outbox(asyncio.get_running_loop())
+    policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
+    speculation = Speculation(outbox, policy, plan, vocab_size=24, deadline_s=1.0)
+    link, inbox = ConnectedLink(), SpeculationInbox(LOOKAHEAD)
+    sequence = TargetSequence(request, emit=print, link=link, inbox=inbox, max_length=100, backup_ngram=3)
+    speculation.link_up(link, 1, [])
+    sent = []
+
+    async def after(act):
+        act()
+        outbox.flush()
+        await asyncio.sleep(0)
+        sent[:], link.sent = link.sent, []
+        return sent
+
+    def next_round():
+        sequence.tokens.append(BONUS)
+        speculation.next_round(sequence, OUTCOME, batch_size=1)
+
+    assert await after(lambda: speculation.admit(sequence, batch_size=1)) == ["open_sequence"]
+    assert await after(next_round) == ["outcomes"]
+    plan.value = 0
+    assert await after(next_round) == ["close_sequence"]
+    assert await after(next_round) == []
+    assert sequence.draft.tokens == []
+    assert await after(lambda: speculation.link_up(link, 2, [sequence])) == []
+    plan.value = LOOKAHEAD
+    assert await after(next_round) == ["open_sequence"]
+    assert await after(next_round) == ["outcomes"]
+    assert sequence.stats.num_misses == 3  # not while it was paused

@@ -32,7 +32,7 @@ def write_plots(summaries: Sequence[Summary], directory: Path) -> list[Path]:
 
 
 def _label(summary: Summary) -> str:
-    lookahead = f" K={summary.setting.lookahead}" if summary.setting.mode != "off" else ""
+    lookahead = f" K={summary.setting.lookahead or 'planned'}" if summary.setting.mode != "off" else ""
     return f"{summary.setting.mode}{lookahead}\nT={summary.setting.temperature:g}\n{summary.setting.layout}"
 
 

@@ -153,7 +153,7 @@ def speed_table(summaries: Sequence[Summary]) -> Table:
             f"{s.setting.temperature:g}",
             s.setting.layout,
             s.setting.mode,
-            str(s.setting.lookahead) if s.setting.mode != "off" else "",
+            str(s.setting.lookahead or "planned") if s.setting.mode != "off" else "",
             f"{s.tokens_per_second:.2f}",
             _ratio(s, "off"),
             _ratio(s, "sd"),

@@ -26,6 +26,7 @@ class Setting:
     mode: str
     temperature: float
     lookahead: int
+    """K; 0: the target plans it."""
     verification: str = "coupled"
     layout: str = "own cores"
     """Which cores target and speculator had."""
@@ -64,7 +65,7 @@ def chat_request(
         sampling=sampling,
         mode=MODE_VALUES[setting.mode],
         verification=VERIFICATION_VALUES[setting.verification],
-        max_lookahead=setting.lookahead,
+        max_lookahead=setting.lookahead or None,
     )
 
 
