@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk, uniform
 from specpool.algorithm.saguaro import saguaro_scores
+from specpool.algorithm.top_tokens import top_tokens
 from specpool.algorithm.verification import DenseDistribution, SparseDistribution, VerificationMode
 
 DEFAULT_NUM_KEPT: Final = 64
@@ -84,22 +85,22 @@ def _same_ranks(token_ids: Tensor, scores: Tensor) -> DraftRanks:
 
 def _top(scores: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
     """Most likely tokens [N, F], best first, -1 where the row has no more; and their scores."""
-    best = scores.topk(min(num_ranks, scores.shape[1]), dim=1)
-    tokens = best.indices.masked_fill(best.values == -torch.inf, -1)
+    values, best = top_tokens(scores, min(num_ranks, scores.shape[1]))
+    tokens = best.masked_fill(values == -torch.inf, -1)
     padding = (0, num_ranks - tokens.shape[1])
     pad = torch.nn.functional.pad
-    return pad(tokens, padding, value=-1), pad(best.values, padding, value=-torch.inf)
+    return pad(tokens, padding, value=-1), pad(values, padding, value=-torch.inf)
 
 
 def _sample_sparse(
     scores: Tensor, seed: int | Tensor, positions: Tensor, fan_out: int, constant: float, num_kept: int
 ) -> tuple[SparseDistribution, Tensor]:
     """Cut to the most likely tokens, apply Saguaro sampling, sample: (distribution, tokens [N])."""
-    kept = scores.topk(min(num_kept, scores.shape[1]), dim=1)
-    changed = saguaro_scores(kept.values, fan_out, constant)
+    values, kept = top_tokens(scores, min(num_kept, scores.shape[1]))
+    changed = saguaro_scores(values, fan_out, constant)
     choice = gumbel_argmax(changed, seed, positions, Stream.DRAFT)
-    distribution = SparseDistribution(kept.indices, changed.softmax(dim=1))
-    return distribution, kept.indices.gather(1, choice[:, None])[:, 0]
+    distribution = SparseDistribution(kept, changed.softmax(dim=1))
+    return distribution, kept.gather(1, choice[:, None])[:, 0]
 
 
 def _sample_dense(
