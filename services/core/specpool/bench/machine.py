@@ -24,7 +24,7 @@ def recommended_arguments() -> tuple[str, ...]:
     arguments = ["--dtype", "bfloat16" if has_bfloat16 else "float32", "--weights", weights]
     draft_weights = "int4" if can_use_int4() and has_compiler() else "int8"
     arguments += ["--draft-weights", draft_weights, "--draft-dtype", "float32"]
-    arguments += ["--row-budget", "8", "--fan-out", "12"]
+    arguments += ["--row-budget", "8", "--fan-out", "16"]
     if has_compiler():
         arguments += ["--attention-backend", "native", "--draft-attention-backend", "native"]
     cores = sorted(os.sched_getaffinity(0))
