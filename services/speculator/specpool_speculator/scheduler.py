@@ -23,7 +23,7 @@ from specpool_speculator.sequence import SequenceState
 
 _ONE_BLOCK = 1
 """A row of one token takes a fresh block or the copy of a shared one, never both."""
-_FIRST_TOKEN = 6.0
+_FIRST_TOKEN = 4.0
 """Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
 
 

@@ -146,7 +146,7 @@ def test_a_first_token_goes_before_a_further_one_that_is_somewhat_likelier(promp
         (firsts if is_first else further).append((candidate.value, used))
     assert firsts
     assert further
-    assert all(value == pytest.approx(3 * used) for value, used in firsts)
+    assert all(value == pytest.approx(4 * used) for value, used in firsts)
     assert all(value <= used for value, used in further)
 
 
