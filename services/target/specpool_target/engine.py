@@ -46,6 +46,7 @@ from specpool_target.sequence import (
 )
 from specpool_target.speculation import Speculation
 from specpool_target.statistics import Phases
+from specpool_target.trials import Output
 from specpool_target.verifying import (
     VerifyItem,
     effective_mode,
@@ -263,10 +264,11 @@ class EngineThread(threading.Thread):
         marks.append(time.perf_counter())
         forward_s, waiting_s, verify_s = (after - before for before, after in pairwise(marks))
         phases = Phases(waiting=waiting_s, forward=forward_s, verify=verify_s)
+        batch_size = len(self.scheduler.running)
         for item, outcome in zip(items, outcomes, strict=True):
-            self._commit(item, outcome, logits, phases)
+            self._commit(item, outcome, logits, phases, batch_size)
         self._outbox.flush()
-        self._report(plan, items, phases, time.perf_counter() - started_s)
+        self._report(plan, items, phases, batch_size, time.perf_counter() - started_s)
         return None
 
     def _receive(self) -> None:
@@ -345,7 +347,9 @@ class EngineThread(threading.Thread):
 
     # ---- the end of a round -----------------------------------------------------------------------------------
 
-    def _commit(self, item: VerifyItem, outcome: VerificationOutcome, logits: Tensor, phases: Phases) -> None:
+    def _commit(
+        self, item: VerifyItem, outcome: VerificationOutcome, logits: Tensor, phases: Phases, batch_size: int
+    ) -> None:
         sequence, draft = item.sequence, item.draft
         assert sequence.kv is not None, "it was just computed"
         sequence.kv.truncate(len(sequence.tokens) + outcome.num_accepted)
@@ -361,7 +365,7 @@ class EngineThread(threading.Thread):
             sequence.kv.publish_prefix(sequence.tokens, sequence.salt)
         finish = None
         if reason is None:
-            self._speculation.next_round(sequence, outcome, batch_size=len(self.scheduler.running))
+            self._speculation.next_round(sequence, outcome, batch_size=batch_size)
         else:
             finish = self._finish(sequence, reason)
         self._step_stats.num_generation_tokens += len(tokens)
@@ -501,7 +505,9 @@ class EngineThread(threading.Thread):
                 self.model.forward([Segment(kv=kv, tokens=tokens, num_logits=len(tokens))])
         kv.free()
 
-    def _report(self, plan: StepPlan, items: Sequence[VerifyItem], phases: Phases, seconds: float) -> None:
+    def _report(
+        self, plan: StepPlan, items: Sequence[VerifyItem], phases: Phases, batch_size: int, seconds: float
+    ) -> None:
         """Metrics of the step."""
         stats = self._step_stats
         stats.num_running, stats.num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
@@ -528,19 +534,29 @@ class EngineThread(threading.Thread):
             seconds = phases.forward + phases.verify
             self.policy.observe_step(len(items), seconds)
             self.lookahead_planner.observe_step(sum(1 + item.num_draft for item in items), seconds)
-            self._observe_output(items, stats.num_generation_tokens)
+            self._observe_output(items, stats.num_generation_tokens, batch_size)
+        self.lookahead_planner.trials.end_step()
         self._last_step_s = time.perf_counter() if self.scheduler.running else None
 
-    def _observe_output(self, items: Sequence[VerifyItem], num_tokens: int) -> None:
-        """Whether speculation pays is judged by batches in which the planner may decide for everyone."""
-        sequences = {id(s): s for s in (*(item.sequence for item in items), *self.scheduler.running)}
-        modes = {s.request.mode if s.request.plans_lookahead else None for s in sequences.values()}
-        mode = modes.pop() if len(modes) == 1 else None
-        if self._last_step_s is not None and mode is not None and mode is not SpeculationMode.OFF:
-            seconds = time.perf_counter() - self._last_step_s
-            self.lookahead_planner.observe_output(mode, len(sequences), num_tokens, seconds)
+    def _observe_output(self, items: Sequence[VerifyItem], num_tokens: int, batch_size: int) -> None:
+        """Whether speculation pays is judged by batches in which it is the planner's choice for everyone."""
+        sequences = {id(s): s for s in (*(item.sequence for item in items), *self.scheduler.running)}.values()
+        modes = {s.request.mode for s in sequences if s.request.plans_lookahead and self._speculation.is_served(s)}
+        is_ours = all(s.request.plans_lookahead and self._speculation.is_served(s) for s in sequences)
+        if self._last_step_s is None or not is_ours or len(modes) != 1 or SpeculationMode.OFF in modes:
+            return
+        output = Output(
+            batch_size=batch_size,
+            num_rounds=len(items),
+            num_drafted=sum(bool(i.num_draft) and i.draft.source is DraftSource.SPECULATOR for i in items),
+            num_tokens=num_tokens,
+            seconds=time.perf_counter() - self._last_step_s,
+        )
+        self.lookahead_planner.trials.observe(modes.pop(), output)
 
     def _report_idle(self) -> None:
+        if not self.scheduler.running:
+            self._last_step_s = None
         self.metrics.set_queue(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),

@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from specpool.algorithm.planning import RowTimes, best_lookahead
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import LinkMeasurements
 from specpool_target.sequence import SpeculationMode
+from specpool_target.trials import SpeculationTrials, Verdict
 
 _STEPS_PER_PLAN: Final = 16
-_STEPS_TO_SETTLE: Final = 4
-"""At the beginning of a trial: the speculator is behind."""
-_STEPS_PER_TRIAL: Final = 8
-_ROUNDS_PER_TRIAL: Final = 48
-"""Of all sequences together."""
-_STEPS_PER_PAUSE: Final = 512
-"""Then it is tried again: it costs a share of the time that hardly shows."""
-_TOLERANCE: Final = 0.97
-"""Speculation goes on down to this share of the plain speed, which is known only about as well."""
-
-
-@dataclass(slots=True)
-class _Trial:
-    """What speculation brings in batches of about one size."""
-
-    num_steps: int = 0
-    num_rounds: int = 0
-    num_tokens: float = 0.0
-    plain_tokens: float = 0.0
-    """What plain decoding would have brought in the same time."""
-    pause: int = 0
-    """Steps until the next trial."""
-
-    def observe(self, batch_size: int, num_tokens: int, plain_tokens: float) -> None:
-        self.num_steps += 1
-        if self.num_steps <= _STEPS_TO_SETTLE:
-            return
-        self.num_rounds += batch_size
-        self.num_tokens += num_tokens
-        self.plain_tokens += plain_tokens
-        if self.num_steps < _STEPS_TO_SETTLE + _STEPS_PER_TRIAL or self.num_rounds < _ROUNDS_PER_TRIAL:
-            return
-        pays = self.num_tokens >= _TOLERANCE * self.plain_tokens
-        self.num_steps, self.num_rounds = (_STEPS_TO_SETTLE, 0) if pays else (0, 0)
-        self.num_tokens = self.plain_tokens = 0.0
-        self.pause = 0 if pays else _STEPS_PER_PAUSE
+_PLAIN_STEPS_PER_SAMPLE: Final = 16
+"""While speculation pauses: the times of other numbers of tokens must not be forgotten for those of one."""
 
 
 class LookaheadPlanner:
@@ -59,29 +25,20 @@ class LookaheadPlanner:
         self._num_steps = 0
         self._plans: dict[tuple[SpeculationMode, int], int] = {}
         """By batch size."""
-        self._trials: dict[tuple[SpeculationMode, int], _Trial] = {}
+        self.trials = SpeculationTrials(self._verify_time)
+        """Whether to speculate at all."""
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """One forward that verified `num_tokens`, those of all sequences and their bonus positions."""
-        self._verify_time.observe(num_tokens, seconds)
         self._num_steps += 1
+        if not self.trials.is_pausing or self._num_steps % _PLAIN_STEPS_PER_SAMPLE == 0:
+            self._verify_time.observe(num_tokens, seconds)
         if self._num_steps % _STEPS_PER_PLAN == 0:
             self._plans.clear()
 
-    def observe_output(self, mode: SpeculationMode, batch_size: int, num_tokens: int, seconds: float) -> None:
-        """Tokens of a whole batch in the `seconds` since its last step, waits included; all its K are planned."""
-        trial = self._trial(mode, batch_size)
-        if trial.pause:
-            trial.pause -= 1
-        elif self._num_steps >= _STEPS_PER_PLAN and (plain_s := self._verify_time(batch_size)) > 0:
-            trial.observe(batch_size, num_tokens, batch_size * seconds / plain_s)
-
-    def _trial(self, mode: SpeculationMode, batch_size: int) -> _Trial:
-        return self._trials.setdefault((mode, batch_size.bit_length()), _Trial())
-
     def lookahead(self, mode: SpeculationMode, measured: LinkMeasurements | None, batch_size: int) -> int:
-        """K in mode SD or SSD; 0: speculation does not pay in batches of this size."""
-        if self._trial(mode, batch_size).pause:
+        """K in mode SD or SSD; 0: plain decoding."""
+        if self.trials.verdict(mode, batch_size) is not Verdict.SPECULATE:
             return 0
         if self._num_steps < _STEPS_PER_PLAN or measured is None:
             return self._max_lookahead
@@ -117,12 +74,9 @@ class LookaheadPlanner:
         if self._num_steps < _STEPS_PER_PLAN:
             return f"K={self._max_lookahead}: nothing measured yet"
         time = self._verify_time
-        parts = [f"K={k} for {mode.value} in batches of {size}" for (mode, size), k in sorted(self._plans.items())]
-        for (mode, bits), trial in sorted(self._trials.items()):
-            if trial.pause:
-                parts.append(f"{mode.value} paused in batches of {1 << bits >> 1} to {(1 << bits) - 1}")
+        plans = [f"K={k} for {mode.value} in batches of {size}" for (mode, size), k in sorted(self._plans.items())]
         return (
-            f"{', '.join(parts) or 'no K in use'}: a forward takes {time.base_s * 1e3:.1f} ms and "
-            f"{time.per_row_s * 1e3:.2f} ms per token, "
+            f"{', '.join([*plans, *self.trials.paused()]) or 'no K in use'}: "
+            f"a forward takes {time.base_s * 1e3:.1f} ms and {time.per_row_s * 1e3:.2f} ms per token, "
             f"{self._policy.acceptance:.1%} of draft tokens are accepted"
         )

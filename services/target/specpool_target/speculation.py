@@ -20,6 +20,7 @@ from specpool_target.link import Request, SpeculatorLink, close_request
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
+from specpool_target.trials import Verdict
 from specpool_target.verifying import effective_mode
 
 _SLACK: Final = 1.5
@@ -78,7 +79,7 @@ class Speculation:
         sequence.round += 1
         sequence.draft = Draft()
         choice = self._choose(sequence, ended, outcome, batch_size)
-        if self._is_told_all(sequence):
+        if self._pause_or_resume(sequence):
             return
         epoch = self._epoch(sequence)
         if epoch is None or sequence.link is None:
@@ -96,17 +97,22 @@ class Speculation:
         if choice.depth:
             self._await_speculation(sequence, sequence.link, epoch, ended, choice)
 
-    def _is_told_all(self, sequence: TargetSequence) -> bool:
-        """Whether the speculator needs no outcome: none while the plan is not to speculate, when it holds nothing of
-        the sequence, and none when the plan has changed, since opening the sequence tells everything."""
-        was_paused, sequence.is_paused = sequence.is_paused, sequence.lookahead == 0
+    def _pause_or_resume(self, sequence: TargetSequence) -> bool:
+        """No speculator holds a sequence that is not speculated on. True if it needs no outcome."""
+        was_paused, sequence.is_paused = sequence.is_paused, self._is_paused(sequence)
         if sequence.is_paused and not was_paused:
             self.close(sequence)
             if sequence.inbox is not None:
                 sequence.inbox.clear()
         elif was_paused and not sequence.is_paused:
-            self.open(sequence)
+            self.open(sequence)  # which tells all that the outcome would
         return was_paused or sequence.is_paused
+
+    def _is_paused(self, sequence: TargetSequence) -> bool:
+        request = sequence.request
+        if not request.plans_lookahead or request.mode is SpeculationMode.OFF:
+            return False
+        return self._planner.trials.verdict(request.mode, self._batch_size) is Verdict.PAUSE
 
     def _choose(
         self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int
@@ -114,7 +120,7 @@ class Speculation:
         """Set the draft, or return what to wait for."""
         mode = sequence.request.mode
         self._plan(sequence, batch_size)
-        if sequence.lookahead == 0:
+        if sequence.lookahead == 0 or sequence.is_paused:
             return NO_WAIT
         limit = self._limit(sequence)
         if mode is SpeculationMode.SSD:
@@ -312,9 +318,14 @@ class Speculation:
 
     def admit(self, sequence: TargetSequence, *, batch_size: int) -> None:
         """It is in the batch for the first time."""
+        self._batch_size = batch_size
         self._plan(sequence, batch_size)
-        sequence.is_paused = sequence.lookahead == 0
+        sequence.is_paused = self._is_paused(sequence)
         self.open(sequence)
+
+    def is_served(self, sequence: TargetSequence) -> bool:
+        """Whether a speculator knows it, or would if it were to."""
+        return sequence.is_paused or self._epoch(sequence) is not None
 
     def _plan(self, sequence: TargetSequence, batch_size: int) -> None:
         request = sequence.request
@@ -366,9 +377,11 @@ class Speculation:
         """Open every sequence that has been in the batch."""
         self._epochs[link] = epoch
         self._silent.pop(link, None)
+        self._planner.trials.forget()
         for sequence in sequences:
             if sequence.link is link and sequence.was_admitted:
                 self._abandon(sequence)
+                sequence.is_paused = False
                 self.open(sequence)
 
     def link_down(self, link: SpeculatorLink, epoch: int, sequences: Iterable[TargetSequence]) -> None:

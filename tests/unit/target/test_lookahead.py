@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import LinkMeasurements
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.sequence import SpeculationMode
+from specpool_target.trials import Output
 
 
 def planner(free_tokens: int) -> LookaheadPlanner:
@@ -39,33 +42,31 @@ def test_in_a_batch_everyone_pays_for_a_token() -> None:
     assert planner(5).worthwhile_backup(0, 5, 1) >= 3
 
 
-def lookahead(made: LookaheadPlanner, batch_size: int, mode: SpeculationMode = SpeculationMode.SSD) -> int:
-    return made.lookahead(mode, LinkMeasurements(draft_step_s=0.010, max_lookahead=8), batch_size)
-
-
-@pytest.mark.parametrize(("num_tokens", "is_paused"), [(4, True), (9, False)])
-def test_speculation_pauses_where_plain_decoding_is_faster_and_is_tried_again(num_tokens: int, is_paused: bool) -> None:
-    """Four sequences decode four tokens in 100 ms, and are observed to bring four or nine in 200 ms."""
-    made = planner(12)
-    for _ in range(16):
-        assert lookahead(made, 4) > 0
-        made.observe_output(SpeculationMode.SSD, 4, num_tokens, 0.200)
-    assert (lookahead(made, 4) == 0) is is_paused
-    assert ("paused in batches of 4 to 7" in made.explain()) is is_paused
-    assert lookahead(made, 1) > 0
-    assert lookahead(made, 4, SpeculationMode.SD) > 0
-    for _ in range(512):
-        made.observe_output(SpeculationMode.SSD, 4, 4, 0.100)
-    assert lookahead(made, 4) > 0
-
-
-def test_a_slow_start_is_not_held_against_speculation() -> None:
-    made = planner(12)
-    made.observe_output(SpeculationMode.SSD, 4, 1, 5.0)
-    for _ in range(64):
-        made.observe_output(SpeculationMode.SSD, 4, 9, 0.200)
-        assert lookahead(made, 4) > 0
+def lookahead(made: LookaheadPlanner, batch_size: int) -> int:
+    return made.lookahead(SpeculationMode.SSD, LinkMeasurements(draft_step_s=0.010, max_lookahead=8), batch_size)
 
 
 def test_the_larger_the_batch_the_fewer_tokens_are_worth_verifying() -> None:
     assert lookahead(planner(5), 1) > lookahead(planner(5), 4) >= 1
+
+
+def test_what_does_not_pay_is_not_speculated_on() -> None:
+    made = planner(5)
+    slow = Output(batch_size=4, num_rounds=4, num_drafted=4, num_tokens=4, seconds=0.200)
+    plain = Output(batch_size=4, num_rounds=4, num_drafted=0, num_tokens=4, seconds=0.100)
+    for _ in range(40):
+        made.trials.observe(SpeculationMode.SSD, plain if lookahead(made, 4) == 0 else slow)
+        made.trials.end_step()
+    assert lookahead(made, 4) == 0
+    assert lookahead(made, 1) > 0
+    assert "ssd paused in batches of 4 to 7" in made.explain()
+
+
+def test_while_it_pauses_the_times_of_more_tokens_are_not_forgotten() -> None:
+    made, paused = planner(5), planner(5)
+    paused.trials = SimpleNamespace(is_pausing=True)
+    for one in (made, paused):
+        for _ in range(512):
+            one.observe_step(4, 0.100)
+    assert paused._verify_time.per_row_s > 0.010
+    assert made._verify_time.per_row_s < 0.001

@@ -15,6 +15,7 @@ from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import SpeculationMode, TargetSequence
 from specpool_target.speculation import Speculation
+from specpool_target.trials import Verdict
 
 LOOKAHEAD, STOP = 4, 9
 BONUS = 7
@@ -86,44 +87,87 @@ async def test_prompt_lookup_lengthens_a_draft_unless_it_ends_the_output(next_dr
 class Plan:
     """A planner that is told what to plan."""
 
-    value = LOOKAHEAD
+    def __init__(self) -> None:
+        self.trials = self
+        self.now = Verdict.SPECULATE
 
     def lookahead(self, mode, measured, batch_size):
-        return self.value
+        return LOOKAHEAD if self.now is Verdict.SPECULATE else 0
+
+    def verdict(self, mode, batch_size):
+        return self.now
+
+    def forget(self):
+        self.now = Verdict.SPECULATE
 
     def worthwhile_backup(self, num_draft, num_backup, batch_size):
         return num_backup
 
 
-async def test_no_speculator_holds_a_sequence_that_is_not_speculated_on(request_for):
-    request = replace(request_for("a", (1, 2, 3)), mode=SpeculationMode.SSD, plans_lookahead=True)
-    plan, outbox = Plan(), Outbox(asyncio.get_running_loop())
-    policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
-    speculation = Speculation(outbox, policy, plan, vocab_size=24, deadline_s=1.0)
-    link, inbox = ConnectedLink(), SpeculationInbox(LOOKAHEAD)
-    sequence = TargetSequence(request, emit=print, link=link, inbox=inbox, max_length=100, backup_ngram=3)
-    speculation.link_up(link, 1, [])
-    sent = []
+class Planned:
+    """A sequence whose K is planned, and what its speculator is told of it."""
 
-    async def after(act):
-        act()
-        outbox.flush()
+    def __init__(self, request, mode) -> None:
+        request = replace(request, mode=mode, plans_lookahead=True)
+        self.plan, self.outbox = Plan(), Outbox(asyncio.get_running_loop())
+        policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
+        self.speculation = Speculation(self.outbox, policy, self.plan, vocab_size=24, deadline_s=1.0)
+        self.link = ConnectedLink()
+        inbox = SpeculationInbox(LOOKAHEAD)
+        self.sequence = TargetSequence(request, emit=print, link=self.link, inbox=inbox, max_length=100, backup_ngram=3)
+        self.speculation.link_up(self.link, 1, [])
+
+    async def told(self, act=None):
+        """By `act`, or by the next round."""
+        if act is None:
+            self.sequence.tokens.append(BONUS)
+            self.speculation.next_round(self.sequence, OUTCOME, batch_size=1)
+        else:
+            act()
+        self.outbox.flush()
         await asyncio.sleep(0)
-        sent[:], link.sent = link.sent, []
+        sent, self.link.sent = self.link.sent, []
         return sent
 
-    def next_round():
-        sequence.tokens.append(BONUS)
-        speculation.next_round(sequence, OUTCOME, batch_size=1)
+    def admit(self):
+        self.sequence.was_admitted = True
+        self.speculation.admit(self.sequence, batch_size=1)
 
-    assert await after(lambda: speculation.admit(sequence, batch_size=1)) == ["open_sequence"]
-    assert await after(next_round) == ["outcomes"]
-    plan.value = 0
-    assert await after(next_round) == ["close_sequence"]
-    assert await after(next_round) == []
-    assert sequence.draft.tokens == []
-    assert await after(lambda: speculation.link_up(link, 2, [sequence])) == []
-    plan.value = LOOKAHEAD
-    assert await after(next_round) == ["open_sequence"]
-    assert await after(next_round) == ["outcomes"]
-    assert sequence.stats.num_misses == 3  # not while it was paused
+
+async def test_no_speculator_holds_a_sequence_while_speculation_pauses(request_for):
+    planned = Planned(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
+    assert await planned.told(planned.admit) == ["open_sequence"]
+    assert await planned.told() == ["outcomes"]
+    planned.plan.now = Verdict.PLAIN
+    assert await planned.told() == ["outcomes"]
+    assert planned.sequence.draft.tokens == []
+    planned.plan.now = Verdict.PAUSE
+    assert await planned.told() == ["close_sequence"]
+    assert await planned.told() == []
+    assert planned.speculation.is_served(planned.sequence)
+    planned.plan.now = Verdict.SPECULATE
+    assert await planned.told() == ["open_sequence"]
+    assert await planned.told() == ["outcomes"]
+    assert planned.sequence.stats.num_misses == 2  # where there was no reason to look, nothing was missed
+
+
+async def test_a_sequence_that_arrives_in_a_pause_is_not_opened(request_for):
+    planned = Planned(request_for("a", (1, 2, 3)), SpeculationMode.SD)
+    planned.plan.now = Verdict.PAUSE
+    assert await planned.told(planned.admit) == []
+    assert await planned.told() == []
+    planned.plan.now = Verdict.SPECULATE
+    assert await planned.told() == ["open_sequence"]
+    assert planned.speculation.fallbacks == {}
+    assert await planned.told() == ["outcomes", "speculate_now"]
+
+
+async def test_a_speculator_that_comes_back_ends_the_pause(request_for):
+    planned = Planned(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
+    await planned.told(planned.admit)
+    planned.plan.now = Verdict.PAUSE
+    await planned.told()
+    speculation, link, sequence = planned.speculation, planned.link, planned.sequence
+    assert await planned.told(lambda: speculation.link_down(link, 1, [sequence])) == []
+    assert await planned.told(lambda: speculation.link_up(link, 2, [sequence])) == ["open_sequence"]
+    assert await planned.told() == ["outcomes"]
