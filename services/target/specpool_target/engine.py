@@ -541,9 +541,12 @@ class EngineThread(threading.Thread):
     def _observe_output(self, items: Sequence[VerifyItem], num_tokens: int, batch_size: int) -> None:
         """Whether speculation pays is judged by batches in which it is the planner's choice for everyone."""
         sequences = {id(s): s for s in (*(item.sequence for item in items), *self.scheduler.running)}.values()
-        modes = {s.request.mode for s in sequences if s.request.plans_lookahead and self._speculation.is_served(s)}
-        is_ours = all(s.request.plans_lookahead and self._speculation.is_served(s) for s in sequences)
-        if self._last_step_s is None or not is_ours or len(modes) != 1 or SpeculationMode.OFF in modes:
+        is_served = self._speculation.is_served
+        modes = {
+            s.request.mode if s.request.plans_lookahead and is_served(s) else SpeculationMode.OFF for s in sequences
+        }
+        mode = modes.pop() if len(modes) == 1 else SpeculationMode.OFF
+        if mode is SpeculationMode.OFF or self._last_step_s is None:
             return
         output = Output(
             batch_size=batch_size,
@@ -552,7 +555,7 @@ class EngineThread(threading.Thread):
             num_tokens=num_tokens,
             seconds=time.perf_counter() - self._last_step_s,
         )
-        self.lookahead_planner.trials.observe(modes.pop(), output)
+        self.lookahead_planner.trials.observe(mode, output)
 
     def _report_idle(self) -> None:
         if not self.scheduler.running:
