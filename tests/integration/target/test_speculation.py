@@ -239,3 +239,49 @@ async def test_many_sequences_at_once(target_for, speculator_for):
     await asyncio.sleep(0.1)
     load = (await target.status()).load
     assert load.num_free_kv_blocks == load.num_kv_blocks
+
+
+COSTLY_ROWS = "toy#vocab=24,seed=3,sharpness=2,step_ms=1,row_ms=4"
+"""A guessed token takes as long as a certain one."""
+
+
+def without_lookahead(target, **options):
+    """The target plans K."""
+    message = target.message(PROMPT, max_tokens=500, **options)
+    message.request.ClearField("max_lookahead")
+    return message
+
+
+@pytest.mark.parametrize("mode", ["ssd", "sd"])
+async def test_speculation_that_does_not_pay_pauses_and_the_output_stays(target_for, speculator_for, mode):
+    target = await target_for(COSTLY_ROWS, num_kv_blocks=1024)
+    expected = await target.generate(PROMPT, max_tokens=500, **SAMPLED)
+    speculator = await speculator_for(truth={PROMPT: expected.tokens}, tables="wrong", replies="wrong")
+    got = await target.run(without_lookahead(target, mode=mode, speculator=speculator.endpoint, **SAMPLED))
+    assert f"{mode} paused in batches of 1 to 1" in (await target.status()).plan
+    assert speculator.seen["close_sequence"] >= 1
+    assert 48 < speculator.seen["outcomes"] < 300
+    assert speculator.violations == []
+    assert got.tokens == expected.tokens
+
+
+async def test_a_speculator_lost_in_a_pause_is_tried_again_when_it_comes_back(target_for, speculator_for):
+    target = await target_for(COSTLY_ROWS, num_kv_blocks=1024)
+    expected = await target.generate(PROMPT, max_tokens=500, **SAMPLED)
+    script = {"truth": {PROMPT: expected.tokens}, "tables": "wrong", "replies": "wrong"}
+    first = await speculator_for(**script)
+    port = int(first.endpoint.rpartition(":")[2])
+    restarted = []
+
+    async def kill_and_restart(num_tokens):
+        if not restarted and "paused" in (await target.status()).plan:
+            await first.kill()
+            restarted.append(await speculator_for(port, **script))
+
+    message = without_lookahead(target, mode="ssd", speculator=first.endpoint, **SAMPLED)
+    got = await target.run(message, kill_and_restart)
+    (second,) = restarted
+    assert [opened.round > 0 for opened in second.opened] == [True]
+    assert second.seen["outcomes"] > 10
+    assert first.violations == second.violations == []
+    assert got.tokens == expected.tokens
