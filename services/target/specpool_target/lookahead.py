@@ -37,8 +37,8 @@ class LookaheadPlanner:
             self._plans.clear()
 
     def lookahead(self, mode: SpeculationMode, measured: LinkMeasurements | None, batch_size: int) -> int:
-        """K in mode SD or SSD; 0: plain decoding."""
-        if self.trials.verdict(mode, batch_size) is not Verdict.SPECULATE:
+        """K in mode SD or SSD; 0: plain decoding. In a pause it is the most of the backup's tokens."""
+        if self.trials.verdict(mode, batch_size) is Verdict.PLAIN:
             return 0
         if self._num_steps < _STEPS_PER_PLAN or measured is None:
             return self._max_lookahead

@@ -120,9 +120,13 @@ class Speculation:
         """Set the draft, or return what to wait for."""
         mode = sequence.request.mode
         self._plan(sequence, batch_size)
-        if sequence.lookahead == 0 or sequence.is_paused:
+        if sequence.lookahead == 0:
             return NO_WAIT
         limit = self._limit(sequence)
+        if sequence.is_paused or self._is_paused(sequence):
+            if mode is SpeculationMode.SSD and (backup := self._backup(sequence, limit)):
+                sequence.draft = Draft(backup, DraftSource.BACKUP)  # it needs no speculator
+            return NO_WAIT
         if mode is SpeculationMode.SSD:
             return self._choose_ssd(sequence, ended, outcome, limit, batch_size)
         if mode is SpeculationMode.SD and limit > 0:

@@ -13,7 +13,7 @@ from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import LinkMeasurements, SpeculationInbox
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
-from specpool_target.sequence import SpeculationMode, TargetSequence
+from specpool_target.sequence import DraftSource, SpeculationMode, TargetSequence
 from specpool_target.speculation import Speculation
 from specpool_target.trials import Verdict
 
@@ -92,7 +92,7 @@ class Plan:
         self.now = Verdict.SPECULATE
 
     def lookahead(self, mode, measured, batch_size):
-        return LOOKAHEAD if self.now is Verdict.SPECULATE else 0
+        return 0 if self.now is Verdict.PLAIN else LOOKAHEAD
 
     def verdict(self, mode, batch_size):
         return self.now
@@ -144,6 +144,7 @@ async def test_no_speculator_holds_a_sequence_while_speculation_pauses(request_f
     planned.plan.now = Verdict.PAUSE
     assert await planned.told() == ["close_sequence"]
     assert await planned.told() == []
+    assert planned.sequence.draft.source is DraftSource.BACKUP  # prompt lookup goes on: it needs no speculator
     assert planned.speculation.is_served(planned.sequence)
     planned.plan.now = Verdict.SPECULATE
     assert await planned.told() == ["open_sequence"]
