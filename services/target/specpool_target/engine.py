@@ -26,27 +26,25 @@ from specpool.modeling.detokenizer import IncrementalDetokenizer
 from specpool.modeling.interface import CausalModel, Segment
 from specpool.modeling.paged_kv import SequenceKV
 from specpool.telemetry.metrics import TargetMetrics
-from specpool.telemetry.step_stats import StepStats
 from specpool.v1 import types_pb2
 from specpool_target.config import TargetConfig
-from specpool_target.fallback_policy import Average, FallbackPolicy
-from specpool_target.link import SpeculationInbox, SpeculatorLink
+from specpool_target.fallback_policy import FallbackPolicy
+from specpool_target.inbox import SpeculationInbox
+from specpool_target.link import SpeculatorLink
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
+from specpool_target.recording import StepRecorder
 from specpool_target.scheduler import ScheduledSegment, Scheduler, StepPlan
 from specpool_target.sequence import (
     DraftSource,
     Finish,
     FinishReason,
-    RoundInfo,
     SequenceRequest,
     SequenceUpdate,
-    SpeculationMode,
     TargetSequence,
 )
 from specpool_target.speculation import Speculation
 from specpool_target.statistics import Phases
-from specpool_target.trials import Output
 from specpool_target.verifying import (
     VerifyItem,
     effective_mode,
@@ -110,10 +108,7 @@ class EngineThread(threading.Thread):
         self._is_idle = True
         self._on_failed = on_failed
         self._before_start = before_start
-        self._step_stats = StepStats()
-        self._last_step_s: float | None = None
-        self._rows_per_step = Average()
-        self._step_s = Average()
+        self._recorder = StepRecorder(metrics, self.scheduler, self._speculation, self.policy, self.lookahead_planner)
         self._ready = threading.Event()
         self.failure: SpecPoolError | None = None
 
@@ -173,22 +168,14 @@ class EngineThread(threading.Thread):
         if self.failure is not None:
             raise self.failure
 
+    def load(self) -> types_pb2.Load:
+        """For status."""
+        return self._recorder.load()
+
     @property
     def num_sequences(self) -> int:
         """Running and waiting."""
         return len(self._sequences)
-
-    def load(self) -> types_pb2.Load:
-        """For status."""
-        pool = self.model.pool
-        return types_pb2.Load(
-            num_sequences_running=len(self.scheduler.running),
-            num_sequences_waiting=len(self.scheduler.waiting),
-            num_kv_blocks=pool.num_blocks,
-            num_free_kv_blocks=pool.num_free,
-            rows_per_step=self._rows_per_step.value,
-            step_ms=self._step_s.value * 1e3,
-        )
 
     # LinkListener
 
@@ -254,7 +241,7 @@ class EngineThread(threading.Thread):
         self._outbox.flush()  # the speculators start while the forward runs
         self._is_idle = not plan.segments
         if self._is_idle:
-            return self._report_idle()
+            return self._recorder.idle()
         marks = [time.perf_counter()]
         logits = self._forward(plan)
         marks.append(time.perf_counter())
@@ -268,7 +255,7 @@ class EngineThread(threading.Thread):
         for item, outcome in zip(items, outcomes, strict=True):
             self._commit(item, outcome, logits, phases, batch_size)
         self._outbox.flush()
-        self._report(plan, items, phases, batch_size, time.perf_counter() - started_s)
+        self._recorder.step_ended(plan, items, phases, batch_size, time.perf_counter() - started_s)
         return None
 
     def _receive(self) -> None:
@@ -360,7 +347,7 @@ class EngineThread(threading.Thread):
         num_top = sequence.request.sampling.num_logprobs
         logprobs = [] if num_top is None else logprobs_of(logits[item.rows], tokens, num_top)
         sequence.tokens += tokens
-        round_info = self._end_round(sequence, outcome, phases)
+        round_info = self._recorder.round_ended(sequence, outcome, len(tokens), phases)
         if sequence.round == 0:
             sequence.kv.publish_prefix(sequence.tokens, sequence.salt)
         finish = None
@@ -368,8 +355,6 @@ class EngineThread(threading.Thread):
             self._speculation.next_round(sequence, outcome, batch_size=batch_size)
         else:
             finish = self._finish(sequence, reason)
-        self._step_stats.num_generation_tokens += len(tokens)
-        self._step_stats.num_accepted_tokens += outcome.num_accepted
         self._outbox.emit(
             sequence,
             SequenceUpdate(tokens=tokens, text=text, logprobs=logprobs, round=round_info, finish=finish),
@@ -383,43 +368,6 @@ class EngineThread(threading.Thread):
                 return tokens[: index + 1], FinishReason.STOP
         is_full = len(sequence.tokens) + len(tokens) >= sequence.max_length
         return tokens, FinishReason.LENGTH if is_full else None
-
-    def _end_round(self, sequence: TargetSequence, outcome: VerificationOutcome, step: Phases) -> RoundInfo | None:
-        now_s = time.perf_counter()
-        draft, num_draft = sequence.draft, len(sequence.draft.tokens)
-        phases = Phases(
-            total=now_s - sequence.round_ended_s,
-            waiting=sequence.waited_s + step.waiting,
-            forward=step.forward,
-            verify=step.verify,
-        )
-        self._step_stats.waiting_s += sequence.waited_s
-        sequence.round_ended_s, sequence.waited_s = now_s, 0.0
-        if sequence.first_token_s is None:
-            sequence.first_token_s = now_s
-            self.metrics.first_token(now_s - sequence.arrived_s)
-        else:
-            self.metrics.inter_token(phases.total, 1 + outcome.num_accepted)
-        if sequence.round == 0:
-            return None
-        sequence.stats.round(num_draft, outcome.num_accepted, phases, is_hit=draft.lookup == "hit")
-        is_backup = draft.source is DraftSource.BACKUP
-        sequence.stats.num_backup_rounds += is_backup
-        sequence.stats.num_tail_tokens += draft.num_tail
-        sequence.stats.num_accepted_tail_tokens += max(0, outcome.num_accepted - num_draft + draft.num_tail)
-        self.policy.observe_round(
-            num_draft, outcome.num_accepted, phases.total, from_backup=is_backup, num_tail=draft.num_tail
-        )
-        if sequence.missed_before is not None:
-            self.policy.observe_round_after_miss(outcome.num_accepted, waited=sequence.missed_before)
-        is_miss = draft.lookup in ("miss", "late")
-        sequence.missed_before = draft.source is DraftSource.SPECULATOR if is_miss else None
-        return RoundInfo(
-            num_draft_tokens=num_draft,
-            num_accepted=outcome.num_accepted,
-            lookup=draft.lookup,
-            phases=phases,
-        )
 
     def _finish(self, sequence: TargetSequence, reason: FinishReason) -> Finish:
         self._remove(sequence)
@@ -504,70 +452,6 @@ class EngineThread(threading.Thread):
             if kv.length + len(tokens) <= self.scheduler.max_length:
                 self.model.forward([Segment(kv=kv, tokens=tokens, num_logits=len(tokens))])
         kv.free()
-
-    def _report(
-        self, plan: StepPlan, items: Sequence[VerifyItem], phases: Phases, batch_size: int, seconds: float
-    ) -> None:
-        """Metrics of the step."""
-        stats = self._step_stats
-        stats.num_running, stats.num_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        stats.kv_cache_usage = self._kv_cache_usage()
-        stats.waiting_s += phases.waiting
-        stats.forward_s, stats.verify_s = phases.forward, phases.verify
-        stats.other_s = max(0.0, seconds - phases.waiting - phases.forward - phases.verify)
-        stats.num_drafts = sum(item.num_draft > 0 for item in items)
-        stats.num_draft_tokens = sum(item.num_draft for item in items)
-        stats.num_prompt_tokens = sum(s.num_tokens for s in plan.segments if s.is_prefill)
-        stats.num_preemptions = len(plan.preempted)
-        lookups = self._speculation.lookups
-        stats.num_hits, stats.num_partial = lookups["hit"], lookups["partial"]
-        stats.num_late, stats.num_misses = lookups["late"], lookups["miss"]
-        stats.fallbacks = dict(self._speculation.fallbacks)
-        self.metrics.observe_step(stats)
-        self.metrics.set_fallback_batch_size(self.policy.batch_size_threshold)
-        self._step_stats = StepStats()
-        lookups.clear()
-        self._speculation.fallbacks.clear()
-        self._step_s.observe(seconds)
-        self._rows_per_step.observe(sum(1 + item.num_draft for item in items))
-        if not any(s.is_prefill for s in plan.segments):
-            seconds = phases.forward + phases.verify
-            self.policy.observe_step(len(items), seconds)
-            self.lookahead_planner.observe_step(sum(1 + item.num_draft for item in items), seconds)
-            self._observe_output(items, stats.num_generation_tokens, batch_size)
-        self.lookahead_planner.trials.end_step()
-        self._last_step_s = time.perf_counter() if self.scheduler.running else None
-
-    def _observe_output(self, items: Sequence[VerifyItem], num_tokens: int, batch_size: int) -> None:
-        """Whether speculation pays is judged by batches in which it is the planner's choice for everyone."""
-        sequences = {id(s): s for s in (*(item.sequence for item in items), *self.scheduler.running)}.values()
-        is_served = self._speculation.is_served
-        modes = {
-            s.request.mode if s.request.plans_lookahead and is_served(s) else SpeculationMode.OFF for s in sequences
-        }
-        mode = modes.pop() if len(modes) == 1 else SpeculationMode.OFF
-        if mode is SpeculationMode.OFF or self._last_step_s is None:
-            return
-        output = Output(
-            batch_size=batch_size,
-            num_rounds=len(items),
-            num_drafted=sum(bool(i.num_draft) and i.draft.source is DraftSource.SPECULATOR for i in items),
-            num_tokens=num_tokens,
-            seconds=time.perf_counter() - self._last_step_s,
-        )
-        self.lookahead_planner.trials.observe(mode, output)
-
-    def _report_idle(self) -> None:
-        if not self.scheduler.running:
-            self._last_step_s = None
-        self.metrics.set_queue(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            kv_cache_usage=self._kv_cache_usage(),
-        )
-
-    def _kv_cache_usage(self) -> float:
-        return self.model.pool.num_used / self.model.pool.num_blocks
 
 
 def _nothing() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,8 +19,7 @@ from typing import Any, Final, Protocol
 import grpc.aio
 
 from specpool.algorithm.fallback import DraftTimes
-from specpool.algorithm.speculation_cache import Lookup, SpeculationCache
-from specpool.distributions.transport import Transport, labels
+from specpool.distributions.transport import Transport
 from specpool.errors import (
     ProtocolMismatch,
     SpecPoolError,
@@ -33,12 +31,13 @@ from specpool.process import parse_address
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_pb2
+from specpool_target.handshake import check_ack
+from specpool_target.inbox import Distributions, SpeculationInbox
 from specpool_target.receiving import DenseReceiver, ReceivingGroup
 from specpool_target.verifying import ArrivedDistributions
 
 _logger = logging.getLogger(__name__)
 
-PROTOCOL_VERSION: Final = 1
 _FIRST_BACKOFF_S: Final = 0.1
 _MAX_BACKOFF_S: Final = 2.0
 _REFUSED_BACKOFF_S: Final = 15.0
@@ -74,65 +73,6 @@ class LinkListener(Protocol):
 
     def stale_message(self) -> None:
         """Something about an unknown sequence was dropped."""
-
-
-Distributions = speculator_pb2.DraftDistributions | ArrivedDistributions
-"""Sparse ones, or what came through a process group."""
-
-
-class SpeculationInbox:
-    """What a speculator sent about one sequence; written by the event loop, read by the engine thread."""
-
-    def __init__(self, lookahead: int) -> None:
-        self._cache = SpeculationCache(lookahead)
-        self._guesses: dict[int, dict[int, list[int]]] = {}
-        self._distributions: dict[int, Distributions] = {}
-        self._taken_round = -1
-        self._lock = threading.Lock()
-
-    def add_table(self, table: speculator_pb2.Table) -> None:
-        """A pushed table."""
-        entries = {(e.num_accepted, e.bonus_token): tuple(e.draft_tokens) for e in table.entries}
-        with self._lock:
-            self._cache.update(table.round, entries)
-            guesses = self._guesses.setdefault(table.round, {})
-            for num_accepted, bonus_token in entries:
-                tokens = guesses.setdefault(num_accepted, [])
-                if bonus_token not in tokens:
-                    tokens.append(bonus_token)
-
-    def lookup(self, round_: int, num_accepted: int, bonus_token: int, *, lookahead: int) -> tuple[Lookup, int | None]:
-        """The lookup, and the rank of the bonus token among the guesses of its position."""
-        with self._lock:
-            lookup = self._cache.lookup(round_, num_accepted, bonus_token, lookahead=lookahead)
-            guesses = self._guesses.get(round_, {}).get(num_accepted, [])
-            self._guesses = {r: g for r, g in self._guesses.items() if r > round_}
-        return lookup, guesses.index(bonus_token) if bonus_token in guesses else None
-
-    def add_distributions(self, round_: int, distributions: Distributions) -> None:
-        """For the round that verifies the tokens they name; dropped if that is over."""
-        with self._lock:
-            if round_ > self._taken_round:
-                self._distributions[round_] = distributions
-
-    def has_distributions(self, round_: int) -> bool:
-        """Whether those of `round_` are here."""
-        return round_ in self._distributions
-
-    def take_distributions(self, round_: int) -> Distributions | None:
-        """Those of `round_`, if they are here; later ones for it, and all before, are dropped."""
-        with self._lock:
-            self._taken_round = round_
-            taken = self._distributions.get(round_)
-            self._distributions = {r: d for r, d in self._distributions.items() if r > round_}
-        return taken
-
-    def clear(self) -> None:
-        """The speculator lost its state."""
-        with self._lock:
-            self._cache.clear()
-            self._guesses.clear()
-            self._distributions.clear()
 
 
 @dataclass(slots=True)
@@ -416,27 +356,6 @@ async def _error_of(call: Any) -> SpecPoolError:
         await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
     )
     return from_rpc_error(error, unavailable=SpeculatorUnavailable)
-
-
-def check_ack(hello: speculator_pb2.Hello, ack: speculator_pb2.HelloAck) -> None:
-    """The speculator checks too; but a target must not be made to verify nonsense by one that does not."""
-    if ack.protocol_version != hello.protocol_version:
-        raise ProtocolMismatch(
-            f"target speaks protocol version {hello.protocol_version}, speculator {ack.protocol_version}",
-            metadata={"target": hello.protocol_version, "speculator": ack.protocol_version},
-        )
-    ours, theirs = hello.model.tokenizer_fingerprint, ack.model.tokenizer_fingerprint
-    if ours != theirs:
-        raise TokenizerMismatch(
-            f"target ({hello.model.name}) and speculator ({ack.model.name}) have different tokenizers: "
-            f"{ours[:12]} and {theirs[:12]}",
-            metadata={"target": ours, "speculator": theirs},
-        )
-    if ack.transport not in hello.transports:
-        raise ProtocolMismatch(
-            f"speculator chose the transport {labels([ack.transport])}, which was not offered",
-            metadata={"transport": labels([ack.transport])},
-        )
 
 
 def close_request(sequence_id: str) -> Request:

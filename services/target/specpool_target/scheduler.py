@@ -55,7 +55,7 @@ class Scheduler:
     def __init__(
         self, pool: BlockPool, *, max_context: int, max_batch_size: int, max_batch_tokens: int, max_waiting: int
     ) -> None:
-        self._pool = pool
+        self.pool = pool
         self._max_context = max_context
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
@@ -67,7 +67,7 @@ class Scheduler:
     @property
     def max_length(self) -> int:
         """Longest sequence: what the context and the whole KV cache can hold (the last token needs no KV)."""
-        return min(self._max_context, self._pool.num_blocks * self._pool.block_size)
+        return min(self._max_context, self.pool.num_blocks * self.pool.block_size)
 
     def check_admissible(self, num_tokens: int, num_submitted: int = 0) -> None:
         """Refuse a prompt that can never run, or that would wait too long. Callable from any thread.
@@ -79,11 +79,11 @@ class Scheduler:
                 f"prompt of {num_tokens} tokens leaves no room for output in the context of {self._max_context} tokens",
                 metadata={"num_tokens": num_tokens, "max_context": self._max_context},
             )
-        total = self._pool.num_blocks
-        wanted = num_blocks_for(num_tokens + 1, self._pool.block_size)
+        total = self.pool.num_blocks
+        wanted = num_blocks_for(num_tokens + 1, self.pool.block_size)
         if wanted > total:
             raise KVCacheFull(
-                f"prompt of {num_tokens} tokens needs {wanted} KV blocks of {self._pool.block_size} tokens, "
+                f"prompt of {num_tokens} tokens needs {wanted} KV blocks of {self.pool.block_size} tokens, "
                 f"the cache has {total}",
                 metadata={"num_tokens": num_tokens, "wanted_blocks": wanted, "total_blocks": total},
             )
@@ -116,7 +116,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Segments of the next forward: what is in the batch, oldest first, then admissions."""
-        planner = _Planner(self._pool, prefill_budget=self._prefill_budget())
+        planner = _Planner(self.pool, prefill_budget=self._prefill_budget())
         preempted: list[TargetSequence] = []
         for sequence in list(self.running):
             if sequence.is_admitted and sequence.await_deadline_s is None:
@@ -154,9 +154,9 @@ class Scheduler:
         num_promised = sum(self._blocks_to_finish(s) for s in self.running) - planner.num_blocks
         while self.waiting and len(self.running) < self._max_batch_size and planner.prefill_budget > 0:
             sequence = self.waiting[0]
-            sequence.kv = SequenceKV.from_prefix(self._pool, sequence.tokens, sequence.salt)
+            sequence.kv = SequenceKV.from_prefix(self.pool, sequence.tokens, sequence.salt)
             wanted = self._blocks_to_finish(sequence)
-            if max(0, num_promised) + planner.num_blocks + wanted > self._pool.num_free:
+            if max(0, num_promised) + planner.num_blocks + wanted > self.pool.num_free:
                 sequence.kv.free()
                 sequence.kv = None
                 return
@@ -179,7 +179,7 @@ class _Planner:
     """Adds up tokens and blocks of one step."""
 
     def __init__(self, pool: BlockPool, *, prefill_budget: int) -> None:
-        self._pool = pool
+        self.pool = pool
         self.prefill_budget = prefill_budget
         """Tokens left for sequences that are not through their prefill."""
         self.num_blocks = 0
@@ -197,7 +197,7 @@ class _Planner:
     def fits(self, sequence: TargetSequence, num_tokens: int) -> bool:
         """Whether blocks are left for that."""
         assert sequence.kv is not None, "only sequences in the batch are planned"
-        return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self._pool.num_free
+        return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self.pool.num_free
 
     def add(self, sequence: TargetSequence, num_tokens: int) -> int:
         """Schedule it; returns the blocks it takes."""

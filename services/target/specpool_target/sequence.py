@@ -18,7 +18,8 @@ from specpool.v1 import speculator_pb2, types_pb2
 from specpool_target.statistics import Phases, SequenceStats
 
 if TYPE_CHECKING:
-    from specpool_target.link import SpeculationInbox, SpeculatorLink
+    from specpool_target.inbox import SpeculationInbox
+    from specpool_target.link import SpeculatorLink
 
 _SEED_BITS: Final = 63
 

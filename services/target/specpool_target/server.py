@@ -25,7 +25,8 @@ from specpool.telemetry.metrics import TargetMetrics, serve_metrics
 from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_target.config import TargetConfig
 from specpool_target.engine import EngineThread
-from specpool_target.link import PROTOCOL_VERSION, LinkRegistry
+from specpool_target.handshake import PROTOCOL_VERSION
+from specpool_target.link import LinkRegistry
 from specpool_target.receiving import DenseReceiver
 from specpool_target.requests import RequestReader
 from specpool_target.service import TargetService

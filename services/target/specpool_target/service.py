@@ -15,7 +15,8 @@ from specpool.errors import Draining, EngineFailed
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_target.engine import EngineThread
-from specpool_target.link import LinkRegistry, SpeculationInbox
+from specpool_target.inbox import SpeculationInbox
+from specpool_target.link import LinkRegistry
 from specpool_target.requests import RequestReader
 from specpool_target.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
 from specpool_target.streaming import Response, ResponseStream

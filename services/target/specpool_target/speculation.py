@@ -67,8 +67,15 @@ class Speculation:
         self._no_distributions_before_s: dict[SpeculatorLink, float] = {}
         """Verifications do not wait for a link's distributions until then."""
         self._batch_size = 1
-        self.lookups: Counter[str] = Counter()
+        self._lookups: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
+        """Rounds that fell back since `take_counts`, by reason."""
+
+    def take_counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Lookups by kind and fallbacks by reason since the last call."""
+        taken = self._lookups, self.fallbacks
+        self._lookups, self.fallbacks = Counter(), Counter()
+        return taken
 
     # ---- after each verification ------------------------------------------------------------------------------
 
@@ -78,9 +85,12 @@ class Speculation:
         self._batch_size = batch_size
         sequence.round += 1
         sequence.draft = Draft()
-        choice = self._choose(sequence, ended, outcome, batch_size)
-        if self._pause_or_resume(sequence):
+        was_paused, sequence.is_paused = sequence.is_paused, self._is_paused(sequence)
+        if was_paused or sequence.is_paused:
+            self._choose_alone(sequence)
+            self._pause_or_resume(sequence, was_paused)
             return
+        choice = self._choose(sequence, ended, outcome)
         epoch = self._epoch(sequence)
         if epoch is None or sequence.link is None:
             return
@@ -97,46 +107,43 @@ class Speculation:
         if choice.depth:
             self._await_speculation(sequence, sequence.link, epoch, ended, choice)
 
-    def _pause_or_resume(self, sequence: TargetSequence) -> bool:
-        """No speculator holds a sequence that is not speculated on. True if it needs no outcome."""
-        was_paused, sequence.is_paused = sequence.is_paused, self._is_paused(sequence)
-        if sequence.is_paused and not was_paused:
-            self.close(sequence)
-            if sequence.inbox is not None:
-                sequence.inbox.clear()
-        elif was_paused and not sequence.is_paused:
-            self.open(sequence)  # which tells all that the outcome would
-        return was_paused or sequence.is_paused
-
     def _is_paused(self, sequence: TargetSequence) -> bool:
         request = sequence.request
         if not request.plans_lookahead or request.mode is SpeculationMode.OFF:
             return False
         return self._planner.trials.verdict(request.mode, self._batch_size) is Verdict.PAUSE
 
-    def _choose(
-        self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, batch_size: int
-    ) -> FallbackChoice:
+    def _choose_alone(self, sequence: TargetSequence) -> None:
+        """In a pause, and in the round after it: prompt lookup needs no speculator."""
+        self._plan(sequence)
+        if sequence.request.mode is SpeculationMode.SSD and (backup := self._backup(sequence, self._limit(sequence))):
+            sequence.draft = Draft(backup, DraftSource.BACKUP)
+
+    def _pause_or_resume(self, sequence: TargetSequence, was_paused: bool) -> None:
+        """No speculator holds a sequence that is not speculated on."""
+        if not was_paused:
+            self.close(sequence)
+            if sequence.inbox is not None:
+                sequence.inbox.clear()
+        elif not sequence.is_paused:
+            self.open(sequence)  # which tells all that an outcome would
+
+    def _choose(self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome) -> FallbackChoice:
         """Set the draft, or return what to wait for."""
-        mode = sequence.request.mode
-        self._plan(sequence, batch_size)
+        self._plan(sequence)
         if sequence.lookahead == 0:
             return NO_WAIT
         limit = self._limit(sequence)
-        if sequence.is_paused or self._is_paused(sequence):
-            if mode is SpeculationMode.SSD and (backup := self._backup(sequence, limit)):
-                sequence.draft = Draft(backup, DraftSource.BACKUP)  # it needs no speculator
-            return NO_WAIT
-        if mode is SpeculationMode.SSD:
-            return self._choose_ssd(sequence, ended, outcome, limit, batch_size)
-        if mode is SpeculationMode.SD and limit > 0:
+        if sequence.request.mode is SpeculationMode.SSD:
+            return self._choose_ssd(sequence, ended, outcome, limit)
+        if sequence.request.mode is SpeculationMode.SD and limit > 0:
             if self._may_wait(sequence):
                 return FallbackChoice(limit, 0.0, self._deadline_s)
             self.fallbacks["speculator_lost" if self._epoch(sequence) is None else "no_draft"] += 1
         return NO_WAIT
 
     def _choose_ssd(
-        self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, limit: int, batch_size: int
+        self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, limit: int
     ) -> FallbackChoice:
         kind, tokens, rank = LookupKind.MISS, [], None
         if sequence.inbox is not None and self._epoch(sequence) is not None:
@@ -149,20 +156,20 @@ class Speculation:
             if kind is LookupKind.PARTIAL and _ends_output(sequence, tokens):
                 kind = LookupKind.HIT
         sequence.stats.lookup(kind, outcome.num_accepted, rank)
-        self.lookups[kind.value] += 1
+        self._lookups[kind.value] += 1
         sequence.draft = Draft(lookup=kind.value)
         if limit == 0:
             return NO_WAIT
         if tokens:
             self._use(sequence, tokens)
             return NO_WAIT
-        return self._after_miss(sequence, limit, batch_size)
+        return self._after_miss(sequence, limit)
 
-    def _after_miss(self, sequence: TargetSequence, limit: int, batch_size: int) -> FallbackChoice:
+    def _after_miss(self, sequence: TargetSequence, limit: int) -> FallbackChoice:
         if sequence.link is not None and self._may_wait(sequence) and self._is_reliable(sequence.link):
             choice = self._policy.choose(
                 sequence.link.measured.draft_times(),
-                batch_size=batch_size,
+                batch_size=self._batch_size,
                 lookahead=limit,
                 num_backup=len(self._backup(sequence, limit)),
             )
@@ -323,7 +330,7 @@ class Speculation:
     def admit(self, sequence: TargetSequence, *, batch_size: int) -> None:
         """It is in the batch for the first time."""
         self._batch_size = batch_size
-        self._plan(sequence, batch_size)
+        self._plan(sequence)
         sequence.is_paused = self._is_paused(sequence)
         self.open(sequence)
 
@@ -331,11 +338,11 @@ class Speculation:
         """Whether a speculator knows it, or would if it were to."""
         return sequence.is_paused or self._epoch(sequence) is not None
 
-    def _plan(self, sequence: TargetSequence, batch_size: int) -> None:
+    def _plan(self, sequence: TargetSequence) -> None:
         request = sequence.request
         if request.plans_lookahead and request.mode is not SpeculationMode.OFF:
             measured = None if sequence.link is None else sequence.link.measured
-            sequence.lookahead = self._planner.lookahead(request.mode, measured, batch_size)
+            sequence.lookahead = self._planner.lookahead(request.mode, measured, self._batch_size)
 
     def open(self, sequence: TargetSequence) -> None:
         """Hand the sequence over with every token it has."""

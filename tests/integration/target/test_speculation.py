@@ -252,12 +252,26 @@ def without_lookahead(target, **options):
     return message
 
 
-@pytest.mark.parametrize("mode", ["ssd", "sd"])
-async def test_speculation_that_does_not_pay_pauses_and_the_output_stays(target_for, speculator_for, mode):
+@pytest.mark.parametrize(
+    ("mode", "verification", "sampling"),
+    [
+        ("ssd", "coupled", SAMPLED),
+        ("sd", "coupled", SAMPLED),
+        ("ssd", "rejection", SAMPLED | {"top_k": 1}),  # a distribution of one token, so that the output is known
+    ],
+)
+async def test_speculation_that_does_not_pay_pauses_and_the_output_stays(
+    target_for, speculator_for, mode, verification, sampling
+):
     target = await target_for(COSTLY_ROWS, num_kv_blocks=1024)
-    expected = await target.generate(PROMPT, max_tokens=500, **SAMPLED)
-    speculator = await speculator_for(truth={PROMPT: expected.tokens}, tables="wrong", replies="wrong")
-    got = await target.run(without_lookahead(target, mode=mode, speculator=speculator.endpoint, **SAMPLED))
+    expected = await target.generate(PROMPT, max_tokens=500, **sampling)
+    script = {"tables": "wrong", "replies": "wrong", "distributions": "point"}
+    speculator = await speculator_for(truth={PROMPT: expected.tokens}, **script)
+    got = await target.run(
+        without_lookahead(
+            target, mode=mode, verification=verification, speculator=speculator.endpoint, **sampling
+        )
+    )
     assert f"{mode} paused in batches of 1 to 1" in (await target.status()).plan
     assert speculator.seen["close_sequence"] >= 1
     assert 48 < speculator.seen["outcomes"] < 300

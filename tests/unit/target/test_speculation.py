@@ -10,7 +10,8 @@ import pytest
 from specpool.algorithm.verification import VerificationOutcome
 from specpool.v1 import speculator_pb2
 from specpool_target.fallback_policy import FallbackPolicy
-from specpool_target.link import LinkMeasurements, SpeculationInbox
+from specpool_target.inbox import SpeculationInbox
+from specpool_target.link import LinkMeasurements
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import DraftSource, SpeculationMode, TargetSequence
