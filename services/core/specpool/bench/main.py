@@ -135,6 +135,7 @@ def _write(
             "max_tokens": options.max_tokens,
             "prompts": sorted({m.prompt_id for m in measurements}),
             "summaries": [summary.to_dict() for summary in summaries],
+            "answers": [measurement.to_dict() for measurement in measurements],
         }
         options.json_path.parent.mkdir(parents=True, exist_ok=True)
         options.json_path.write_text(json.dumps(document, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from specpool.client import Client, Completion
 from specpool.models.prompts import Prompt
@@ -51,6 +51,19 @@ class Measurement:
     def decode_seconds(self) -> float:
         """Seconds from the first token to the last, by the target's clock."""
         return self.stats.seconds - self.stats.seconds_to_first_token
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON: what speeds are made of. Seconds of the forwards are those after the prefill."""
+        return {
+            **asdict(self.setting),
+            "prompt_id": self.prompt_id,
+            "source": self.source,
+            "decode_tokens": self.decode_tokens,
+            "decode_seconds": self.decode_seconds,
+            "rounds": self.stats.num_rounds,
+            "seconds_waiting": self.stats.seconds_waiting,
+            "seconds_forward": self.stats.seconds_forward,
+        }
 
 
 def chat_request(
