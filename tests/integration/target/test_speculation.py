@@ -268,9 +268,7 @@ async def test_speculation_that_does_not_pay_pauses_and_the_output_stays(
     script = {"tables": "wrong", "replies": "wrong", "distributions": "point"}
     speculator = await speculator_for(truth={PROMPT: expected.tokens}, **script)
     got = await target.run(
-        without_lookahead(
-            target, mode=mode, verification=verification, speculator=speculator.endpoint, **sampling
-        )
+        without_lookahead(target, mode=mode, verification=verification, speculator=speculator.endpoint, **sampling)
     )
     assert f"{mode} paused in batches of 1 to 1" in (await target.status()).plan
     assert speculator.seen["close_sequence"] >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def recommended_arguments() -> tuple[str, ...]:
@@ -10,10 +11,12 @@ def recommended_arguments() -> tuple[str, ...]:
 
     On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
     that this CPU supports, our own attention where it can be compiled, and as many branch rows as may be worth their
-    price. The draft computes in float32 between its quantised products, which take and give float32.
+    price. The draft computes in float32 between its quantised products, which take and give float32. The cores of a
+    virtual machine are kept awake.
     """
     import torch
 
+    from specpool.cli.awake import can_keep_awake
     from specpool.modeling.linear import can_stream, can_use_int4
     from specpool.modeling.native import has_compiler
 
@@ -32,4 +35,15 @@ def recommended_arguments() -> tuple[str, ...]:
         split = len(cores) // 2
         target, speculator = (",".join(map(str, part)) for part in (cores[:split], cores[split:]))
         arguments += ["--affinity", f"target={target};speculator={speculator}"]
+    if is_virtual() and can_keep_awake():
+        arguments += ["--keep-awake", "true"]
     return tuple(arguments)
+
+
+def is_virtual() -> bool:
+    """Whether this is a virtual machine, where the CPU tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("flags") and "hypervisor" in line.split() for line in lines)

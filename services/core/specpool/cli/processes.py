@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from specpool.cli.awake import awake_command, can_keep_awake
 from specpool.cli.colocation import (
     DRAFT_MEMORY_SHARE,
     MEMORY_SHARE,
@@ -81,6 +82,9 @@ class UpConfig:
     """Address of the router; port 0 takes any free one."""
     affinity: str = ""
     """Cores per role, such as `target=0;speculator=1` or `target-0=0,1;target-1=2,3`; empty shares all cores."""
+    keep_awake: bool = False
+    """Let none of these cores sleep: in a virtual machine the host may otherwise move target and draft together, where
+    they share their way to memory. Whatever else runs on them goes first. Linux."""
     session_store: str = ""
     """redis://..., or memory://; empty starts an embedded Valkey."""
     tenants_file: str = ""
@@ -112,6 +116,8 @@ class UpConfig:
         if self.distribution_transport:
             check_transport_choice(self.distribution_transport)
         parse_affinity(self.affinity, self.targets)
+        if self.keep_awake and not can_keep_awake():
+            raise ConfigError("keep_awake needs Linux", metadata={"field": "keep_awake"})
         check_colocation(self)
 
     @property
@@ -128,19 +134,21 @@ class Plan:
     speculator: ChildSpec | None
     targets: tuple[ChildSpec, ...]
     router: ChildSpec
+    awake: tuple[ChildSpec, ...] = ()
+    """What keeps cores from sleeping."""
 
     @property
     def stop_stages(self) -> tuple[tuple[str, ...], ...]:
-        """Names of what stops together: router, targets, speculator, store."""
+        """Names of what stops together: router, targets, speculator, store, the rest."""
         stages = [(self.router.name,), tuple(target.name for target in self.targets)]
         stages += [(spec.name,) for spec in (self.speculator, self.store) if spec]
-        return tuple(stages)
+        return (*stages, tuple(spec.name for spec in self.awake)) if self.awake else tuple(stages)
 
     @property
     def children(self) -> tuple[ChildSpec, ...]:
         """Everything, engines first: they take longest."""
         others = [spec for spec in (self.store, self.speculator) if spec]
-        return (*others, *self.targets, self.router)
+        return (*others, *self.targets, self.router, *self.awake)
 
 
 def make_plan(config: UpConfig, *, settings_file: Path | None, run_directory: Path) -> Plan:
@@ -167,7 +175,13 @@ def make_plan(config: UpConfig, *, settings_file: Path | None, run_directory: Pa
         "otlp-endpoint": config.otlp_endpoint or None,
     }
     router = ChildSpec(name="router", command=_command("router", flags, settings_file), endpoint=listen)
-    return Plan(store=store, speculator=speculator, targets=targets, router=router)
+    awake = _awake(sorted({core for cores in affinity.values() for core in cores})) if config.keep_awake else ()
+    return Plan(store=store, speculator=speculator, targets=targets, router=router, awake=awake)
+
+
+def _awake(cores: Sequence[int]) -> tuple[ChildSpec, ...]:
+    cores = cores or sorted(os.sched_getaffinity(0))
+    return tuple(ChildSpec(name=f"awake-{core}", command=awake_command(core)) for core in cores)
 
 
 def _engine(

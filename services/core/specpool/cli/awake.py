@@ -1,0 +1,51 @@
+"""`python -m specpool.cli.awake CORE`: a core of a virtual machine that never sleeps stays where it is.
+
+A host places the cores of a virtual machine by who wakes whom. Two engines that wait for each other draw their cores
+together below one L3 cache, where both share its way to memory, and reading weights is most of a step; cores that are
+never idle are spread out. So a process of the lowest priority spins on each of them: whatever else there is to run goes
+first.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+def can_keep_awake() -> bool:
+    """Whether the system has a priority below all others."""
+    return hasattr(os, "SCHED_IDLE")
+
+
+def awake_command(core: int) -> tuple[str, ...]:
+    """Keeps `core` awake until it is killed, or its parent is gone."""
+    return (sys.executable, "-m", "specpool.cli.awake", str(core))
+
+
+@contextmanager
+def cores_awake(cores: Iterable[int]) -> Iterator[None]:
+    """None of these sleeps meanwhile."""
+    processes = [subprocess.Popen(awake_command(core)) for core in cores]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def main() -> None:
+    """Spin."""
+    parent = os.getppid()
+    os.sched_setaffinity(0, {int(sys.argv[1])})
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    while os.getppid() == parent:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Spinning processes of the lowest priority, one on each core, that end with whoever started them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specpool.bench import machine
+from specpool.cli import processes
+from specpool.cli.awake import can_keep_awake, cores_awake
+from specpool.cli.processes import UpConfig, make_plan
+from specpool.errors import ConfigError
+
+pytestmark = pytest.mark.skipif(not can_keep_awake(), reason="needs Linux's idle scheduling class")
+CORE = min(os.sched_getaffinity(0)) if can_keep_awake() else 0
+
+
+def spinners_of(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            is_spinner = os.sched_getscheduler(pid) == os.SCHED_IDLE and os.sched_getaffinity(pid) == {CORE}
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if is_spinner and int(fields[1]) == parent:
+            found.append(pid)
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_core_is_awake_as_long_as_asked() -> None:
+    with cores_awake([CORE]):
+        wait_for(lambda: len(spinners_of(os.getpid())) == 1)
+    assert spinners_of(os.getpid()) == []
+
+
+def test_a_spinner_ends_when_its_parent_is_killed() -> None:
+    code = f"import time; from specpool.cli.awake import cores_awake\nwith cores_awake([{CORE}]): time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        wait_for(lambda: len(spinners_of(parent.pid)) == 1)
+        (pid,) = spinners_of(parent.pid)
+        parent.kill()
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_up_keeps_the_cores_of_its_engines_awake_and_stops_that_last(tmp_path: Path) -> None:
+    config = UpConfig(target="toy", draft="toy", affinity="target=0-1;speculator=3", keep_awake=True)
+    made = make_plan(config, settings_file=None, run_directory=tmp_path)
+    assert [child.command[-1] for child in made.awake] == ["0", "1", "3"]
+    assert made.children[-3:] == made.awake
+    assert made.stop_stages[-1] == ("awake-0", "awake-1", "awake-3")
+    assert make_plan(UpConfig(target="toy"), settings_file=None, run_directory=tmp_path).awake == ()
+
+
+def test_where_it_cannot_be_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "can_keep_awake", lambda: False)
+    with pytest.raises(ConfigError, match="keep_awake needs Linux"):
+        UpConfig(target="toy", keep_awake=True)
+
+
+@pytest.mark.parametrize("is_virtual", [True, False])
+def test_demo_and_bench_ask_for_it_in_virtual_machines(monkeypatch: pytest.MonkeyPatch, is_virtual: bool) -> None:
+    monkeypatch.setattr(machine, "is_virtual", lambda: is_virtual)
+    assert ("--keep-awake" in machine.recommended_arguments()) is is_virtual
