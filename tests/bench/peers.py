@@ -399,7 +399,8 @@ def main() -> None:
                 comparison.run(system, tuning, prompts[index :: arguments.num_passes])
     show(comparison.results, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(result) for result in comparison.results], indent=1) + "\n")
+        rows = ",\n".join(json.dumps(asdict(result)) for result in comparison.results)
+        arguments.json.write_text(f"[\n{rows}\n]\n")
 
 
 if __name__ == "__main__":
