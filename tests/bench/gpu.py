@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -182,22 +183,23 @@ def compare_backends(
     for variant in VARIANTS:
         name = variant["attention_backend"] + (" with graphs" if variant.get("cuda_graphs") == "on" else "")
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "block_size": BLOCK_SIZE, **variant}
+        model = runs = run = None
         try:
             model = load_model(target, num_blocks=num_blocks, **settings)
-        except InvalidArgument as error:
-            refused.append(Refused(backend=name, reason=str(error)))
-            continue
-        runs = Steps(model, shape)
-        bound_ms = runs.bytes_read() / bandwidth * 1e3
-        for kind, (num_tokens, run) in runs.kinds().items():
-            logits = run().cpu()
-            reference = expected.setdefault(kind, logits)
-            error = (logits - reference).abs().amax(-1) / reference.abs().amax(-1)
-            ms = seconds_of(run, device, shape.repeats) * 1e3
-            steps.append(
-                Step(backend=name, step=kind, tokens=num_tokens, ms=ms, bound_ms=bound_ms, error=float(error.max()))
-            )
+            runs = Steps(model, shape)
+            bound_ms = runs.bytes_read() / bandwidth * 1e3
+            for kind, (num_tokens, run) in runs.kinds().items():
+                logits = run().cpu()
+                reference = expected.setdefault(kind, logits)
+                error = (logits - reference).abs().amax(-1) / reference.abs().amax(-1)
+                ms = seconds_of(run, device, shape.repeats) * 1e3
+                steps.append(
+                    Step(backend=name, step=kind, tokens=num_tokens, ms=ms, bound_ms=bound_ms, error=float(error.max()))
+                )
+        except (InvalidArgument, RuntimeError) as failure:  # the other backends, and the report, go on
+            refused.append(Refused(backend=name, reason=str(failure).partition("\n")[0]))
         del model, runs, run
+        gc.collect()  # captured graphs and their model refer to each other
         if device != "cpu":
             torch.cuda.empty_cache()
     return steps, refused

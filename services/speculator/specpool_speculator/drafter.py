@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from specpool.algorithm.planning import RowTimes
 from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
@@ -336,6 +338,8 @@ class Drafter:
             for p in planned:
                 p.work.cancel()
             raise
+        if logits.is_cuda:  # or the time of a step without logits would count as the next one's
+            torch.cuda.current_stream(logits.device).synchronize()
         forward_s = time.monotonic() - started_s
         ranks = iter(self._ranker.rank(logits, [(p.sequence, node) for p in planned for node in p.work.nodes]))
         for p in planned:

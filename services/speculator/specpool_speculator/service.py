@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc.aio
-import torch
 
 from specpool.distributions.transport import Transport, offered
 from specpool.errors import Draining, ProtocolMismatch
+from specpool.modeling.loading import parse_device
 from specpool.rpc.server import host_of_peer
 from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
@@ -166,7 +166,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         return SendingGroup(
             transport,
             peer_host=peer_host,
-            device=torch.device(self._config.device),
+            device=parse_device(self._config.device),
             deliver=connection.deliver,
             on_up=on_up,
             on_down=on_down,

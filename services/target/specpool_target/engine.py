@@ -286,7 +286,8 @@ class EngineThread(threading.Thread):
     def _forward(self, plan: StepPlan) -> Tensor:
         logits = self.model.forward([scheduled.segment() for scheduled in plan.segments])
         if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
+            # Not the device: on another stream of it, distributions may be on their way for as long as they like.
+            torch.cuda.current_stream(logits.device).synchronize()
         return logits
 
     def _verify_items(self, segments: Sequence[ScheduledSegment]) -> list[VerifyItem]:

@@ -24,6 +24,7 @@ from specpool.modeling.device_sharing import (
     use_stream,
 )
 from specpool.modeling.kv_budget import CUDA_CONTEXT_BYTES, GPU_KV_CACHE_SHARE, KVBudget, bytes_left
+from specpool.modeling.loading import parse_device
 from specpool_speculator.config import SpeculatorConfig
 from specpool_target.config import TargetConfig
 
@@ -36,6 +37,14 @@ def mps(tmp_path: Path) -> dict[str, str]:
     """Environment in which a daemon answers."""
     (tmp_path / "control").touch()
     return {MPS_DIRECTORY: str(tmp_path)}
+
+
+def test_a_cuda_device_has_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much of torch.cuda takes no device without one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parse_device("cuda") == torch.device("cuda", 0)
+    assert parse_device("cuda:1") == torch.device("cuda", 1)
+    assert parse_device("cpu") == torch.device("cpu")
 
 
 def test_shares_make_the_cache_independent_of_who_starts_first() -> None:

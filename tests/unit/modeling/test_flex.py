@@ -125,12 +125,23 @@ def test_one_dynamic_graph_computes_the_same(sliding_window: int | None, softcap
     assert compiler.frame_count <= len(kernels) + 2
 
 
+def test_both_lists_of_a_tile_are_equally_wide() -> None:
+    """The kernel for few rows counts in both by the width of the first."""
+    tiles = [flex.TileBlocks([7], [3, 1, 4, 1, 5]), flex.TileBlocks([2, 6, 5], [])]
+    lists = flex._BlockLists.of(tiles, torch.device("cpu"))
+    assert lists.partly.tolist() == [[[[7, 0, 0, 0, 0], [2, 6, 5, 0, 0]]]]
+    assert lists.wholly.tolist() == [[[[3, 1, 4, 1, 5], [0, 0, 0, 0, 0]]]]
+    assert (lists.num_partly.tolist(), lists.num_wholly.tolist()) == ([[[1, 3]]], [[[5, 0]]])
+
+
 def test_what_cuda_cannot_run_is_refused() -> None:
     backend, cuda = get_backend("flex"), torch.device("cuda")
     backend.check(dtype=torch.float32, device=torch.device("cpu"), block_size=3, head_dim=4)
     backend.check(dtype=torch.bfloat16, device=cuda, block_size=48, head_dim=64)
-    with pytest.raises(InvalidArgument, match=r"'flex' cannot be used: .* multiple of 16, got 40") as caught:
-        backend.check(dtype=torch.bfloat16, device=cuda, block_size=40)
+    with pytest.raises(
+        InvalidArgument, match=r"'flex' cannot be used: .* 16, 32, 48 and multiples of 64, got 96"
+    ) as caught:
+        backend.check(dtype=torch.bfloat16, device=cuda, block_size=96)
     assert caught.value.reason == "ATTENTION_BACKEND_UNAVAILABLE"
     with pytest.raises(InvalidArgument, match="heads of at least 16, the model has 8"):
         backend.check(dtype=torch.bfloat16, device=cuda, block_size=16, head_dim=8)

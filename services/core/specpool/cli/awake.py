@@ -1,9 +1,9 @@
 """`python -m specpool.cli.awake CORE`: a core of a virtual machine that never sleeps stays where it is.
 
-A host moves the cores of a virtual machine. Cores that sleep and wake each other, as those of two engines do, are often
-found below one L3 cache, where both share its way to memory, and reading weights is most of a step; cores that are never
-idle mostly lie apart. So a process of the lowest priority spins on each of them: whatever else there is to run goes
-first. Measured: docs/adr/0012-cores-kept-awake.md.
+A host moves the cores of a virtual machine. Cores that sleep and wake each other, as those of two engines do, are
+often found below one L3 cache, where both share its way to memory, and reading weights is most of a step; cores that
+are never idle mostly lie apart. So a process of the lowest priority spins on each of them: whatever else there is to
+run goes first. Measured: docs/adr/0012-cores-kept-awake.md.
 """
 
 from __future__ import annotations

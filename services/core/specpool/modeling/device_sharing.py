@@ -143,6 +143,8 @@ def open_stream(device: torch.device, share: DeviceShare) -> Any:
 
 def use_stream(device: torch.device, stream: Any) -> None:
     """Have what this thread computes from now on run on `stream`: to be called on the engine's thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread begins with the first
     if stream is not None:
         torch.cuda.synchronize(device)  # the weights were loaded on another stream
         torch.cuda.set_stream(stream)

@@ -125,14 +125,14 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def parse_device(name: str) -> torch.device:
-    """Torch device by name; a device that is not there is an error, never replaced by another."""
+    """Torch device by name, on CUDA with its index; what is not there is an error, never replaced by another."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InvalidArgument(f"unknown device {name!r}; accepted: cpu, cuda, cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidArgument(f"device {name!r} is not available: {torch.cuda.device_count()} CUDA devices are visible")
-    return device
+    return torch.device("cuda", 0) if device == torch.device("cuda") else device
 
 
 def _toy(spec: ModelSpec, pool: BlockPool) -> ToyModel:

@@ -59,4 +59,4 @@ class StaticTensors:
         """Start the copy of everything to the device, in the order of its current stream."""
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()  # type: ignore[no-untyped-call, unused-ignore]
+            self._copied.record(torch.cuda.current_stream(self._device.device))  # type: ignore[no-untyped-call, unused-ignore]

@@ -33,7 +33,10 @@ _SMALL_TILES = (16, 32, 64)
 MAX_KERNELS = 64
 """Most kernels that are compiled; the compiler's own limit is too low for several kinds of layers."""
 _MIN_KERNEL_SIZE = 16
-"""Least size of a product on tensor cores: of block size and head dimension on CUDA."""
+"""Least size of a product on tensor cores: of the head dimension on CUDA."""
+_SMALL_BLOCKS = (16, 32, 48)
+_LARGE_BLOCK = 64
+"""Block sizes that the compiler has kernels for on CUDA: it reads this many slots at once, or a whole smaller block."""
 
 
 class FlexBackend:
@@ -50,11 +53,10 @@ class FlexBackend:
             return
         if device.type != "cuda":
             raise unavailable(self.name, f"it runs on cuda and cpu, and the device is {device}", accepted="cuda, cpu")
-        if block_size % _MIN_KERNEL_SIZE:
+        if block_size not in _SMALL_BLOCKS and block_size % _LARGE_BLOCK:
+            accepted = f"{', '.join(map(str, _SMALL_BLOCKS))} and multiples of {_LARGE_BLOCK}"
             raise unavailable(
-                self.name,
-                f"on CUDA it needs a block size that is a multiple of {_MIN_KERNEL_SIZE}, got {block_size}",
-                accepted=f"multiples of {_MIN_KERNEL_SIZE}",
+                self.name, f"on CUDA it needs a block size of {accepted}, got {block_size}", accepted=accepted
             )
         if head_dim is not None and head_dim < _MIN_KERNEL_SIZE:
             raise unavailable(
@@ -76,6 +78,10 @@ class FlexPlan:
 
     def __init__(self, segments: Sequence[PackedSegment], storage: KVStorage) -> None:
         num_blocks, block_size = storage.keys.shape[1:3]
+        if storage.keys.is_cuda:
+            # One kernel per number of rows in _SMALL_TILES and one or two for more, for each kind of layer. The limit
+            # is the thread's own, and kernels are compiled by whichever thread needs them first.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_KERNELS)
         self._segments = segments
         self._block_size = block_size
         self._keys, self._values = storage.keys, storage.values
@@ -220,12 +226,13 @@ class _BlockLists(NamedTuple):
     def of(cls, tiles: Sequence[TileBlocks], device: torch.device) -> _BlockLists:
         """Padded with block 0, beyond the counts."""
         partly, wholly = [tile.partly for tile in tiles], [tile.wholly for tile in tiles]
-        return cls(*_counted(partly, device), *_counted(wholly, device))
+        # Equally wide: the kernel for few rows finds its place in both by the width of the first.
+        width = max(2, *map(len, partly), *map(len, wholly))
+        return cls(*_counted(partly, width, device), *_counted(wholly, width, device))
 
 
-def _counted(lists: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _counted(lists: Sequence[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([len(one) for one in lists], dtype=torch.int32)
-    width = max(2, int(counts.max()))
     ids = torch.tensor([one + [0] * (width - len(one)) for one in lists], dtype=torch.int32)
     return (
         counts.view(1, 1, -1).to(device, non_blocking=True),
@@ -289,8 +296,6 @@ def _attend_function(
 
     if device_type == "cpu":
         return attend
-    # One kernel per number of rows in _SMALL_TILES and one or two for more, for each kind of layer.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_KERNELS)
     compiled: Callable[..., Tensor] = torch.compile(attend, fullgraph=True, dynamic=True)
     return compiled
 

@@ -206,7 +206,8 @@ class TensorParallelModel:
                 follower.connection.send_bytes(message)
             logits = self._shard.execute(segments, copies)
             if logits.is_cuda:
-                torch.cuda.synchronize(logits.device)  # a lost rank shows only where its part is waited for
+                # A lost rank shows only where its part is waited for.
+                torch.cuda.current_stream(logits.device).synchronize()
         for segment in segments:
             segment.kv.advance(len(segment.tokens))
         return logits
