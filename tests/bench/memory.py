@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--awake", action="store_true", help="keep the cores awake")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if len(set(arguments.cores)) < 2:
+        parser.error(f"--cores must be two different ones, got {arguments.cores[0]} twice")
     if not can_stream(torch.bfloat16):
         parser.exit(2, "this CPU has no AVX-512 bf16, which weights in format streamed need\n")
     with tempfile.TemporaryDirectory() as directory:

@@ -37,7 +37,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from specpool.bench.machine import is_virtual, recommended_arguments
+from specpool.bench.machine import recommended_arguments, should_keep_awake
 from specpool.bench.requests import Setting, measure
 from specpool.bench.system import running_system
 from specpool.cli.awake import cores_awake
@@ -392,7 +392,7 @@ def main() -> None:
     compared = systems(pair, arguments.lookaheads, arguments.up, with_llama=not arguments.no_llama)
     if arguments.only:
         compared = [system for system in compared if system.name in arguments.only]
-    with cores_awake(sorted(os.sched_getaffinity(0)) if is_virtual() else ()):
+    with cores_awake(sorted(os.sched_getaffinity(0)) if should_keep_awake() else ()):
         for index in range(arguments.num_passes):
             for system in compared if index % 2 == 0 else reversed(compared):
                 console.print(f"pass {index + 1}: {system.name}, {', '.join(system.ways)}", highlight=False)

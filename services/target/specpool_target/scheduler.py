@@ -179,7 +179,7 @@ class _Planner:
     """Adds up tokens and blocks of one step."""
 
     def __init__(self, pool: BlockPool, *, prefill_budget: int) -> None:
-        self.pool = pool
+        self._pool = pool
         self.prefill_budget = prefill_budget
         """Tokens left for sequences that are not through their prefill."""
         self.num_blocks = 0
@@ -197,7 +197,7 @@ class _Planner:
     def fits(self, sequence: TargetSequence, num_tokens: int) -> bool:
         """Whether blocks are left for that."""
         assert sequence.kv is not None, "only sequences in the batch are planned"
-        return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self.pool.num_free
+        return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self._pool.num_free
 
     def add(self, sequence: TargetSequence, num_tokens: int) -> int:
         """Schedule it; returns the blocks it takes."""

@@ -13,7 +13,7 @@ import pytest
 
 from specpool.bench import machine
 from specpool.cli import processes
-from specpool.cli.awake import can_keep_awake, cores_awake
+from specpool.cli.awake import awake_command, can_keep_awake, cores_awake
 from specpool.cli.processes import UpConfig, make_plan
 from specpool.errors import ConfigError
 
@@ -74,5 +74,37 @@ def test_where_it_cannot_be_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("is_virtual", [True, False])
 def test_demo_and_bench_ask_for_it_in_virtual_machines(monkeypatch: pytest.MonkeyPatch, is_virtual: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(machine, "has_cpu_quota", lambda: False)
     monkeypatch.setattr(machine, "is_virtual", lambda: is_virtual)
     assert ("--keep-awake" in machine.recommended_arguments()) is is_virtual
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("cpu.max", "max 100000\n", False),
+        ("cpu.max", "200000 100000\n", True),
+        ("cpu/cpu.cfs_quota_us", "-1\n", False),
+        ("cpu/cpu.cfs_quota_us", "150000\n", True),
+        ("other", "", False),
+    ],
+)
+def test_a_cpu_quota_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, text: str, expected: bool
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    assert machine.has_cpu_quota(tmp_path) is expected
+    monkeypatch.setattr(machine, "is_virtual", lambda: True)
+    monkeypatch.setattr(machine, "has_cpu_quota", lambda: expected)
+    assert machine.should_keep_awake() is not expected
+
+
+def test_a_core_that_is_not_there_is_said_and_ends_nothing() -> None:
+    with subprocess.Popen(awake_command(4095), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("core 4095 is not kept awake: ")
+        assert process.poll() is None
+        process.terminate()

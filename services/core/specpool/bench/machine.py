@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from specpool.cli.awake import can_keep_awake
+
 
 def recommended_arguments() -> tuple[str, ...]:
     """Arguments of `specpool up` for a target and a draft on this machine.
@@ -12,11 +14,10 @@ def recommended_arguments() -> tuple[str, ...]:
     On a CPU, each gets cores of its own (two engines on the same cores stall each other), weights in the fastest format
     that this CPU supports, our own attention where it can be compiled, and as many branch rows as may be worth their
     price. The draft computes in float32 between its quantised products, which take and give float32. The cores of a
-    virtual machine are kept awake.
+    virtual machine are kept awake, see `should_keep_awake`.
     """
     import torch
 
-    from specpool.cli.awake import can_keep_awake
     from specpool.modeling.linear import can_stream, can_use_int4
     from specpool.modeling.native import has_compiler
 
@@ -35,9 +36,24 @@ def recommended_arguments() -> tuple[str, ...]:
         split = len(cores) // 2
         target, speculator = (",".join(map(str, part)) for part in (cores[:split], cores[split:]))
         arguments += ["--affinity", f"target={target};speculator={speculator}"]
-    if is_virtual() and can_keep_awake():
+    if should_keep_awake():
         arguments += ["--keep-awake", "true"]
     return tuple(arguments)
+
+
+def should_keep_awake() -> bool:
+    """In virtual machines, but not under a CPU quota, which spinning would use up."""
+    return is_virtual() and not has_cpu_quota() and can_keep_awake()
+
+
+def has_cpu_quota(control_groups: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Whether this container's share of the CPUs is limited."""
+    for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):  # of version 2 and 1
+        try:
+            return (control_groups / name).read_text().split()[0] not in ("max", "-1")
+        except (OSError, IndexError):
+            continue
+    return False
 
 
 def is_virtual() -> bool:
