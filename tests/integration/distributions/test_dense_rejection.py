@@ -36,7 +36,8 @@ def num_pair_threads() -> int:
 
 
 async def test_dense_rejection_has_the_targets_distribution(target_for, speculator_for) -> None:
-    target = await target_for(distribution_deadline_ms=500.0, max_batch_size=64)
+    # A host that stalls for as long as the deadline makes the link go without bodies for a hundred times that.
+    target = await target_for(distribution_deadline_ms=5000.0, max_batch_size=64)
     speculator = await speculator_for(saguaro_constant=0.5, max_sequences=512, row_budget=64)
     link = await connect(target, speculator)
     assert (link.agreed_transport, link.group_error) == ("gloo", "")
