@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specpool.algorithm.planning import LinearTime, RowTimes, best_lookahead, rows_worth_running
+from specpool.algorithm.planning import LinearTime, RowTimes, best_lookahead, never_falling, rows_worth_running
 
 
 def test_linear_time_finds_base_and_slope_in_noise() -> None:
@@ -61,6 +61,31 @@ def test_row_times_forget_counts_that_were_not_seen_for_long() -> None:
             time.observe(rows, factor * (0.010 + 0.001 * rows))
     assert time(6) >= 3 * 0.011
     assert RowTimes()(3) == 0
+
+
+def test_a_count_that_was_slow_when_it_was_run_does_not_keep_larger_ones_from_being_run() -> None:
+    time = RowTimes()
+    for index in range(400):
+        rows = (1, 2, 4, 4)[index % 4]
+        time.observe(rows, free_up_to_four(rows))
+    for _ in range(2):  # the host was busy just then
+        time.observe(3, 0.035)
+    assert time(1) <= time(2) <= time(3) <= time(4) < 0.022
+    assert rows_worth_running([0.6, 0.1, 0.1, 0.05, 0.0], time, num_rows=5) >= 4
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "expected"),
+    [
+        ([], [], []),
+        ([1, 2, 3], [1, 1, 1], [1, 2, 3]),
+        ([3, 1], [1, 3], [1.5, 1.5]),
+        ([1, 4, 3, 2, 5], [1, 1, 1, 1, 1], [1, 3, 3, 3, 5]),
+        ([3, 2, 1], [1, 1, 2], [1.75, 1.75, 1.75]),
+    ],
+)
+def test_never_falling_pools_what_falls(values: list[float], weights: list[float], expected: list[float]) -> None:
+    assert never_falling(values, weights) == pytest.approx(expected)
 
 
 def test_rows_are_run_as_long_as_they_raise_the_value_per_second() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -10,8 +11,8 @@ from specpool.algorithm.fallback import expected_tokens
 
 _LEAST_SPREAD: Final = 0.5
 """Variance of the row counts seen, below which a slope would be noise."""
-_MAX_IN_TABLE: Final = 128
-"""Rows; what more of them take lies on a line."""
+_FORGOTTEN: Final = 0.01
+"""Weight of a number of rows that says nothing any more."""
 _LINE_WEIGHT: Final = 2.0
 """How many forwards of one number of rows count as much as the line through all."""
 
@@ -64,13 +65,13 @@ class RowTimes(LinearTime):
         super().__init__(decay=decay)
         self._means: dict[int, _Mean] = {}
         self._num_observed = 0
-        self._table: list[float] = []
+        self._fitted: tuple[list[int], list[float]] | None = None
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """One forward."""
         super().observe(num_rows, seconds)
         self._num_observed += 1
-        self._table.clear()
+        self._fitted = None
         mean = self._means.setdefault(num_rows, _Mean())
         mean.weight = self._weight_now(mean) + 1
         mean.seconds += (seconds - mean.seconds) / mean.weight
@@ -78,22 +79,33 @@ class RowTimes(LinearTime):
 
     def __call__(self, num_rows: int) -> float:
         """Expected seconds; never fewer for more rows."""
-        most = min(max(self._means, default=0), _MAX_IN_TABLE)
-        while len(self._table) <= min(num_rows, most):
-            least = self._table[-1] if self._table else 0.0
-            self._table.append(max(least, self._expected(len(self._table))))
-        if num_rows <= most:
-            return self._table[num_rows]
-        # A line through all would begin below the last of them where the first rows are free.
-        return self._table[most] + self.per_row_s * (num_rows - most)
+        if self._fitted is None:
+            self._fitted = self._fit()
+        rows, seconds = self._fitted
+        index = bisect_left(rows, num_rows)
+        if index == len(rows):
+            # A line through all would begin below the last of them where the first rows are free.
+            return seconds[-1] + self.per_row_s * (num_rows - rows[-1]) if rows else 0.0
+        if rows[index] == num_rows:
+            return seconds[index]
+        least = seconds[index - 1] if index else 0.0
+        return min(max(least, super().__call__(num_rows)), seconds[index])
 
-    def _expected(self, num_rows: int) -> float:
-        line = super().__call__(num_rows)
-        if num_rows not in self._means:
-            return line
-        mean = self._means[num_rows]
-        weight = self._weight_now(mean)
-        return line + (mean.seconds - line) * weight / (weight + _LINE_WEIGHT)
+    def _fit(self) -> tuple[list[int], list[float]]:
+        """Numbers of rows that were observed, and what they take, as the nearest times that never fall.
+
+        A number of rows that was seldom run and seemed slow then must not make all larger ones seem so: they would not
+        be run, and nothing would correct it.
+        """
+        weight_of = {count: self._weight_now(mean) for count, mean in self._means.items()}
+        rows = sorted(count for count, weight in weight_of.items() if weight > _FORGOTTEN)
+        weights = [weight_of[count] for count in rows]
+        lines = [super(RowTimes, self).__call__(count) for count in rows]
+        near_line = [
+            line + (self._means[count].seconds - line) * weight / (weight + _LINE_WEIGHT)
+            for count, weight, line in zip(rows, weights, lines, strict=True)
+        ]
+        return rows, never_falling(near_line, [weight + _LINE_WEIGHT for weight in weights])
 
     def _weight_now(self, mean: _Mean) -> float:
         weight: float = mean.weight * self._decay ** (self._num_observed - mean.observed_at)
@@ -108,6 +120,19 @@ class _Mean:
     """Forwards, older ones counting less, when it was last observed."""
     seconds: float = 0.0
     observed_at: int = 0
+
+
+def never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The sequence without a fall that is nearest to `values` in weighted squares (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    for value, weight in zip(values, weights, strict=True):
+        size = 1
+        while pools and pools[-1][0] > value:
+            before, before_weight, before_size = pools.pop()
+            value = (before * before_weight + value * weight) / (before_weight + weight)
+            weight, size = weight + before_weight, size + before_size
+        pools.append((value, weight, size))
+    return [value for value, _, size in pools for _ in range(size)]
 
 
 def rows_worth_running(
