@@ -39,6 +39,8 @@ class FallbackPolicy:
         self._lookahead = lookahead
         self._max_batch_size = max_batch_size
         self._acceptance = AcceptanceEstimator()
+        self._waited_acceptance = AcceptanceEstimator()
+        """Of what was drafted just in time after a miss: what nobody guessed is followed by what is hard to guess."""
         self._backup_acceptance = AcceptanceEstimator(_BACKUP_ACCEPTANCE_PRIOR)
         self._backup_length = Average()
         self._round_s = Average()
@@ -75,12 +77,25 @@ class FallbackPolicy:
             self._update_threshold()
 
     def observe_round(
-        self, num_draft: int, num_accepted: int, seconds: float, *, from_backup: bool, num_tail: int = 0
+        self,
+        num_draft: int,
+        num_accepted: int,
+        seconds: float,
+        *,
+        from_backup: bool,
+        num_tail: int = 0,
+        waited: bool = False,
     ) -> None:
-        """One round of one sequence; the last `num_tail` of the draft tokens were the backup's in any case."""
+        """One round of one sequence.
+
+        The last `num_tail` of the draft tokens were the backup's in any case; `waited`: the others were drafted just in
+        time, after a miss.
+        """
         num_first = num_draft - num_tail
         first = self._backup_acceptance if from_backup else self._acceptance
         first.observe(min(num_accepted, num_first), num_first)
+        if waited:
+            self._waited_acceptance.observe(min(num_accepted, num_first), num_first)
         if num_accepted >= num_first:
             self._backup_acceptance.observe(num_accepted - num_first, num_tail)
         self._round_s.observe(seconds)
@@ -112,20 +127,27 @@ class FallbackPolicy:
             return FallbackChoice(lookahead, 0.0, times.waiting_s(lookahead))
         choice = self._choose(times, batch_size, lookahead, num_backup)
         self._num_choices += 1
-        if self._num_choices % _CHOICES_PER_TRIAL == 0 and choice.depth:
-            return NO_WAIT
+        if self._num_choices % _CHOICES_PER_TRIAL == 0:
+            return NO_WAIT if choice.depth else self._choose(times, batch_size, lookahead, num_backup, is_trial=True)
         return choice
 
-    def _choose(self, times: DraftTimes, batch_size: int, lookahead: int, num_backup: int) -> FallbackChoice:
+    def _choose(
+        self, times: DraftTimes, batch_size: int, lookahead: int, num_backup: int, *, is_trial: bool = False
+    ) -> FallbackChoice:
+        """By what misses taught; `is_trial`: as if rounds after them were like all others."""
         if batch_size > 1:
             times = replace(times, at_least_s=self._verify_time(batch_size - 1))
         return choose_fallback(
             times,
             lookahead=lookahead,
-            acceptance=self._acceptance.value,
+            acceptance=self._acceptance.value if is_trial else self._acceptance_after_miss(),
             steady_tokens_per_s=self.tokens_per_s,
-            tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value) + self._lead_of_backup(),
+            tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value)
+            + (0.0 if is_trial else self._lead_of_backup()),
         )
+
+    def _acceptance_after_miss(self) -> float:
+        return min(self._acceptance.value, self._waited_acceptance.value)
 
     def _lead_of_backup(self) -> float:
         """Tokens by which the round after a backup beats the one after a wait."""

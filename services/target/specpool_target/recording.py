@@ -90,13 +90,14 @@ class StepRecorder:
         stats.num_backup_rounds += is_backup
         stats.num_tail_tokens += draft.num_tail
         stats.num_accepted_tail_tokens += max(0, num_accepted - num_draft + draft.num_tail)
+        is_miss = draft.lookup in ("miss", "late")
+        waited = is_miss and draft.source is DraftSource.SPECULATOR
         self._policy.observe_round(
-            num_draft, num_accepted, phases.total, from_backup=is_backup, num_tail=draft.num_tail
+            num_draft, num_accepted, phases.total, from_backup=is_backup, num_tail=draft.num_tail, waited=waited
         )
         if sequence.missed_before is not None:
             self._policy.observe_round_after_miss(num_accepted, waited=sequence.missed_before)
-        is_miss = draft.lookup in ("miss", "late")
-        sequence.missed_before = draft.source is DraftSource.SPECULATOR if is_miss else None
+        sequence.missed_before = waited if is_miss else None
 
     def step_ended(
         self, plan: StepPlan, items: Sequence[VerifyItem], phases: Phases, batch_size: int, seconds: float

@@ -61,6 +61,19 @@ def test_what_follows_counts_too():
     assert choose(policy, first_s=0.01, step_s=0.01) == 0
 
 
+def test_drafts_after_misses_count_as_often_as_they_are_accepted():
+    policy = measured()
+    assert choose(policy, first_s=0.01, step_s=0.01) > 0
+    for _ in range(20):
+        policy.observe_round(4, 0, 0.1, from_backup=False, waited=True)
+        for _ in range(9):
+            policy.observe_round(4, 3, 0.1, from_backup=False)
+    depths = [choose(policy, first_s=0.01, step_s=0.01) for _ in range(64)]
+    assert depths.count(0) == 60
+    assert max(depths) > 0, "what is usually not done is tried now and then, or it could never seem better again"
+    assert not any(choose(policy, first_s=0.5, step_s=0.5) for _ in range(64)), "what could not pay is not tried"
+
+
 def test_the_backup_is_tried_now_and_then():
     policy = measured()
     depths = [choose(policy) for _ in range(64)]
