@@ -65,7 +65,7 @@ def test_row_times_forget_counts_that_were_not_seen_for_long() -> None:
 
 def test_a_count_that_was_slow_when_it_was_run_does_not_keep_larger_ones_from_being_run() -> None:
     time = RowTimes()
-    for index in range(400):
+    for index in range(398):
         rows = (1, 2, 4, 4)[index % 4]
         time.observe(rows, free_up_to_four(rows))
     for _ in range(2):  # the host was busy just then

@@ -13,6 +13,10 @@ _LEAST_SPREAD: Final = 0.5
 """Variance of the row counts seen, below which a slope would be noise."""
 _FORGOTTEN: Final = 0.01
 """Weight of a number of rows that says nothing any more."""
+_REFIT_EVERY: Final = 8
+"""Forwards between two fits of the times by rows: a step should not spend a tenth of a millisecond on it."""
+_EARLY: Final = 64
+"""So many first forwards, each is fitted."""
 _LINE_WEIGHT: Final = 2.0
 """How many forwards of one number of rows count as much as the line through all."""
 
@@ -71,7 +75,8 @@ class RowTimes(LinearTime):
         """One forward."""
         super().observe(num_rows, seconds)
         self._num_observed += 1
-        self._fitted = None
+        if self._num_observed < _EARLY or self._num_observed % _REFIT_EVERY == 0:
+            self._fitted = None
         mean = self._means.setdefault(num_rows, _Mean())
         mean.weight = self._weight_now(mean) + 1
         mean.seconds += (seconds - mean.seconds) / mean.weight
@@ -97,9 +102,9 @@ class RowTimes(LinearTime):
         A number of rows that was seldom run and seemed slow then must not make all larger ones seem so: they would not
         be run, and nothing would correct it.
         """
-        weight_of = {count: self._weight_now(mean) for count, mean in self._means.items()}
-        rows = sorted(count for count, weight in weight_of.items() if weight > _FORGOTTEN)
-        weights = [weight_of[count] for count in rows]
+        self._means = {n: mean for n, mean in self._means.items() if self._weight_now(mean) > _FORGOTTEN}
+        rows = sorted(self._means)
+        weights = [self._weight_now(self._means[count]) for count in rows]
         lines = [super(RowTimes, self).__call__(count) for count in rows]
         near_line = [
             line + (self._means[count].seconds - line) * weight / (weight + _LINE_WEIGHT)
