@@ -31,6 +31,7 @@ from specpool_target.config import TargetConfig
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.inbox import SpeculationInbox
 from specpool_target.link import SpeculatorLink
+from specpool_target.live_links import LiveLinks
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.recording import StepRecorder
@@ -89,8 +90,10 @@ class EngineThread(threading.Thread):
         self._config = config
         self._outbox = Outbox(loop)
         self.lookahead_planner = LookaheadPlanner(self.policy, max_lookahead=config.max_lookahead)
+        self._links = LiveLinks()
         self._speculation = Speculation(
             self._outbox,
+            self._links,
             self.policy,
             self.lookahead_planner,
             vocab_size=model.vocab_size,
@@ -307,12 +310,12 @@ class EngineThread(threading.Thread):
     def _wait_for_distributions(self, sequences: Sequence[TargetSequence]) -> None:
         started_s = time.perf_counter()
         deadline_s = started_s + self._config.distribution_deadline_ms / 1e3
-        may_wait = self._speculation.may_wait_for_distributions
+        may_wait = self._links.may_wait_for_distributions
         while missing := [s for s in sequences if _distributions_missing(s) and may_wait(s.link)]:
             left_s = deadline_s - time.perf_counter()
             if left_s <= 0:
                 for sequence in missing:
-                    self._speculation.distributions_late(sequence.link, time.perf_counter() - started_s)
+                    self._links.distributions_late(sequence.link, time.perf_counter() - started_s)
                 break
             try:
                 self._deferred.append(self._commands.get(timeout=left_s))

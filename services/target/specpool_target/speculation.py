@@ -17,6 +17,7 @@ from specpool.rpc.convert import sampling_to_proto
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.link import Request, SpeculatorLink, close_request
+from specpool_target.live_links import LiveLinks
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
@@ -27,9 +28,6 @@ _SLACK: Final = 1.5
 """A just-in-time speculation may take this many times what was measured."""
 _MARGIN_S: Final = 0.01
 """For the way there and back, beyond the measured round trip."""
-_MAX_WASTED_SHARE: Final = 0.01
-"""Of the time: waits after a miss that brought nothing. It bounds what a speculator can cost, whatever it reports of
-itself."""
 _TAIL_NGRAM: Final = 2
 """A single token that occurred before says too little to lengthen a speculation by what followed it."""
 _SD_SHARE: Final = 0.8
@@ -48,6 +46,7 @@ class Speculation:
     def __init__(
         self,
         outbox: Outbox,
+        links: LiveLinks,
         policy: FallbackPolicy,
         planner: LookaheadPlanner,
         *,
@@ -55,17 +54,11 @@ class Speculation:
         deadline_s: float,
     ) -> None:
         self._outbox = outbox
+        self._links = links
         self._policy = policy
         self._planner = planner
         self._vocab_size = vocab_size
         self._deadline_s = deadline_s
-        self._epochs: dict[SpeculatorLink, int] = {}
-        self._silent: dict[SpeculatorLink, int] = {}
-        """Links that let a wait time out, with the number of messages they had sent by then."""
-        self._not_before_s: dict[SpeculatorLink, float] = {}
-        """Misses do not wait for a link until then."""
-        self._no_distributions_before_s: dict[SpeculatorLink, float] = {}
-        """Verifications do not wait for a link's distributions until then."""
         self._batch_size = 1
         self._lookups: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -137,16 +130,16 @@ class Speculation:
         if sequence.request.mode is SpeculationMode.SSD:
             return self._choose_ssd(sequence, ended, outcome, limit)
         if sequence.request.mode is SpeculationMode.SD and limit > 0:
-            if self._may_wait(sequence):
+            if self._knows(sequence) and self._links.may_wait(sequence.link):
                 return FallbackChoice(limit, 0.0, self._deadline_s)
-            self.fallbacks["speculator_lost" if self._epoch(sequence) is None else "no_draft"] += 1
+            self.fallbacks["no_draft" if self._knows(sequence) else "speculator_lost"] += 1
         return NO_WAIT
 
     def _choose_ssd(
         self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, limit: int
     ) -> FallbackChoice:
         kind, tokens, rank = LookupKind.MISS, [], None
-        if sequence.inbox is not None and self._epoch(sequence) is not None:
+        if sequence.inbox is not None and self._knows(sequence):
             # Near the end of the output the table is deeper than what can be used, or ends where the output would:
             # still a hit.
             lookup, rank = sequence.inbox.lookup(
@@ -166,7 +159,7 @@ class Speculation:
         return self._after_miss(sequence, limit)
 
     def _after_miss(self, sequence: TargetSequence, limit: int) -> FallbackChoice:
-        if sequence.link is not None and self._may_wait(sequence) and self._is_reliable(sequence.link):
+        if sequence.link is not None and self._knows(sequence) and self._links.may_wait_after_miss(sequence.link):
             choice = self._policy.choose(
                 sequence.link.measured.draft_times(),
                 batch_size=self._batch_size,
@@ -225,44 +218,6 @@ class Speculation:
 
     # ---- waiting for a speculation ----------------------------------------------------------------------------
 
-    def may_wait_on(self, link: SpeculatorLink | None) -> bool:
-        """Connected, and not silent since a wait for it timed out."""
-        if link is None or link not in self._epochs or not link.is_connected:
-            return False
-        if self._silent.get(link) == link.measured.num_received:
-            return False
-        self._silent.pop(link, None)
-        return True
-
-    def timed_out(self, link: SpeculatorLink | None) -> None:
-        """Do not wait for it again until it has said something."""
-        if link is not None:
-            self._silent[link] = link.measured.num_received
-
-    def may_wait_for_distributions(self, link: SpeculatorLink | None) -> bool:
-        """As `may_wait_on`; and not soon after a wait that brought nothing, whatever else the link brings."""
-        if link is None or time.perf_counter() < self._no_distributions_before_s.get(link, 0.0):
-            return False
-        return self.may_wait_on(link)
-
-    def distributions_late(self, link: SpeculatorLink | None, waited_s: float) -> None:
-        """A verification waited that long for nothing."""
-        self.timed_out(link)
-        if link is not None:
-            self._no_distributions_before_s[link] = time.perf_counter() + waited_s / _MAX_WASTED_SHARE
-
-    def _is_reliable(self, link: SpeculatorLink) -> bool:
-        return time.perf_counter() >= self._not_before_s.get(link, 0.0)
-
-    def _note_wasted_wait(self, sequence: TargetSequence) -> None:
-        if sequence.link is not None and sequence.request.mode is SpeculationMode.SSD:
-            now_s = time.perf_counter()
-            pause_s = (now_s - sequence.await_started_s) / _MAX_WASTED_SHARE
-            self._not_before_s[sequence.link] = max(self._not_before_s.get(sequence.link, 0.0), now_s) + pause_s
-
-    def _may_wait(self, sequence: TargetSequence) -> bool:
-        return self._epoch(sequence) is not None and self.may_wait_on(sequence.link)
-
     def _await_speculation(
         self, sequence: TargetSequence, link: SpeculatorLink, epoch: int, ended: int, choice: FallbackChoice
     ) -> None:
@@ -296,9 +251,13 @@ class Speculation:
         for sequence in sequences:
             if sequence.await_deadline_s is not None and sequence.await_deadline_s <= now_s:
                 self.fallbacks["deadline"] += 1
-                self.timed_out(sequence.link)
+                self._links.timed_out(sequence.link)
                 self._note_wasted_wait(sequence)
                 self._end_wait_without(sequence)
+
+    def _note_wasted_wait(self, sequence: TargetSequence) -> None:
+        if sequence.request.mode is SpeculationMode.SSD:
+            self._links.wasted(sequence.link, time.perf_counter() - sequence.await_started_s)
 
     def _end_wait_without(self, sequence: TargetSequence) -> None:
         if sequence.request.mode is SpeculationMode.SSD:
@@ -322,10 +281,11 @@ class Speculation:
 
     def _epoch(self, sequence: TargetSequence) -> int | None:
         """Of the live connection on which the speculator was told of this sequence."""
-        if sequence.link is None or sequence.opened_epoch is None:
-            return None
-        epoch = self._epochs.get(sequence.link)
+        epoch = self._links.epoch(sequence.link)
         return epoch if epoch == sequence.opened_epoch else None
+
+    def _knows(self, sequence: TargetSequence) -> bool:
+        return self._epoch(sequence) is not None
 
     def admit(self, sequence: TargetSequence, *, batch_size: int) -> None:
         """It is in the batch for the first time."""
@@ -336,7 +296,7 @@ class Speculation:
 
     def is_served(self, sequence: TargetSequence) -> bool:
         """Whether a speculator knows it, or would if it were to."""
-        return sequence.is_paused or self._epoch(sequence) is not None
+        return sequence.is_paused or self._knows(sequence)
 
     def _plan(self, sequence: TargetSequence) -> None:
         request = sequence.request
@@ -347,7 +307,7 @@ class Speculation:
     def open(self, sequence: TargetSequence) -> None:
         """Hand the sequence over with every token it has."""
         link, request = sequence.link, sequence.request
-        epoch = None if link is None else self._epochs.get(link)
+        epoch = self._links.epoch(link)
         if link is None or epoch is None or request.mode is SpeculationMode.OFF or sequence.is_paused:
             return
         sequence.opened_epoch = epoch
@@ -378,7 +338,7 @@ class Speculation:
 
     def resync(self, sequence: TargetSequence) -> None:
         """The speculator lost the sequence."""
-        if self._epoch(sequence) is None or sequence.resynced_round == sequence.round:
+        if not self._knows(sequence) or sequence.resynced_round == sequence.round:
             return
         sequence.resynced_round = sequence.round
         self._abandon(sequence)
@@ -386,8 +346,7 @@ class Speculation:
 
     def link_up(self, link: SpeculatorLink, epoch: int, sequences: Iterable[TargetSequence]) -> None:
         """Open every sequence that has been in the batch."""
-        self._epochs[link] = epoch
-        self._silent.pop(link, None)
+        self._links.up(link, epoch)
         self._planner.trials.forget()
         for sequence in sequences:
             if sequence.link is link and sequence.was_admitted:
@@ -397,10 +356,7 @@ class Speculation:
 
     def link_down(self, link: SpeculatorLink, epoch: int, sequences: Iterable[TargetSequence]) -> None:
         """Go on alone."""
-        if self._epochs.get(link) == epoch:
-            del self._epochs[link]
-            self._not_before_s.pop(link, None)
-            self._no_distributions_before_s.pop(link, None)
+        self._links.down(link, epoch)
         for sequence in sequences:
             if sequence.link is link and sequence.opened_epoch == epoch:
                 self.fallbacks["speculator_lost"] += 1

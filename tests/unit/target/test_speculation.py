@@ -12,6 +12,7 @@ from specpool.v1 import speculator_pb2
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.inbox import SpeculationInbox
 from specpool_target.link import LinkMeasurements
+from specpool_target.live_links import LiveLinks
 from specpool_target.lookahead import LookaheadPlanner
 from specpool_target.outbox import Outbox
 from specpool_target.sequence import DraftSource, SpeculationMode, TargetSequence
@@ -46,6 +47,7 @@ def next_draft(request_for):
         policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
         speculation = Speculation(
             Outbox(asyncio.get_running_loop()),
+            LiveLinks(),
             policy,
             LookaheadPlanner(policy, max_lookahead=LOOKAHEAD),
             vocab_size=24,
@@ -112,7 +114,7 @@ class Planned:
         request = replace(request, mode=mode, plans_lookahead=True)
         self.plan, self.outbox = Plan(), Outbox(asyncio.get_running_loop())
         policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
-        self.speculation = Speculation(self.outbox, policy, self.plan, vocab_size=24, deadline_s=1.0)
+        self.speculation = Speculation(self.outbox, LiveLinks(), policy, self.plan, vocab_size=24, deadline_s=1.0)
         self.link = ConnectedLink()
         inbox = SpeculationInbox(LOOKAHEAD)
         self.sequence = TargetSequence(request, emit=print, link=self.link, inbox=inbox, max_length=100, backup_ngram=3)
