@@ -2,8 +2,8 @@
 
     python tests/bench/fan_out.py --json fan_out.json --plot fan_out.png
 
-A budget of B gives B guesses a round and B branch rows a draft step. Every (policy, budget) is a system of its own, so
-the prompts are gone through in passes, all settings in each pass, that drift of the machine may hit all alike.
+A budget of B gives B guesses a round and B branch rows a draft step. At each budget one target has a speculator of each
+policy, on the same core, all but one idle at any time: every prompt is answered with each of them in turn.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import get_args
+from typing import Final, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -22,27 +23,70 @@ from rich.table import Table
 from specpool.bench.machine import recommended_arguments
 from specpool.bench.report import Summary, summarize
 from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_system
+from specpool.bench.system import running_service, running_system
+from specpool.cli.processes import UpConfig, make_plan
 from specpool.client import Client
+from specpool.config import load_config
+from specpool.errors import SpecPoolError
 from specpool.models.prompts import Prompt, load_prompts
 from specpool_speculator.config import FanOutPolicy
+
+_LINK_S: Final = 60.0
 
 Key = tuple[str, int]
 """(policy, budget)."""
 
 
-async def run_prompts(
-    endpoint: str, prompts: Sequence[Prompt], settings: Sequence[Setting], warm_up: Prompt, max_tokens: int
-) -> list[Measurement]:
-    """All settings on all prompts, after one answer that lets the estimates settle."""
+@contextmanager
+def speculator(up: Sequence[str], policy: str, target: str) -> Iterator[str]:
+    """The endpoint of a router between `target` and a fresh speculator, which is as `specpool up` would start it."""
+    flags = {name[2:].replace("-", "_"): value for name, value in zip(up[::2], up[1::2], strict=True)}
+    plan = make_plan(load_config(UpConfig, section="up", flags=flags), settings_file=None, run_directory=Path())
+    assert plan.speculator is not None, "there is a draft"
+    environment = {**plan.speculator.environment, "SPECPOOL_SPECULATOR_FAN_OUT_POLICY": policy}
+    arguments = plan.speculator.command[plan.speculator.command.index("speculator") :]
+    with (
+        running_service(arguments, environment=environment) as endpoint,
+        running_service(("router", f"--targets={target}", f"--speculators={endpoint}")) as router,
+    ):
+        yield router
+
+
+async def target_of(endpoint: str) -> str:
+    """The endpoint of the one target."""
     async with Client(endpoint) as client:
-        for setting in settings:
-            await measure(client, warm_up, setting, max_tokens=max_tokens, seed=1)
-        return [
-            await measure(client, prompt, setting, max_tokens=max_tokens, seed=1)
-            for prompt in prompts
-            for setting in settings
-        ]
+        return (await client.cluster_status()).targets[0].endpoint
+
+
+async def until_linked(client: Client, warm_up: Prompt, setting: Setting) -> None:
+    """The target connects to a speculator when it is first given one."""
+    deadline = time.monotonic() + _LINK_S
+    while time.monotonic() < deadline:
+        with suppress(SpecPoolError):
+            stats = (await measure(client, warm_up, setting, max_tokens=8, seed=1)).stats
+            if stats.num_hits + stats.num_partial:
+                return
+        await asyncio.sleep(0.5)
+    raise SystemExit("the target and a speculator did not find one another")
+
+
+async def compare(
+    endpoints: dict[str, str], prompts: Sequence[Prompt], settings: Sequence[Setting], warm_up: Prompt, max_tokens: int
+) -> dict[str, list[Measurement]]:
+    """All prompts under all settings by policy, after one answer of each that lets the estimates settle."""
+    found: dict[str, list[Measurement]] = {policy: [] for policy in endpoints}
+    async with AsyncExitStack() as stack:
+        clients = {policy: await stack.enter_async_context(Client(each)) for policy, each in endpoints.items()}
+        for client in clients.values():
+            await until_linked(client, warm_up, settings[0])
+            for setting in settings:
+                await measure(client, warm_up, setting, max_tokens=max_tokens, seed=1)
+        ways = [(policy, setting) for setting in settings for policy in clients]
+        for index, prompt in enumerate(prompts):
+            turn = index % len(ways)
+            for policy, setting in [*ways[turn:], *ways[:turn]]:
+                found[policy].append(await measure(clients[policy], prompt, setting, max_tokens=max_tokens, seed=1))
+    return found
 
 
 def show(results: dict[Key, list[Summary]], console: Console) -> None:
@@ -88,9 +132,8 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--lookahead", type=int, default=4)
     parser.add_argument("--num-prompts", type=int, default=12)
-    parser.add_argument("--num-passes", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--up", action="append", default=[], metavar="ARGUMENT", help="further `specpool up` argument")
+    parser.add_argument("--up", action="append", default=[], metavar="ARGUMENT", help="name or value for `specpool up`")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -100,29 +143,29 @@ def main() -> None:
     in_turn = [prompts[i] for i in range(arguments.num_prompts) for prompts in by_source]
     warm_up, prompts = in_turn[0], in_turn[1 : arguments.num_prompts + 1]
     settings = [Setting(mode="ssd", temperature=t, lookahead=arguments.lookahead) for t in arguments.temperatures]
-    measurements: dict[Key, list[Measurement]] = defaultdict(list)
-    for part in range(arguments.num_passes):
+    up = (*recommended_arguments(), "--target", arguments.target, "--lookahead", str(arguments.lookahead))
+    up += tuple(arguments.up)
+    results: dict[Key, list[Summary]] = {}
+    with running_system(up) as endpoint:
+        target = asyncio.run(target_of(endpoint))
         for budget in arguments.budgets:
-            for policy in arguments.policies:
-                up = (*recommended_arguments(), "--target", arguments.target, "--draft", arguments.draft)
-                up += ("--lookahead", str(arguments.lookahead), "--row-budget", str(budget), "--fan-out", str(budget))
-                environment = {"SPECPOOL_SPECULATOR_FAN_OUT_POLICY": policy}
-                with running_system((*up, *arguments.up), environment=environment) as endpoint:
-                    found = asyncio.run(
-                        run_prompts(
-                            endpoint, prompts[part :: arguments.num_passes], settings, warm_up, arguments.max_tokens
-                        )
-                    )
-                measurements[policy, budget] += found
-                speeds = ", ".join(f"{s.tokens_per_second:.2f}" for s in summarize(found))
-                console.print(f"pass {part + 1}, budget {budget}, {policy}: {speeds} tokens/s")
-    results = {key: summarize(group) for key, group in measurements.items()}
+            with ExitStack() as stack:
+                of_pool = ("--draft", arguments.draft, "--row-budget", str(budget), "--fan-out", str(budget))
+                endpoints = {
+                    policy: stack.enter_context(speculator((*up, *of_pool), policy, target))
+                    for policy in arguments.policies
+                }
+                found = asyncio.run(compare(endpoints, prompts, settings, warm_up, arguments.max_tokens))
+            for policy, group in found.items():
+                results[policy, budget] = summarize(group)
+                speeds = ", ".join(f"{s.tokens_per_second:.2f}" for s in results[policy, budget])
+                console.print(f"budget {budget}, {policy}: {speeds} tokens/s")
     show(results, console)
     if arguments.json:
         document = [
             {"policy": policy, "budget": budget, **summary.to_dict()}
-            for (policy, budget), group in results.items()
-            for summary in group
+            for (policy, budget), summaries in results.items()
+            for summary in summaries
         ]
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     if arguments.plot:

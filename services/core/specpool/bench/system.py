@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,19 +17,28 @@ from specpool.errors import Internal
 
 @contextmanager
 def running_system(
-    arguments: tuple[str, ...], *, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0
+    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0
 ) -> Iterator[str]:
-    """The endpoint of a fresh `specpool up ARGUMENTS`, which is stopped on leaving.
+    """As `running_service`, of `specpool up ARGUMENTS`, which hands `environment` on to the services."""
+    with running_service(("up", *arguments), environment=environment, timeout_s=timeout_s) as endpoint:
+        yield endpoint
 
-    `environment` is added to this process's own: `up` hands it on to the services.
+
+@contextmanager
+def running_service(
+    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0
+) -> Iterator[str]:
+    """The endpoint of a fresh `specpool ARGUMENTS`, which is stopped on leaving.
+
+    `environment` is added to this process's own.
 
     Raises `Internal` with the end of its log when it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="specpool-bench-") as folder:
         ready, log = Path(folder, "ready"), Path(folder, "log")
-        # Through the shim, so that the system ends with us even if we are killed.
+        # Through the shim, so that it ends with us even if we are killed.
         command = [sys.executable, "-m", "specpool.cli.shim", str(os.getpid())]
-        command += [sys.executable, "-m", "specpool.cli.main", "up", "--ready-file", str(ready), *arguments]
+        command += [sys.executable, "-m", "specpool.cli.main", *arguments, f"--ready-file={ready}"]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
@@ -39,12 +48,12 @@ def running_system(
                 stdin=subprocess.DEVNULL,
             )
         try:
-            yield _wait_ready(process, ready, log, timeout_s)
+            yield _wait_ready(arguments[0], process, ready, log, timeout_s)
         finally:
             _stop(process)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, timeout_s: float) -> str:
+def _wait_ready(name: str, process: subprocess.Popen[bytes], ready: Path, log: Path, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if ready.exists():
@@ -53,7 +62,7 @@ def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, timeou
             break
         time.sleep(0.1)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    raise Internal(f"`specpool up` did not become ready within {timeout_s:.0f} s; its last lines:\n{tail}")
+    raise Internal(f"`specpool {name}` did not become ready within {timeout_s:.0f} s; its last lines:\n{tail}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
