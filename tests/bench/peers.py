@@ -8,8 +8,7 @@ a peer leaves open is chosen for each temperature on other prompts, as our K is.
 the target on one half and the speculator on the other, the others use all of them for both models, as does SpecPool's
 `off` in the layout "all cores".
 
-In a virtual machine SpecPool keeps the cores awake (`specpool up --keep-awake`). The others run as they are: beside it
-llama.cpp is slower.
+In a virtual machine all cores are kept awake (`specpool up --keep-awake`), for whatever runs.
 
 The prompts are gone through in passes. In each pass every system is started, answers its part of the prompts under all
 its settings in turn, and is stopped: no two are ever in memory, and drift of the machine hits all alike.
@@ -38,9 +37,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from specpool.bench.machine import recommended_arguments
+from specpool.bench.machine import recommended_arguments, should_keep_awake
 from specpool.bench.requests import Setting, measure
 from specpool.bench.system import running_system
+from specpool.cli.awake import cores_awake
 from specpool.client import Client
 from specpool.errors import Internal
 from specpool.models.catalogue import find_entry
@@ -392,10 +392,11 @@ def main() -> None:
     compared = systems(pair, arguments.lookaheads, arguments.up, with_llama=not arguments.no_llama)
     if arguments.only:
         compared = [s for s in compared if {s.name, *(f"{s.name}, {way}" for way in s.ways)} & set(arguments.only)]
-    for index in range(arguments.num_passes):
-        for system in compared if index % 2 == 0 else reversed(compared):
-            console.print(f"pass {index + 1}: {system.name}, {', '.join(system.ways)}", highlight=False)
-            comparison.run(system, tuning, prompts[index :: arguments.num_passes])
+    with cores_awake(sorted(os.sched_getaffinity(0)) if should_keep_awake() else ()):
+        for index in range(arguments.num_passes):
+            for system in compared if index % 2 == 0 else reversed(compared):
+                console.print(f"pass {index + 1}: {system.name}, {', '.join(system.ways)}", highlight=False)
+                comparison.run(system, tuning, prompts[index :: arguments.num_passes])
     show(comparison.results, console)
     if arguments.json:
         rows = ",\n".join(json.dumps(asdict(result)) for result in comparison.results)
