@@ -35,7 +35,11 @@ def num_pair_threads() -> int:
     return sum(thread.name.startswith("distributions ") for thread in threading.enumerate())
 
 
-async def test_dense_rejection_has_the_targets_distribution(target_for, speculator_for) -> None:
+# In SD every round waits for its draft. In SSD a host that is busy makes drafts late, and a late one is not verified.
+@pytest.mark.parametrize(("mode", "least_share_drafted"), [("SD", 1.0), ("SSD", 0.1)])
+async def test_dense_rejection_has_the_targets_distribution(
+    target_for, speculator_for, mode, least_share_drafted
+) -> None:
     # A host that stalls for as long as the deadline makes the link go without bodies for a hundred times that.
     target = await target_for(distribution_deadline_ms=5000.0, max_batch_size=64)
     speculator = await speculator_for(saguaro_constant=0.5, max_sequences=512, row_budget=64)
@@ -44,12 +48,15 @@ async def test_dense_rejection_has_the_targets_distribution(target_for, speculat
     # Of the second, third and fourth token: the first one is the prefill's, which nothing was drafted for.
     num_requests = 1200
     results = []
-    for first in range(0, num_requests, 60):
+    for first in range(0, num_requests, 24):
         results += await asyncio.gather(
-            *(target.generate(speculator, seed=100 + seed, max_tokens=4) for seed in range(first, first + 60))
+            *(
+                target.generate(speculator, seed=100 + seed, max_tokens=4, mode=mode)
+                for seed in range(first, first + 24)
+            )
         )
     stats = [stats for _, stats in results]
-    assert sum(s.num_draft_tokens for s in stats) > num_requests / 2
+    assert sum(s.num_draft_tokens for s in stats) > num_requests * least_share_drafted
     assert sum(s.num_sample_and_match_rounds for s in stats) < num_requests / 50
     table = ToyTable(VOCAB, 3, sharpness=1.0)
     first = table.logits(PROMPT[-2], PROMPT[-1]).double().softmax(0)
