@@ -10,7 +10,10 @@ from specpool.algorithm.fallback import NO_WAIT, DraftTimes, FallbackChoice, Tim
 from specpool_target.config import Fallback
 
 _SMOOTHING: Final = 0.1
-_SLOW_SMOOTHING: Final = 0.03
+_ROUNDS_AFTER_MISS: Final = 32
+"""Of the rounds after misses about so many are remembered."""
+_PRIOR_WEIGHT: Final = 8.0
+"""What is expected of the rounds after misses counts as so many of them."""
 _CHOICES_PER_TRIAL: Final = 16
 """Every so many misses what is usually not done is done, so that both are measured."""
 _STEPS_PER_THRESHOLD: Final = 32
@@ -31,6 +34,24 @@ class Average:
         self.is_empty = False
 
 
+class _Recent:
+    """Mean of the last few values, and of what is expected, which counts as `_PRIOR_WEIGHT` values."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._count = 0.0
+
+    def observe(self, value: float) -> None:
+        """One more value."""
+        keep = 1 - 1 / _ROUNDS_AFTER_MISS
+        self._sum = self._sum * keep + value
+        self._count = self._count * keep + 1
+
+    def mean(self, expected: float) -> float:
+        """`expected` where nothing was observed."""
+        return (self._sum + _PRIOR_WEIGHT * expected) / (self._count + _PRIOR_WEIGHT)
+
+
 class FallbackPolicy:
     """Keeps the measurements and recomputes b* now and then."""
 
@@ -45,8 +66,8 @@ class FallbackPolicy:
         self._backup_length = Average()
         self._round_s = Average()
         self._tokens_per_round = Average()
-        self._tokens_after_backup = Average(_SLOW_SMOOTHING)
-        self._tokens_after_wait = Average(_SLOW_SMOOTHING)
+        self._tokens_after_backup = _Recent()
+        self._tokens_after_wait = _Recent()
         self._num_choices = 0
         self._verify_s: dict[int, Average] = {}
         self._draft_step_s = Average()
@@ -135,25 +156,31 @@ class FallbackPolicy:
         self, times: DraftTimes, batch_size: int, lookahead: int, num_backup: int, *, is_trial: bool = False
     ) -> FallbackChoice:
         """By what misses taught; `is_trial`: as if rounds after them were like all others."""
+        lead = 0.0 if is_trial else self._lead_of_backup(times, batch_size, lookahead)
         if batch_size > 1:
-            times = replace(times, at_least_s=self._verify_time(batch_size - 1))
+            times = replace(times, forward_s=self._verify_time(batch_size - 1))
         return choose_fallback(
             times,
             lookahead=lookahead,
             acceptance=self._acceptance.value if is_trial else self._acceptance_after_miss(),
             steady_tokens_per_s=self.tokens_per_s,
-            tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value)
-            + (0.0 if is_trial else self._lead_of_backup()),
+            tokens_backup=expected_tokens(num_backup, self._backup_acceptance.value) + lead,
         )
 
     def _acceptance_after_miss(self) -> float:
         return min(self._acceptance.value, self._waited_acceptance.value)
 
-    def _lead_of_backup(self) -> float:
-        """Tokens by which the round after a backup beats the one after a wait."""
-        if self._tokens_after_backup.is_empty or self._tokens_after_wait.is_empty:
-            return 0.0
-        return self._tokens_after_backup.value - self._tokens_after_wait.value
+    def _lead_of_backup(self, times: DraftTimes, batch_size: int, lookahead: int) -> float:
+        """Tokens by which the round after a backup beats the one after a wait.
+
+        Before misses have taught it: after a backup the speculator drafts for a whole forward what follows one known
+        token; after a wait it has many outcomes to draft for, as usual.
+        """
+        drafting_s = self._verify_time(batch_size) - times.first_s
+        depth = min(lookahead, 1 + int(drafting_s / times.step_s)) if drafting_s > 0 else 0
+        usual = self._tokens_per_round.value
+        after_backup = max(usual, expected_tokens(depth, self._acceptance_after_miss()))
+        return self._tokens_after_backup.mean(after_backup) - self._tokens_after_wait.mean(usual)
 
     def _verify_time(self, batch_size: int) -> float:
         if not self._verify_s:

@@ -72,8 +72,8 @@ def test_a_time_table_interpolates_and_never_extrapolates() -> None:
 CHOICE = {"lookahead": 4, "acceptance": 0.8, "steady_tokens_per_s": 20.0}
 
 
-def _times(step_s: float, first_s: float | None = None, at_least_s: float = 0.0) -> DraftTimes:
-    return DraftTimes(first_s=step_s if first_s is None else first_s, step_s=step_s, at_least_s=at_least_s)
+def _times(step_s: float, first_s: float | None = None, forward_s: float = 0.0) -> DraftTimes:
+    return DraftTimes(first_s=step_s if first_s is None else first_s, step_s=step_s, forward_s=forward_s)
 
 
 def test_a_fast_draft_is_waited_for_to_full_depth() -> None:
@@ -88,12 +88,19 @@ def test_depth_stops_where_a_token_costs_more_than_it_brings() -> None:
     assert choose_fallback(_times(0.03), **CHOICE).depth == 2
 
 
+def test_beside_others_waiting_ends_between_two_of_their_forwards() -> None:
+    times = _times(0.06, forward_s=0.1)
+    assert [times.waiting_s(n) for n in (1, 2, 3, 4)] == pytest.approx([0.1, 0.2, 0.2, 0.3])
+    # Two tokens, and three, miss two forwards: the third is free. A first one alone would bring less than it costs.
+    assert choose_fallback(times, **{**CHOICE, "steady_tokens_per_s": 9.0}).depth == 3
+
+
 @pytest.mark.parametrize(
     ("times", "worse"),
     [
         (_times(0.05), {}),
         (_times(0.01, first_s=1.0), {}),
-        (_times(0.01, at_least_s=0.2), {}),
+        (_times(0.01, forward_s=0.2), {}),
         (_times(0.01), {"tokens_backup": 3.5}),
         (_times(0.01), {"acceptance": 0.01}),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,7 @@ from specpool.errors import InvalidArgument
 from specpool.planning.answers import best_settings, fit_acceptance, smallest_pool, targets_per_speculator
 from specpool.planning.profile import Profile
 from specpool.planning.simulator import Scenario, simulate
+from specpool_target.config import Fallback
 
 BENCH = Path(__file__).parents[3] / "docs" / "benchmarks" / "cpu-2-cores" / "bench.json"
 """The run whose step times the profile has."""
@@ -86,6 +88,17 @@ def test_a_crowded_speculator_gives_less_and_never_less_than_plain_decoding() ->
     assert points[0].share == 1
     assert speeds[-1] > 0.97 * 50
     assert points[-1].figures.utilisation > 0.95
+
+
+@pytest.mark.parametrize(("step_ms", "batch_size", "seconds"), [(2, 1, 10), (6, 2, 10), (6, 8, 4)])
+def test_the_choice_after_a_miss_is_as_good_as_the_better_fixed_one(step_ms, batch_size, seconds) -> None:
+    many_misses = replace(FAST, draft_step_ms=step_ms, miss_constant=0.6, miss_exponent=0.5)
+    auto, wait, backup = (
+        simulate(many_misses, Scenario(mode="ssd", batch_size=batch_size, fallback=fallback, seconds=seconds))
+        for fallback in get_args(Fallback)
+    )
+    assert (wait.wait_rate, backup.wait_rate) == (1, 0)
+    assert auto.tokens_per_second > 0.97 * max(wait.tokens_per_second, backup.tokens_per_second)
 
 
 def test_the_smallest_pool_meets_the_speed_and_says_what_a_loss_costs() -> None:

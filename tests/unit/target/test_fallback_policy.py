@@ -61,6 +61,23 @@ def test_what_follows_counts_too():
     assert choose(policy, first_s=0.01, step_s=0.01) == 0
 
 
+def test_a_large_batch_does_not_wait_before_misses_have_taught_it():
+    """Rounds are shallow and a wait brings all tokens: but so does the backup, a forward later."""
+    policy = FallbackPolicy(max_batch_size=32, lookahead=6)
+    for _ in range(200):
+        policy.observe_round(2, 1, 0.1, from_backup=False)
+        policy.observe_round(1, 1, 0.1, from_backup=False)
+        policy.observe_step(32, 0.1)
+    assert choose(policy, batch_size=32, lookahead=6, first_s=0.015, step_s=0.01) == 0
+
+
+def test_one_round_after_a_miss_teaches_little():
+    policy = measured()
+    policy.observe_round_after_miss(0, waited=True)
+    policy.observe_round_after_miss(4, waited=False)
+    assert choose(policy, first_s=0.01, step_s=0.01) > 0
+
+
 def test_drafts_after_misses_count_as_often_as_they_are_accepted():
     policy = measured()
     assert choose(policy, first_s=0.01, step_s=0.01) > 0

@@ -7,6 +7,7 @@ batch size b* on, the backup is better. b* is computed, never configured.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,12 +113,13 @@ class DraftTimes:
     """Seconds until the first token."""
     step_s: float
     """Seconds per further token."""
-    at_least_s: float = 0.0
-    """Waiting for anything costs this much, such as the forward of others that starts meanwhile."""
+    forward_s: float = 0.0
+    """Of the others in the batch: they go on meanwhile, and whoever waited joins them between two forwards."""
 
     def waiting_s(self, num_tokens: int) -> float:
-        """Seconds until `num_tokens` are there."""
-        return max(self.at_least_s, self.first_s + (num_tokens - 1) * self.step_s)
+        """Seconds until `num_tokens` can be verified."""
+        seconds = self.first_s + (num_tokens - 1) * self.step_s
+        return math.ceil(seconds / self.forward_s) * self.forward_s if self.forward_s > 0 else seconds
 
 
 @dataclass(frozen=True, slots=True)

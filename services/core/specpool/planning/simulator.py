@@ -1,8 +1,8 @@
 """Targets and one speculator in virtual time.
 
 The speculator is the real one: draft trees, calibration-free ranking, row scheduling and tables of
-`specpool_speculator.Drafter`; so is the targets' speculation cache and their choice after a miss. Forwards take the
-profile's times, messages half a round trip.
+`specpool_speculator.Drafter`; so are the targets' speculation cache and what decides whether they wait after
+a miss. Forwards take the profile's times, messages half a round trip.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import cast
 
-from specpool.algorithm.fallback import DraftTimes, choose_fallback
+from specpool.algorithm.fallback import DraftTimes
 from specpool.algorithm.planning import RowTimes
 from specpool.algorithm.speculation_cache import LookupKind, SpeculationCache
 from specpool.planning.profile import Profile
@@ -21,6 +21,8 @@ from specpool.planning.text import VOCAB_SIZE, SimulatedModel, SimulatedRanker, 
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_speculator.config import FanOutPolicy, SpeculatorConfig
 from specpool_speculator.drafter import Drafter
+from specpool_target.config import Fallback
+from specpool_target.fallback_policy import FallbackPolicy
 
 MODES = ("off", "sd", "ssd")
 _MODE_VALUES = {"sd": types_pb2.SPECULATION_MODE_SD, "ssd": types_pb2.SPECULATION_MODE_SSD}
@@ -40,6 +42,8 @@ class Scenario:
     """On one speculator."""
     batch_size: int = 1
     """Sequences per target."""
+    fallback: Fallback = "auto"
+    """After a miss, in mode ssd."""
     seconds: float = 20.0
     """Simulated."""
     seed: int = 1
@@ -55,6 +59,8 @@ class Figures:
     hit_rate: float = 0.0
     """Full and partial hits over lookups."""
     full_hit_rate: float = 0.0
+    wait_rate: float = 0.0
+    """Of the misses, waits for a just-in-time speculation."""
     rows_per_step: float = 0.0
     utilisation: float = 0.0
     """Share of the time that the speculator computes."""
@@ -121,11 +127,13 @@ class Simulation:
         lookups = max(1, sum(sum(sequence.lookups.values()) for sequence in sequences))
         full = sum(sequence.lookups.get(LookupKind.HIT, 0) for sequence in sequences)
         partial = sum(sequence.lookups.get(LookupKind.PARTIAL, 0) for sequence in sequences)
+        waits = sum(sequence.num_waits for sequence in sequences)
         return Figures(
             tokens_per_second=tokens / seconds / len(sequences),
             tokens_per_round=tokens / rounds,
             hit_rate=(full + partial) / lookups,
             full_hit_rate=full / lookups,
+            wait_rate=waits / max(1, lookups - full - partial),
             rows_per_step=self.speculator.num_rows / max(1, self.speculator.num_steps),
             utilisation=min(1.0, self.speculator.busy_s / seconds),
         )
@@ -212,8 +220,17 @@ class _Sequence:
     draft: list[int] = field(default_factory=list)
     waits_for: int = 0
     """Draft tokens that it waits for; 0: it does not wait."""
+    started_s: float = 0.0
+    """When the round began."""
+    missed: bool = False
+    """Its outcome was not in the cache."""
+    waited: bool = False
+    """Its draft was waited for, after that."""
+    missed_before: bool | None = None
+    """Whether the round before it was waited for; None: it was a hit."""
     num_rounds: int = 0
     num_tokens: int = 0
+    num_waits: int = 0
     lookups: dict[LookupKind, int] = field(default_factory=dict)
 
 
@@ -224,16 +241,20 @@ class _Target:
         self._simulation = simulation
         self._connection = connection
         self._is_busy = False
+        scenario = simulation.scenario
+        self._policy = FallbackPolicy(
+            max_batch_size=scenario.batch_size, lookahead=simulation.profile.lookahead, fallback=scenario.fallback
+        )
         self.sequences = [
             _Sequence(f"{connection}.{index}", _PROMPT_LENGTH, SpeculationCache(simulation.profile.lookahead))
-            for index in range(simulation.scenario.batch_size)
+            for index in range(scenario.batch_size)
         ]
         self._by_id = {sequence.id: sequence for sequence in self.sequences}
 
     def reset(self) -> None:
         """Count from now on."""
         for sequence in self.sequences:
-            sequence.num_rounds = sequence.num_tokens = 0
+            sequence.num_rounds = sequence.num_tokens = sequence.num_waits = 0
             sequence.lookups.clear()
 
     def start(self) -> None:
@@ -263,10 +284,12 @@ class _Target:
             return
         self._is_busy = True
         profile, num_rows = self._simulation.profile, sum(1 + len(sequence.draft) for sequence in ready)
-        self._simulation.after((profile.verify_ms + profile.verify_row_ms * num_rows) / 1e3, lambda: self._end(ready))
+        forward_s = (profile.verify_ms + profile.verify_row_ms * num_rows) / 1e3
+        self._simulation.after(forward_s, lambda: self._end(ready, forward_s))
 
-    def _end(self, verified: list[_Sequence]) -> None:
+    def _end(self, verified: list[_Sequence], forward_s: float) -> None:
         self._is_busy = False
+        self._policy.observe_step(len(verified), forward_s)
         outcomes = [self._end_round(sequence) for sequence in verified]
         if self._simulation.scenario.mode != "off":
             self._send(Request(outcomes=speculator_pb2.Outcomes(outcomes=outcomes)))
@@ -289,6 +312,7 @@ class _Target:
                 break
             num_accepted += 1
         bonus = text.token(sequence.id, sequence.length + num_accepted)
+        self._observe(sequence, num_accepted)
         sequence.length += num_accepted + 1
         sequence.num_rounds += 1
         sequence.num_tokens += num_accepted + 1
@@ -304,9 +328,20 @@ class _Target:
             awaits_speculation=sequence.waits_for > 0,
         )
 
+    def _observe(self, sequence: _Sequence, num_accepted: int) -> None:
+        seconds = self._simulation.now_s - sequence.started_s
+        self._policy.observe_round(
+            len(sequence.draft), num_accepted, seconds, from_backup=False, waited=sequence.waited
+        )
+        if sequence.missed_before is not None:
+            self._policy.observe_round_after_miss(num_accepted, waited=sequence.missed_before)
+        sequence.missed_before = sequence.waited if sequence.missed else None
+        sequence.started_s = self._simulation.now_s
+
     def _choose(self, sequence: _Sequence, ended: int, num_accepted: int, bonus: int) -> list[int]:
-        """Draft tokens at hand; or none, and the sequence waits."""
+        """Draft tokens at hand; or none, and the sequence may wait."""
         mode = self._simulation.scenario.mode
+        sequence.missed = sequence.waited = False
         if mode == "sd":
             sequence.waits_for = self._simulation.profile.lookahead
         if mode != "ssd":
@@ -314,25 +349,17 @@ class _Target:
         lookup = sequence.cache.lookup(ended, num_accepted, bonus)
         sequence.lookups[lookup.kind] = sequence.lookups.get(lookup.kind, 0) + 1
         if not lookup.tokens:
-            sequence.waits_for = self._wait_after_miss(sequence)
+            sequence.waits_for = self._wait_after_miss()
+            sequence.missed, sequence.waited = True, sequence.waits_for > 0
+            sequence.num_waits += sequence.waited
         return list(lookup.tokens)
 
-    def _wait_after_miss(self, sequence: _Sequence) -> int:
+    def _wait_after_miss(self) -> int:
         """Draft tokens that are worth waiting for."""
         profile = self._simulation.profile
         step_s = self._simulation.speculator.drafter.step_time(profile.row_budget)
-        verify_s = (profile.verify_ms + profile.verify_row_ms * (profile.lookahead + 1)) / 1e3
-        tokens = sequence.num_tokens / sequence.num_rounds if sequence.num_rounds else 1.0
-        choice = choose_fallback(
-            DraftTimes(
-                first_s=profile.round_trip_ms / 1e3 + 1.5 * step_s,
-                step_s=step_s,
-                at_least_s=verify_s if len(self.sequences) > 1 else 0.0,
-            ),
-            lookahead=profile.lookahead,
-            acceptance=profile.acceptance,
-            steady_tokens_per_s=tokens / verify_s,
-        )
+        times = DraftTimes(first_s=profile.round_trip_ms / 1e3 + 1.5 * step_s, step_s=step_s)
+        choice = self._policy.choose(times, batch_size=len(self.sequences), lookahead=profile.lookahead, num_backup=0)
         return choice.depth
 
     def receive(self, responses: list[speculator_pb2.SpeculateResponse]) -> None:
