@@ -51,6 +51,8 @@ class EngineSnapshot:
     acceptance_rate: float = 0.0
     miss_power_law: tuple[float, ...] = ()
     """c, r after a rejection; c, r after everything was accepted."""
+    confidence_spread: float = 0.0
+    """See `RankCalibration.confidence_spread`."""
     plan: str = ""
     """What the rows of a step are planned from, in words."""
 
@@ -219,6 +221,7 @@ class EngineThread:
             step_ms=self._averages[1],
             acceptance_rate=estimates.acceptance,
             miss_power_law=law,
+            confidence_spread=estimates.calibration.confidence_spread,
             plan=self._explain_plan(),
         )
 

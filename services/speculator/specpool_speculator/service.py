@@ -116,6 +116,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             targets=[connection.target for connection in self._connections.values()],
             acceptance_rate=snapshot.acceptance_rate,
             miss_power_law=snapshot.miss_power_law,
+            confidence_spread=snapshot.confidence_spread,
             fan_out_policy=self._config.fan_out_policy,
             plan=snapshot.plan,
         )

@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from specpool.algorithm.verification import VerificationMode, VerificationOutcome
+from specpool.algorithm.verification import VerificationOutcome
 from specpool.errors import EngineFailed, SpecPoolError
 from specpool.modeling.detokenizer import IncrementalDetokenizer
 from specpool.modeling.interface import CausalModel, Segment
@@ -28,6 +27,7 @@ from specpool.modeling.paged_kv import SequenceKV
 from specpool.telemetry.metrics import TargetMetrics
 from specpool.v1 import types_pb2
 from specpool_target.config import TargetConfig
+from specpool_target.draft_distributions import DraftDistributions
 from specpool_target.fallback_policy import FallbackPolicy
 from specpool_target.inbox import SpeculationInbox
 from specpool_target.link import SpeculatorLink
@@ -37,7 +37,6 @@ from specpool_target.outbox import Outbox
 from specpool_target.recording import StepRecorder
 from specpool_target.scheduler import ScheduledSegment, Scheduler, StepPlan
 from specpool_target.sequence import (
-    DraftSource,
     Finish,
     FinishReason,
     SequenceRequest,
@@ -48,9 +47,7 @@ from specpool_target.speculation import Speculation
 from specpool_target.statistics import Phases
 from specpool_target.verifying import (
     VerifyItem,
-    effective_mode,
     logprobs_of,
-    read_distributions,
     verify_step,
 )
 
@@ -99,13 +96,21 @@ class EngineThread(threading.Thread):
             vocab_size=model.vocab_size,
             deadline_s=config.speculation_deadline_ms / 1e3,
         )
+        self._distributions = DraftDistributions(
+            self._links,
+            deadline_s=config.distribution_deadline_ms / 1e3,
+            vocab_size=model.vocab_size,
+            device=model.device,
+            wait_for_news=self._defer_a_command,
+            on_late=self._count_late_distributions,
+        )
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._submitting = threading.Lock()
         """Guards `failure` and the next: whatever was submitted before a failure hears of it."""
         self._num_submitted = 0
         """Sequences in the queue of commands."""
         self._deferred: list[Command] = []
-        """Taken from the queue in the middle of a step, when nothing may change."""
+        """Taken from the queue in the middle of a step; run after it."""
         self._sequences: dict[str, TargetSequence] = {}
         self._stopping = False
         self._is_idle = True
@@ -296,45 +301,21 @@ class EngineThread(threading.Thread):
     def _verify_items(self, segments: Sequence[ScheduledSegment]) -> list[VerifyItem]:
         """Rows of the sequences whose round ends; waits a little for distributions they need."""
         complete = [scheduled.sequence for scheduled in segments if scheduled.is_complete]
-        in_need = [sequence for sequence in complete if _needs_distributions(sequence)]
-        if in_need:
-            self._wait_for_distributions(in_need)
         items: list[VerifyItem] = []
         start = 0
-        for sequence in complete:
+        for sequence, distribution in zip(complete, self._distributions.take(complete), strict=True):
             stop = start + 1 + len(sequence.draft.tokens)
-            items.append(VerifyItem(sequence, sequence.draft, slice(start, stop), self._distributions(sequence)))
+            items.append(VerifyItem(sequence, sequence.draft, slice(start, stop), distribution))
             start = stop
         return items
 
-    def _wait_for_distributions(self, sequences: Sequence[TargetSequence]) -> None:
-        started_s = time.perf_counter()
-        deadline_s = started_s + self._config.distribution_deadline_ms / 1e3
-        may_wait = self._links.may_wait_for_distributions
-        while missing := [s for s in sequences if _distributions_missing(s) and may_wait(s.link)]:
-            left_s = deadline_s - time.perf_counter()
-            if left_s <= 0:
-                for sequence in missing:
-                    self._links.distributions_late(sequence.link, time.perf_counter() - started_s)
-                break
-            try:
-                self._deferred.append(self._commands.get(timeout=left_s))
-            except queue.Empty:
-                continue
+    def _defer_a_command(self, timeout_s: float) -> None:
+        """In the middle of a step, when nothing may change."""
+        with suppress(queue.Empty):
+            self._deferred.append(self._commands.get(timeout=timeout_s))
 
-    def _distributions(self, sequence: TargetSequence) -> Any:
-        if not _needs_distributions(sequence) or sequence.inbox is None:
-            return None
-        distribution = read_distributions(
-            sequence.inbox.take_distributions(sequence.round),
-            sequence.draft.tokens,
-            vocab_size=self.model.vocab_size,
-            device=self.model.device,
-        )
-        if distribution is None:
-            self._speculation.fallbacks["late_distributions"] += 1
-            sequence.stats.num_sample_and_match_rounds += 1
-        return distribution
+    def _count_late_distributions(self) -> None:
+        self._speculation.fallbacks["late_distributions"] += 1
 
     # ---- the end of a round -----------------------------------------------------------------------------------
 
@@ -460,19 +441,6 @@ class EngineThread(threading.Thread):
 
 def _nothing() -> None:
     """Wakes the engine."""
-
-
-def _needs_distributions(sequence: TargetSequence) -> bool:
-    mode = effective_mode(sequence.request.sampling, sequence.request.verification)
-    return (
-        mode is VerificationMode.REJECTION
-        and sequence.draft.source is DraftSource.SPECULATOR
-        and bool(sequence.draft.tokens)
-    )
-
-
-def _distributions_missing(sequence: TargetSequence) -> bool:
-    return sequence.inbox is not None and not sequence.inbox.has_distributions(sequence.round)
 
 
 def _push_text(

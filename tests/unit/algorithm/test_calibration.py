@@ -40,6 +40,16 @@ def test_probabilities_follow_scores_and_leave_room_for_other_tokens() -> None:
     assert calibration.probabilities([]) == ()
 
 
+def test_confidence_spreads_between_equally_sure_and_knowing() -> None:
+    assert RankCalibration().confidence_spread == 0
+    equally_sure, knowing = RankCalibration(), RankCalibration()
+    for n in range(2000):
+        equally_sure.observe([1.0, 0.0], int(n % 4 == 0))
+        knowing.observe([8.0, 0.0] if n % 4 else [0.1, 0.0], int(n % 4 == 0))
+    assert equally_sure.confidence_spread < 0.05
+    assert knowing.confidence_spread > 0.8
+
+
 def test_survives_extreme_outcomes() -> None:
     calibration = RankCalibration()
     for _ in range(200):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pvariance
 from typing import get_args
 
 import pytest
@@ -16,6 +17,7 @@ from specpool.errors import InvalidArgument
 from specpool.planning.answers import best_settings, fit_acceptance, smallest_pool, targets_per_speculator
 from specpool.planning.profile import Profile
 from specpool.planning.simulator import Scenario, simulate
+from specpool.planning.text import SimulatedText
 from specpool_target.config import Fallback
 
 BENCH = Path(__file__).parents[3] / "docs" / "benchmarks" / "cpu-2-cores" / "bench.json"
@@ -44,6 +46,29 @@ def test_a_perfect_draft_always_hits_and_a_useless_one_costs_nothing() -> None:
         replace(FAST, acceptance=0.0, miss_constant=1.0, miss_exponent=0.0), Scenario(mode="ssd", seconds=5)
     )
     assert useless.tokens_per_second >= 0.97 * 50
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 1.0])
+def test_the_draft_is_right_as_often_as_it_expects(spread) -> None:
+    text = SimulatedText(replace(FAST, confidence_spread=spread), seed=1)
+    places = [text.at("a", position) for position in range(20_000)]
+    confidences = [place.confidence for place in places]
+    assert fmean(confidences) == pytest.approx(0.8, abs=0.01)
+    assert pvariance(confidences) / (0.8 * 0.2) == pytest.approx(spread, abs=0.02)
+    for low, high in ((0.0, 0.5), (0.5, 0.9), (0.9, 1.01)):
+        chosen = [place for place in places if low <= place.confidence < high]
+        if chosen:
+            expected = fmean(place.confidence for place in chosen)
+            assert fmean(place.rank == 0 for place in chosen) == pytest.approx(expected, abs=0.03)
+
+
+def test_a_draft_that_knows_where_it_is_sure_hits_more_often() -> None:
+    scarce = replace(FAST, fan_out=4, row_budget=4)
+    alike, unequal = (
+        simulate(replace(scarce, confidence_spread=spread), Scenario(mode="ssd", seconds=20)) for spread in (0.0, 0.5)
+    )
+    assert unequal.hit_rate > alike.hit_rate + 0.02
+    assert unequal.tokens_per_second > 1.02 * alike.tokens_per_second
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:

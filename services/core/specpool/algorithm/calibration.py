@@ -33,6 +33,7 @@ class RankCalibration:
         self._information = (prior_weight, 0.0, prior_weight / 4)  # of (slope, slope and lift, lift)
         self._outside = _PRIOR_OUTSIDE * prior_weight
         self._trials = prior_weight
+        self._confidences = [0.0, 0.0, 0.0]  # number, sum, and sum of squares
         self._decay = decay
 
     @property
@@ -50,6 +51,16 @@ class RankCalibration:
         """Probability that the target's token is none of those ranked."""
         return self._outside / self._trials
 
+    @property
+    def confidence_spread(self) -> float:
+        """Variance of rank 0's probability p from place to place, over E[p] (1 - E[p]); 0 before the first outcome.
+
+        0: the draft is equally sure everywhere; 1: it always knows whether it is right.
+        """
+        count, total, squares = self._confidences
+        mean = total / count if count else 0.0
+        return max(0.0, squares / count - mean**2) / (mean * (1 - mean)) if 0 < mean < 1 else 0.0
+
     def probabilities(self, scores: Sequence[float]) -> tuple[float, ...]:
         """Of each rank, from its finite score, best first; they sum to 1 - `outside`."""
         inside = 1 - self.outside
@@ -59,10 +70,15 @@ class RankCalibration:
         """The target's token was the one at `rank`, or None of them."""
         self._outside = self._outside * self._decay + (rank is None)
         self._trials = self._trials * self._decay + 1
+        if not scores:
+            return
+        shares = self._shares(scores)
+        confidence = (1 - self.outside) * shares[0]
+        for index, value in enumerate((1, confidence, confidence**2)):
+            self._confidences[index] = self._confidences[index] * self._decay + value
         if rank is None or len(scores) < 2:
             return
         relative = [score - scores[0] for score in scores]
-        shares = self._shares(scores)
         mean = sum(share * score for share, score in zip(shares, relative, strict=True))
         # gradient and Fisher information of a softmax whose features are (score, is rank 0)
         gradient = (relative[rank] - mean, (rank == 0) - shares[0])

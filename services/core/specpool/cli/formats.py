@@ -93,6 +93,7 @@ def _speculator(entry: router_pb2.SpeculatorEntry) -> dict[str, Any]:
         "max_lookahead": status.max_lookahead,
         "acceptance_rate": status.acceptance_rate,
         "miss_power_law": list(status.miss_power_law),
+        "confidence_spread": status.confidence_spread,
         "fan_out_policy": status.fan_out_policy,
         "plan": status.plan,
         "targets": [peer_document(target) for target in status.targets],

@@ -30,9 +30,12 @@ class Profile:
     """Between target and speculator."""
     acceptance: float
     """Probability that a draft token is the target's, given that those before it were."""
-    miss_constant: float = 0.41
+    confidence_spread: float = 0.39
+    """How much surer the draft is here than there: the variance of its first token's probability, over a (1 - a).
+    0: equally sure everywhere, 1: it knows whether it is right."""
+    miss_constant: float = 0.48
     """c of the miss law c / F^r: the target's token is not among the next F ranks, given that it is not the first."""
-    miss_exponent: float = 1.0
+    miss_exponent: float = 0.72
     """r of the miss law."""
     lookahead: int = 4
     """K."""
@@ -49,7 +52,7 @@ class Profile:
             _check(name, getattr(self, name), getattr(self, name) > 0, "greater than 0")
         for name in ("verify_row_ms", "draft_row_ms", "draft_free_rows", "round_trip_ms", "miss_exponent"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("acceptance", "miss_constant"):
+        for name in ("acceptance", "confidence_spread", "miss_constant"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("lookahead", "fan_out", "row_budget"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")

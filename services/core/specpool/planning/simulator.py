@@ -29,6 +29,7 @@ _MODE_VALUES = {"sd": types_pb2.SPECULATION_MODE_SD, "ssd": types_pb2.SPECULATIO
 _PROMPT_LENGTH = 8
 _WARM_UP_SHARE = 0.2
 """Of the simulated time, left out of the figures."""
+_STEP_SMOOTHING = 0.1
 Request = speculator_pb2.SpeculateRequest
 
 
@@ -166,6 +167,8 @@ class _Speculator:
         )
         self._inbox: list[tuple[int, Request, float]] = []
         self._is_busy = False
+        self.usual_step_s = self.drafter.step_time(1)
+        """What targets hear of."""
         self.reset()
 
     def reset(self) -> None:
@@ -191,6 +194,7 @@ class _Speculator:
             self.num_steps += 1
             self.num_rows += num_rows
             self.busy_s += step_s
+            self.usual_step_s += _STEP_SMOOTHING * (step_s - self.usual_step_s)
             self._simulation.after(step_s, self._end_step)
 
     def _end_step(self) -> None:
@@ -357,7 +361,7 @@ class _Target:
     def _wait_after_miss(self) -> int:
         """Draft tokens that are worth waiting for."""
         profile = self._simulation.profile
-        step_s = self._simulation.speculator.drafter.step_time(profile.row_budget)
+        step_s = self._simulation.speculator.usual_step_s
         times = DraftTimes(first_s=profile.round_trip_ms / 1e3 + 1.5 * step_s, step_s=step_s)
         choice = self._policy.choose(times, batch_size=len(self.sequences), lookahead=profile.lookahead, num_backup=0)
         return choice.depth

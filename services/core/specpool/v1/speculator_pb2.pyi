@@ -811,6 +811,7 @@ class GetSpeculatorStatusResponse(_message.Message):
     MISS_POWER_LAW_FIELD_NUMBER: _builtins.int
     FAN_OUT_POLICY_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_SPREAD_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     row_budget: _builtins.int
     max_lookahead: _builtins.int
@@ -819,6 +820,10 @@ class GetSpeculatorStatusResponse(_message.Message):
     fan_out_policy: _builtins.str
     plan: _builtins.str
     """What the rows of a step are planned from, for people to read."""
+    confidence_spread: _builtins.float
+    """How much surer the draft is in some places than in others: variance of its first token's calibrated probability p,
+    over E[p] (1 - E[p]); of greedy requests, as the two above.
+    """
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
     @_builtins.property
@@ -845,10 +850,11 @@ class GetSpeculatorStatusResponse(_message.Message):
         miss_power_law: _abc.Iterable[_builtins.float] | None = ...,
         fan_out_policy: _builtins.str = ...,
         plan: _builtins.str = ...,
+        confidence_spread: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "speculator", b"speculator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "miss_power_law", b"miss_power_law", "model", b"model", "plan", b"plan", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "confidence_spread", b"confidence_spread", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "miss_power_law", b"miss_power_law", "model", b"model", "plan", b"plan", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
