@@ -2,13 +2,12 @@
 
     python tests/bench/draft_quality.py --target qwen2.5-coder-1.5b-instruct --draft qwen2.5-coder-0.5b-instruct
 
-The target answers the prompts of `specpool bench` greedily; at every token of its answers the draft ranks what comes
-next. Both compute in float32, all prompts at once.
+The target answers the prompts of `specpool bench` greedily, all at once; at every token of its answers, end tokens
+included, the draft ranks what comes next. Both compute in float32.
 
-Printed are the keys of a profile, with the estimators that a running speculator uses: `acceptance`, the share of the
-target's tokens that the draft has first; `confidence_spread`, how unequal its probabilities of its first tokens are,
-corrected by how often it is right; `miss_constant` and `miss_exponent`, of the law by which the other tokens are among
-its next ranks.
+Printed are the keys of a profile: `acceptance`, the share of the target's tokens that the draft has first;
+`confidence_spread`, how unequal its probabilities of its first tokens are, calibrated as a running speculator does;
+`miss_constant` and `miss_exponent`, of the law by which the other tokens are among its next ranks.
 """
 
 from __future__ import annotations
@@ -83,10 +82,19 @@ def answers(arguments: argparse.Namespace) -> list[tuple[Tensor, int]]:
     chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    count = arguments.max_tokens
-    tokens = load(arguments.target).generate(**batch, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    lengths = batch.attention_mask.sum(dim=1).tolist()
-    return [(row[-(length + count) :], length) for row, length in zip(tokens, lengths, strict=True)]
+    model = load(arguments.target)
+    tokens = model.generate(**batch, max_new_tokens=arguments.max_tokens, do_sample=False, repetition_penalty=1.0)
+    padding = (batch.attention_mask == 0).sum(dim=1).tolist()
+    end_tokens = model.generation_config.eos_token_id
+    if end_tokens is None:
+        end_tokens = tokenizer.eos_token_id
+    texts = []
+    for row, num_padding, mask in zip(tokens, padding, batch.attention_mask, strict=True):
+        answer = row[len(mask) :]
+        ends = torch.isin(answer, torch.tensor(end_tokens)).nonzero()
+        length = len(answer) if len(ends) == 0 else int(ends[0]) + 1
+        texts.append((row[num_padding : len(mask) + length], len(mask) - num_padding))
+    return texts
 
 
 @torch.inference_mode()

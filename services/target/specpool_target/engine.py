@@ -310,7 +310,7 @@ class EngineThread(threading.Thread):
         return items
 
     def _defer_a_command(self, timeout_s: float) -> None:
-        """In the middle of a step, when nothing may change."""
+        """Wait for one, and keep it: in the middle of a step nothing may change."""
         with suppress(queue.Empty):
             self._deferred.append(self._commands.get(timeout=timeout_s))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Final
 
@@ -135,15 +136,17 @@ class FallbackPolicy:
 
         Args:
             times: of tokens drafted now, for this sequence alone.
-            batch_size: sequences in the batch. With others in it, whoever waits misses the forward that starts
+            batch_size: sequences in the batch. With others in it, whoever waits misses the forwards that start
                 meanwhile.
             lookahead: K.
             num_backup: tokens of the backup at hand.
         """
-        self._draft_step_s.observe(times.step_s)
         self._backup_length.observe(num_backup)
-        if self._fallback == "backup" or times.step_s <= 0 or self._round_s.value <= 0:
-            return NO_WAIT  # nothing measured: never wait on a guess
+        if not 0 < times.step_s < math.inf:
+            return NO_WAIT  # nothing measured yet, or nonsense: the speculator reports it
+        self._draft_step_s.observe(times.step_s)
+        if self._fallback == "backup" or self._round_s.value <= 0:
+            return NO_WAIT  # never wait on a guess
         if self._fallback == "wait":
             return FallbackChoice(lookahead, 0.0, times.waiting_s(lookahead))
         choice = self._choose(times, batch_size, lookahead, num_backup)
@@ -174,10 +177,11 @@ class FallbackPolicy:
         """Tokens by which the round after a backup beats the one after a wait.
 
         Before misses have taught it: after a backup the speculator drafts for a whole forward what follows one known
-        token; after a wait it has many outcomes to draft for, as usual.
+        token, the first of which is that round's own; after a wait it has many outcomes to draft for, as usual. The
+        backup is not expected to do worse than that.
         """
         drafting_s = self._verify_time(batch_size) - times.first_s
-        depth = min(lookahead, 1 + int(drafting_s / times.step_s)) if drafting_s > 0 else 0
+        depth = min(lookahead, int(max(0.0, drafting_s) / times.step_s))
         usual = self._tokens_per_round.value
         after_backup = max(usual, expected_tokens(depth, self._acceptance_after_miss()))
         return self._tokens_after_backup.mean(after_backup) - self._tokens_after_wait.mean(usual)

@@ -35,7 +35,8 @@ def num_pair_threads() -> int:
     return sum(thread.name.startswith("distributions ") for thread in threading.enumerate())
 
 
-# In SD every round waits for its draft. In SSD a host that is busy makes drafts late, and a late one is not verified.
+# In SD every round waits for its draft: enough of them for the distribution to tell. In SSD a host that is busy makes
+# drafts late, and a late one is not verified.
 @pytest.mark.parametrize(("mode", "least_share_drafted"), [("SD", 1.0), ("SSD", 0.1)])
 async def test_dense_rejection_has_the_targets_distribution(
     target_for, speculator_for, mode, least_share_drafted

@@ -143,7 +143,7 @@ async def test_rounds(stub: Any) -> None:
     assert status.load.num_sequences_running == 1
     assert [peer.id for peer in status.targets] == ["target"]
     assert len(status.miss_power_law) == 4
-    assert 0 <= status.confidence_spread <= 1
+    assert 0 < status.confidence_spread <= 1
     await stream.other("load")
     await stream.call.done_writing()
     while await stream.call.read() is not grpc.aio.EOF:

@@ -48,7 +48,7 @@ def test_a_perfect_draft_always_hits_and_a_useless_one_costs_nothing() -> None:
     assert useless.tokens_per_second >= 0.97 * 50
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.4, 0.98, 0.999, 1.0])
 def test_the_draft_is_right_as_often_as_it_expects(spread) -> None:
     text = SimulatedText(replace(FAST, confidence_spread=spread), seed=1)
     places = [text.at("a", position) for position in range(20_000)]
@@ -84,7 +84,7 @@ def test_predicts_ssd_of_the_paper_from_its_sd() -> None:
     fitted = fit_acceptance(replace(profile, lookahead=6), Scenario(mode="sd", seconds=60), 161.8)
     assert fitted.acceptance == pytest.approx(profile.acceptance, abs=0.02)
     predicted = simulate(replace(profile, acceptance=fitted.acceptance), Scenario(mode="ssd", seconds=12))
-    assert predicted.tokens_per_second == pytest.approx(255.8, rel=0.1)
+    assert predicted.tokens_per_second == pytest.approx(255.8, rel=0.06)
 
 
 def test_predicts_ssd_of_the_committed_bench_from_its_sd() -> None:
@@ -101,7 +101,7 @@ def test_predicts_ssd_of_the_committed_bench_from_its_sd() -> None:
     fitted = fit_acceptance(of_sd, Scenario(mode="sd", seconds=600), sd["tokens_per_second"])
     assert fitted.acceptance == pytest.approx(profile.acceptance, abs=0.02)
     predicted = simulate(replace(profile, acceptance=fitted.acceptance), Scenario(mode="ssd", seconds=300))
-    assert predicted.tokens_per_second == pytest.approx(measured["ssd"]["tokens_per_second"], rel=0.1)
+    assert predicted.tokens_per_second == pytest.approx(measured["ssd"]["tokens_per_second"], rel=0.06)
     assert predicted.hit_rate == pytest.approx(measured["ssd"]["hit_rate"], abs=0.05)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from specpool.algorithm.fallback import DraftTimes
 from specpool_target.fallback_policy import FallbackPolicy
 
@@ -29,6 +33,14 @@ def test_fast_draft_is_waited_for_and_a_slow_one_is_not():
 def test_nothing_is_waited_for_without_measurements():
     assert choose(FallbackPolicy(max_batch_size=16, lookahead=4)) == 0
     assert choose(measured(), step_s=0.0) == 0
+
+
+@pytest.mark.parametrize("step_s", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_speculator_that_reports_nonsense_is_not_waited_for(step_s, batch_size):
+    policy = measured()
+    assert choose(policy, first_s=step_s, step_s=step_s, batch_size=batch_size) == 0
+    assert choose(policy) == 4, "and spoils nothing"
 
 
 def test_in_a_batch_waiting_costs_the_others_forward():
@@ -65,7 +77,6 @@ def test_a_large_batch_does_not_wait_before_misses_have_taught_it():
     """Rounds are shallow and a wait brings all tokens: but so does the backup, a forward later."""
     policy = FallbackPolicy(max_batch_size=32, lookahead=6)
     for _ in range(200):
-        policy.observe_round(2, 1, 0.1, from_backup=False)
         policy.observe_round(1, 1, 0.1, from_backup=False)
         policy.observe_step(32, 0.1)
     assert choose(policy, batch_size=32, lookahead=6, first_s=0.015, step_s=0.01) == 0

@@ -33,7 +33,8 @@ class PowerLaw:
         return min(1.0, self.constant / math.pow(num_guesses, self.exponent))
 
 
-# fitted on a real pair (Qwen2.5-Coder-Instruct 0.5B drafting for 1.5B, greedy)
+# Where a running pool starts: fitted on a real pair (Qwen2.5-Coder-Instruct 0.5B for 1.5B, greedy, 21 prompts);
+# more prompts of that pair give 0.48, 0.70.
 DEFAULT_MISS_AFTER_REJECTION: Final = PowerLaw(0.41, 1.0)
 DEFAULT_MISS_AFTER_ACCEPTANCE: Final = PowerLaw(0.10, 1.4)
 DEFAULT_ACCEPTANCE: Final = 0.85

@@ -35,7 +35,7 @@ class Profile:
     0: equally sure everywhere, 1: it knows whether it is right."""
     miss_constant: float = 0.48
     """c of the miss law c / F^r: the target's token is not among the next F ranks, given that it is not the first."""
-    miss_exponent: float = 0.72
+    miss_exponent: float = 0.7
     """r of the miss law."""
     lookahead: int = 4
     """K."""

@@ -231,7 +231,7 @@ class _Sequence:
     waited: bool = False
     """Its draft was waited for, after that."""
     missed_before: bool | None = None
-    """Whether the round before it was waited for; None: it was a hit."""
+    """Whether the round before had waited for its draft after a miss; None: it was a hit."""
     num_rounds: int = 0
     num_tokens: int = 0
     num_waits: int = 0

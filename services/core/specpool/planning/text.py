@@ -27,6 +27,8 @@ _MAX_CONTEXT = 1 << 20
 _LEAST_EXPONENT = 1e-9
 _LARGEST_POWER = 20.0
 _NUM_CONFIDENCES = 1 << 12
+_LARGEST_SPREAD = 0.98
+"""Of what `betavariate` can draw: beyond it its results underflow, and nearly all of them are 0 or 1 in any case."""
 
 
 class Place(NamedTuple):
@@ -45,7 +47,7 @@ def draw_confidence(profile: Profile, rng: random.Random) -> float:
     mean, spread = profile.acceptance, profile.confidence_spread
     if spread == 0 or mean in (0, 1):
         return mean
-    if spread == 1:
+    if spread > _LARGEST_SPREAD:
         return float(rng.random() < mean)
     weight = 1 / spread - 1
     return rng.betavariate(mean * weight, (1 - mean) * weight)

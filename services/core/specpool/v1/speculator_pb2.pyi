@@ -822,7 +822,7 @@ class GetSpeculatorStatusResponse(_message.Message):
     """What the rows of a step are planned from, for people to read."""
     confidence_spread: _builtins.float
     """How much surer the draft is in some places than in others: variance of its first token's calibrated probability p,
-    over E[p] (1 - E[p]); of greedy requests, as the two above.
+    over E[p] (1 - E[p]). Of greedy requests, as are acceptance_rate and miss_power_law.
     """
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
