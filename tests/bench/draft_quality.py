@@ -79,9 +79,11 @@ def answers(arguments: argparse.Namespace) -> list[tuple[Tensor, int]]:
     options = BenchOptions(target=arguments.target, draft=arguments.draft, num_prompts=arguments.num_prompts)
     _, prompts = choose_prompts(options)
     tokenizer: Any = AutoTokenizer.from_pretrained(directory(arguments.target), padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    rendered = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
     model = load(arguments.target)
     tokens = model.generate(**batch, max_new_tokens=arguments.max_tokens, do_sample=False, repetition_penalty=1.0)
     padding = (batch.attention_mask == 0).sum(dim=1).tolist()

@@ -45,11 +45,7 @@ from specpool_target.sequence import (
 )
 from specpool_target.speculation import Speculation
 from specpool_target.statistics import Phases
-from specpool_target.verifying import (
-    VerifyItem,
-    logprobs_of,
-    verify_step,
-)
+from specpool_target.verifying import VerifyItem, logprobs_of, verify_step
 
 _logger = logging.getLogger(__name__)
 
