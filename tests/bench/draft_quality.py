@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specpool.algorithm.calibration import RankCalibration
 from specpool.algorithm.estimators import MissPowerLawEstimator
-from specpool.bench.main import choose_prompts
-from specpool.bench.options import BenchOptions
-from specpool.modeling.files import resolve_model_directory
-from specpool.models.catalogue import resolve_spec
+from specpool_engine.modeling.files import resolve_model_directory
+from specpool_tools.bench.main import choose_prompts
+from specpool_tools.bench.options import BenchOptions
+from specpool_tools.models.catalogue import resolve_spec
 
 NUM_RANKS = 33
 """Looked at: the first, and as many others as a round could guess."""

@@ -20,16 +20,16 @@ from typing import Final, get_args
 from rich.console import Console
 from rich.table import Table
 
-from specpool.bench.machine import recommended_arguments
-from specpool.bench.report import Summary, summarize
-from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_service, running_system
-from specpool.cli.processes import UpConfig, make_plan
 from specpool.client import Client
 from specpool.config import load_config
 from specpool.errors import SpecPoolError
-from specpool.models.prompts import Prompt, load_prompts
 from specpool_speculator.config import FanOutPolicy
+from specpool_tools.bench.machine import recommended_arguments
+from specpool_tools.bench.report import Summary, summarize
+from specpool_tools.bench.requests import Measurement, Setting, measure
+from specpool_tools.bench.system import running_service, running_system
+from specpool_tools.local.processes import UpConfig, make_plan
+from specpool_tools.models.prompts import Prompt, load_prompts
 
 _LINK_S: Final = 60.0
 

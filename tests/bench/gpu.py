@@ -35,13 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from specpool.bench.report import Summary, speed_table, summarize
-from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_system
 from specpool.client import Client
 from specpool.errors import InvalidArgument
-from specpool.modeling import Segment, SequenceKV, load_model
-from specpool.models.prompts import Prompt
+from specpool_engine.modeling import Segment, SequenceKV, load_model
+from specpool_tools.bench.report import Summary, speed_table, summarize
+from specpool_tools.bench.requests import Measurement, Setting, measure
+from specpool_tools.bench.system import running_system
+from specpool_tools.models.prompts import Prompt
 
 BLOCK_SIZE = 256
 """Of every backend, so that they can be compared: the least that flash-attn takes."""

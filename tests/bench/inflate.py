@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from specpool.modeling.files import no_progress, resolve_model_directory
+from specpool_engine.modeling.files import no_progress, resolve_model_directory
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
 

@@ -28,10 +28,10 @@ from statistics import median
 import torch
 from torch import nn
 
-from specpool.cli.awake import cores_awake
-from specpool.cli.endpoint import write_atomically
-from specpool.modeling.linear import can_stream
-from specpool.modeling.linear.streamed import StreamedLinear
+from specpool_engine.modeling.cpu.linear import can_stream
+from specpool_engine.modeling.cpu.linear.streamed import StreamedLinear
+from specpool_tools.local.awake import cores_awake
+from specpool_tools.local.endpoint import write_atomically
 
 SIZE = (1536, 151936)
 """Inputs and outputs: 467 MB."""

@@ -37,14 +37,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from specpool.bench.machine import recommended_arguments, should_keep_awake
-from specpool.bench.requests import Setting, measure
-from specpool.bench.system import running_system
-from specpool.cli.awake import cores_awake
 from specpool.client import Client
 from specpool.errors import Internal
-from specpool.models.catalogue import find_entry
-from specpool.models.prompts import Prompt, load_prompts
+from specpool_tools.bench.machine import recommended_arguments, should_keep_awake
+from specpool_tools.bench.requests import Setting, measure
+from specpool_tools.bench.system import running_system
+from specpool_tools.local.awake import cores_awake
+from specpool_tools.models.catalogue import find_entry
+from specpool_tools.models.prompts import Prompt, load_prompts
 
 SOURCES = ("humaneval", "gsm8k", "mtbench")
 CONTEXT = 2048

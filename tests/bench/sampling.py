@@ -17,12 +17,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from specpool.bench.machine import recommended_arguments
-from specpool.bench.report import Summary, summarize
-from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_system
 from specpool.client import Client
-from specpool.models.prompts import Prompt, load_prompts
+from specpool_tools.bench.machine import recommended_arguments
+from specpool_tools.bench.report import Summary, summarize
+from specpool_tools.bench.requests import Measurement, Setting, measure
+from specpool_tools.bench.system import running_system
+from specpool_tools.models.prompts import Prompt, load_prompts
 
 CONSTANT, TUNED = "C = 1", "C tuned"
 

@@ -31,17 +31,17 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from specpool.bench.machine import recommended_arguments
-from specpool.bench.main import choose_prompts
-from specpool.bench.options import MODES, BenchOptions
-from specpool.bench.report import summarize
-from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_system
-from specpool.cli.endpoint import write_atomically
 from specpool.client import Client
 from specpool.errors import InvalidArgument
-from specpool.models.prompts import Prompt
 from specpool_target.config import Fallback
+from specpool_tools.bench.machine import recommended_arguments
+from specpool_tools.bench.main import choose_prompts
+from specpool_tools.bench.options import MODES, BenchOptions
+from specpool_tools.bench.report import summarize
+from specpool_tools.bench.requests import Measurement, Setting, measure
+from specpool_tools.bench.system import running_system
+from specpool_tools.local.endpoint import write_atomically
+from specpool_tools.models.prompts import Prompt
 
 PLANNED = "ssd-planned"
 """Mode ssd with requests that name no K: the target plans it, and pauses speculation where it does not pay."""

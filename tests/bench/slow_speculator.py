@@ -19,11 +19,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from specpool.bench.machine import recommended_arguments
-from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_system
 from specpool.client import Client
-from specpool.models.prompts import load_prompts
+from specpool_tools.bench.machine import recommended_arguments
+from specpool_tools.bench.requests import Measurement, Setting, measure
+from specpool_tools.bench.system import running_system
+from specpool_tools.models.prompts import load_prompts
 
 LEAST_SHARE = 0.97
 
@@ -38,7 +38,7 @@ def find_speculator() -> int:
         except (OSError, ValueError):
             continue
     for pid, words in roles.items():
-        if b"speculator" not in words or b"up" in words or b"specpool.cli.shim" in words:
+        if b"speculator" not in words or b"up" in words or b"specpool_tools.local.shim" in words:
             continue
         ancestor = pid
         while ancestor in parents and ancestor != os.getpid():

@@ -14,11 +14,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from specpool.bench.machine import recommended_arguments
-from specpool.bench.requests import Measurement, Setting, measure
-from specpool.bench.system import running_system
 from specpool.client import Client
-from specpool.models.prompts import Prompt, load_prompts
+from specpool_tools.bench.machine import recommended_arguments
+from specpool_tools.bench.requests import Measurement, Setting, measure
+from specpool_tools.bench.system import running_system
+from specpool_tools.models.prompts import Prompt, load_prompts
 
 
 async def both(

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specpool.bench.requests import MODE_VALUES
-from specpool.bench.system import running_system
 from specpool.client import Client
-from specpool.models.prompts import load_prompts
-from specpool.models.resolve import resolve_model
 from specpool.v1 import inference_pb2, types_pb2
+from specpool_tools.bench.requests import MODE_VALUES
+from specpool_tools.bench.system import running_system
+from specpool_tools.models.prompts import load_prompts
+from specpool_tools.models.resolve import resolve_model
 
 NEAR_TIE_STEPS = 4
 """Differences of up to this many bfloat16 steps at the logit's magnitude count as near-ties."""

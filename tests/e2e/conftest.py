@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-SPECPOOL = (sys.executable, "-m", "specpool.cli.main")
+SPECPOOL = (sys.executable, "-m", "specpool_tools.cli.main")
 READY_S = 180.0
 """Three processes import torch first, maybe on a busy machine."""
 

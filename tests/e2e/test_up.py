@@ -109,7 +109,7 @@ def test_the_speculator_dies_mid_stream_and_comes_back(toy_system: Any) -> None:
     expected = toy_system.generate(*common[1:], "--mode", "off")
     before = toy_system.status()
     with subprocess.Popen(
-        [sys.executable, "-m", "specpool.cli.main", *common], env=toy_system.environment, stdout=subprocess.PIPE
+        [sys.executable, "-m", "specpool_tools.cli.main", *common], env=toy_system.environment, stdout=subprocess.PIPE
     ) as stream:
         assert stream.stdout is not None
         received = os.read(stream.stdout.fileno(), 1 << 16)
@@ -151,7 +151,7 @@ def test_ctrl_c_ends_everything_in_order(start_system: SystemStarter) -> None:
 
 _HOLD_A_SYSTEM = """
 import time
-from specpool.bench.system import running_system
+from specpool_tools.bench.system import running_system
 with running_system(("--target", "toy#vocab=64", "--session-store", "memory://")) as endpoint:
     print(endpoint, flush=True)
     time.sleep(60)

@@ -11,15 +11,15 @@ from specpool.rpc.server import Health, add_standard_services, bind, create_serv
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import RouterMetrics, serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
-from specpool_router.cluster import Cluster
+from specpool_router.auth.tenants import load_tenants
 from specpool_router.config import RouterConfig
-from specpool_router.discovery import Discovery, StaticDiscovery
-from specpool_router.operations import RouterService
-from specpool_router.redis_store import RedisSessionStore
-from specpool_router.service import InferenceService
-from specpool_router.session_store import MemorySessionStore, SessionStore
-from specpool_router.sessions import Sessions
-from specpool_router.tenants import load_tenants
+from specpool_router.grpc.inference_service import InferenceService
+from specpool_router.grpc.router_service import RouterService
+from specpool_router.placement.cluster import Cluster
+from specpool_router.placement.discovery import Discovery, StaticDiscovery
+from specpool_router.sessions.redis_store import RedisSessionStore
+from specpool_router.sessions.session_store import MemorySessionStore, SessionStore
+from specpool_router.sessions.sessions import Sessions
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _OPERATIONS = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
@@ -108,7 +108,7 @@ def make_store(config: RouterConfig) -> SessionStore:
 def make_discoveries(config: RouterConfig) -> tuple[Discovery, Discovery]:
     """For targets and for speculators."""
     if config.kubernetes_namespace:
-        from specpool_router.kubernetes_discovery import KubernetesDiscovery
+        from specpool_router.placement.kubernetes_discovery import KubernetesDiscovery
 
         targets = KubernetesDiscovery(config.kubernetes_namespace, config.target_selector)
         if not config.speculator_selector:

@@ -6,8 +6,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from specpool.distributions.choices import BodyType, TransportChoice, check_transport_choice
 from specpool.errors import ConfigError
+from specpool_engine.distributions.choices import BodyType, TransportChoice, check_transport_choice
 
 FanOutPolicy = Literal["best_first", "geometric", "uniform"]
 CudaGraphs = Literal["auto", "on", "off"]

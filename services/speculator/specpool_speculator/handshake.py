@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from specpool.distributions.transport import Transport, choose
 from specpool.errors import ProtocolMismatch, TokenizerMismatch
 from specpool.v1 import speculator_pb2, types_pb2
+from specpool_engine.distributions.transport import Transport, choose
 
 PROTOCOL_VERSION: Final = 1
 

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from specpool.distributions.transport import offered
 from specpool.errors import SpecPoolError
-from specpool.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
-from specpool.modeling.files import Progress, no_progress
-from specpool.modeling.interface import CausalModel, Segment, close_model, watch_model
-from specpool.modeling.loading import load_model, parse_device
-from specpool.modeling.paged_kv import SequenceKV
-from specpool.modeling.tensor_parallel.settings import TensorParallelism, describe_device
-from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import SpeculatorMetrics, serve_metrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+from specpool_engine.distributions.transport import offered
+from specpool_engine.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
+from specpool_engine.modeling.files import Progress, no_progress
+from specpool_engine.modeling.interface import CausalModel, Segment, close_model, watch_model
+from specpool_engine.modeling.load_model import load_model, parse_device
+from specpool_engine.modeling.paged_kv import SequenceKV
+from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism, describe_device
+from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool_speculator.config import SpeculatorConfig
-from specpool_speculator.drafter import Drafter
-from specpool_speculator.engine import EngineThread
+from specpool_speculator.engine.drafter import Drafter
+from specpool_speculator.engine.engine import EngineThread
 from specpool_speculator.service import SpeculatorIdentity, SpeculatorService
 
 _logger = logging.getLogger(__name__)

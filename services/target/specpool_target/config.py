@@ -6,8 +6,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from specpool.distributions.choices import TransportChoice, check_transport_choice
 from specpool.errors import ConfigError
+from specpool_engine.distributions.choices import TransportChoice, check_transport_choice
 
 Fallback = Literal["auto", "wait", "backup"]
 CudaGraphs = Literal["auto", "on", "off"]

@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
 
-from specpool.distributions.transport import offered
-from specpool.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
-from specpool.modeling.files import Progress, no_progress
-from specpool.modeling.interface import CausalModel, close_model, watch_model
-from specpool.modeling.loading import load_model, parse_device
-from specpool.modeling.spec import ModelKind, ModelSpec
-from specpool.modeling.tensor_parallel.settings import TensorParallelism, describe_device
-from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import TargetMetrics, serve_metrics
 from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
+from specpool_engine.distributions.transport import offered
+from specpool_engine.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
+from specpool_engine.modeling.files import Progress, no_progress
+from specpool_engine.modeling.interface import CausalModel, close_model, watch_model
+from specpool_engine.modeling.load_model import load_model, parse_device
+from specpool_engine.modeling.spec import ModelKind, ModelSpec
+from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism, describe_device
+from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool_target.config import TargetConfig
-from specpool_target.engine import EngineThread
-from specpool_target.handshake import PROTOCOL_VERSION
-from specpool_target.link import LinkRegistry
-from specpool_target.receiving import DenseReceiver
-from specpool_target.requests import RequestReader
+from specpool_target.engine.engine import EngineThread
+from specpool_target.links.handshake import PROTOCOL_VERSION
+from specpool_target.links.link import LinkRegistry
+from specpool_target.links.receiving_group import DenseReceiver
+from specpool_target.requests.request_reader import RequestReader
 from specpool_target.service import TargetService
 
 _logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from opentelemetry.trace import Span, SpanKind
 from specpool.errors import Draining, EngineFailed
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
-from specpool_target.engine import EngineThread
-from specpool_target.inbox import SpeculationInbox
-from specpool_target.link import LinkRegistry
-from specpool_target.requests import RequestReader
-from specpool_target.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
-from specpool_target.streaming import Response, ResponseStream
+from specpool_target.engine.engine import EngineThread
+from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
+from specpool_target.links.inbox import SpeculationInbox
+from specpool_target.links.link import LinkRegistry
+from specpool_target.requests.request_reader import RequestReader
+from specpool_target.requests.response_stream import Response, ResponseStream
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 

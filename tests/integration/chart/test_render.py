@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from specpool.errors import Unauthenticated
-from specpool_router.tenants import load_tenants
+from specpool_router.auth.tenants import load_tenants
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "helm" / "specpool"

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 import yaml
 
-from specpool_router.embedded import find_binary
+from specpool_tools.local.embedded_store import find_binary
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "helm" / "specpool"

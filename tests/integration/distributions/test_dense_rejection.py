@@ -12,11 +12,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from specpool.distributions import group as group_module
 from specpool.errors import TransportUnavailable
-from specpool.modeling import ToyTokenizer, tokenizer_fingerprint
-from specpool.modeling.toy import ToyTable
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+from specpool_engine.distributions import group as group_module
+from specpool_engine.modeling import ToyTokenizer, tokenizer_fingerprint
+from specpool_engine.modeling.toy import ToyTable
 
 from .conftest import PROMPT, VOCAB
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specpool.modeling import Segment, SequenceKV, load_model, load_tokenizer
-from specpool.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling import Segment, SequenceKV, load_model, load_tokenizer
+from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 
 pytestmark = pytest.mark.models
 

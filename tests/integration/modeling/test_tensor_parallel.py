@@ -19,10 +19,10 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from specpool.errors import FollowerLost, InvalidArgument, KVCacheFull, SpecPoolError
-from specpool.modeling import Segment, SequenceKV, load_model
-from specpool.modeling.interface import DistributedModel, close_model, watch_model
-from specpool.modeling.tensor_parallel.leader import TensorParallelModel
-from specpool.modeling.tensor_parallel.settings import TensorParallelism
+from specpool_engine.modeling import Segment, SequenceKV, load_model
+from specpool_engine.modeling.interface import DistributedModel, close_model, watch_model
+from specpool_engine.modeling.tensor_parallel.leader import TensorParallelModel
+from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a CUDA device, and these tests split a model over CPU processes"
@@ -177,7 +177,7 @@ def test_a_start_that_fails_leaves_nothing_behind(llama: str, monkeypatch: pytes
     before = set(children())
     with pytest.raises(FollowerLost, match="rank 1 did not load its part of the model in time"):
         load_model(llama, tensor_parallel=TensorParallelism(size=2, start_timeout_s=0.05), **SETTINGS)
-    monkeypatch.setattr("specpool.modeling.tensor_parallel.leader._FOLLOWER", "specpool.no_such_module")
+    monkeypatch.setattr("specpool_engine.modeling.tensor_parallel.leader._FOLLOWER", "specpool.no_such_module")
     with pytest.raises(FollowerLost, match=r"rank 1 .* ended with status 1"):
         load_model(llama, tensor_parallel=PAIR, **SETTINGS)
     assert set(children()) == before
@@ -192,8 +192,8 @@ def children() -> list[int]:
 def test_no_follower_outlives_a_killed_leader(llama: str) -> None:
     code = (
         "import sys, time\n"
-        "from specpool.modeling import load_model\n"
-        "from specpool.modeling.tensor_parallel.settings import TensorParallelism\n"
+        "from specpool_engine.modeling import load_model\n"
+        "from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism\n"
         "model = load_model(sys.argv[1], dtype='float32', num_blocks=8, tensor_parallel=TensorParallelism(size=2))\n"
         "print(model._followers[0].process.pid, flush=True)\n"
         "time.sleep(120)\n"

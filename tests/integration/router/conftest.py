@@ -22,8 +22,8 @@ if "router_fakes" not in sys.modules:
     _spec.loader.exec_module(sys.modules["router_fakes"])
 
 from specpool_router.config import RouterConfig
-from specpool_router.embedded import EmbeddedValkey, find_binary
 from specpool_router.server import serve
+from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
 
 StartRouter = Callable[..., Awaitable[str]]
 

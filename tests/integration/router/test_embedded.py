@@ -12,11 +12,11 @@ import time
 import pytest
 
 from specpool.errors import SessionStoreUnavailable
-from specpool_router.embedded import EmbeddedValkey, find_binary
+from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
 
 _PARENT = """
 import asyncio
-from specpool_router.embedded import EmbeddedValkey
+from specpool_tools.local.embedded_store import EmbeddedValkey
 async def main():
     server = EmbeddedValkey()
     await server.start()

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from specpool_router.embedded import EmbeddedValkey, find_binary
-from specpool_router.redis_store import RedisSessionStore
-from specpool_router.session_store import (
+from specpool_router.sessions.redis_store import RedisSessionStore
+from specpool_router.sessions.session_store import (
     LeaseState,
     MemorySessionStore,
     QuotaLimits,
@@ -18,6 +17,7 @@ from specpool_router.session_store import (
     SessionState,
     SessionStore,
 )
+from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
 
 
 @pytest.fixture(params=["memory", "valkey", "redis-server"])

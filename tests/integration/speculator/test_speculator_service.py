@@ -11,10 +11,10 @@ import grpc.aio
 import pytest
 
 from specpool.errors import ProtocolMismatch, TokenizerMismatch, TransportUnavailable
-from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.server import serve
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import grpc.aio
 import pytest
 
-from specpool.modeling import ToyTokenizer, tokenizer_fingerprint
 from specpool.rpc.client import channel
 from specpool.v1 import inference_pb2, speculator_pb2, speculator_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
+from specpool_engine.modeling import ToyTokenizer, tokenizer_fingerprint
 from specpool_target.config import TargetConfig
 from specpool_target.server import serve
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specpool.cli.service import resolve_up
+from specpool_tools.cli.service import resolve_up
 
 FAKE_VLLM = """
 import json, os, time

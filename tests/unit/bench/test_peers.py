@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from specpool.models.prompts import Prompt
+from specpool_tools.models.prompts import Prompt
 
 
 @pytest.fixture(scope="module")

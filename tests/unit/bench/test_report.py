@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from specpool.bench.report import summarize
-from specpool.bench.requests import Measurement, Setting
 from specpool.v1 import types_pb2
+from specpool_tools.bench.report import summarize
+from specpool_tools.bench.requests import Measurement, Setting
 
 OFF = Setting(mode="off", temperature=0.0, lookahead=1)
 SSD = Setting(mode="ssd", temperature=0.0, lookahead=2)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specpool.bench.requests import Measurement, Setting
 from specpool.v1 import types_pb2
+from specpool_tools.bench.requests import Measurement, Setting
 
 SSD = Setting(mode="ssd", temperature=0.0, lookahead=4)
 

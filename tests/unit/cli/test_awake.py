@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from specpool.bench import machine
-from specpool.cli import processes
-from specpool.cli.awake import awake_command, can_keep_awake, cores_awake
-from specpool.cli.processes import UpConfig, make_plan
 from specpool.errors import ConfigError
+from specpool_tools.bench import machine
+from specpool_tools.local import processes
+from specpool_tools.local.awake import awake_command, can_keep_awake, cores_awake
+from specpool_tools.local.processes import UpConfig, make_plan
 
 pytestmark = pytest.mark.skipif(not can_keep_awake(), reason="needs Linux's idle scheduling class")
 CORE = min(os.sched_getaffinity(0)) if can_keep_awake() else 0
@@ -49,7 +49,9 @@ def test_a_core_is_awake_as_long_as_asked() -> None:
 
 
 def test_a_spinner_ends_when_its_parent_is_killed() -> None:
-    code = f"import time; from specpool.cli.awake import cores_awake\nwith cores_awake([{CORE}]): time.sleep(60)"
+    code = (
+        f"import time; from specpool_tools.local.awake import cores_awake\nwith cores_awake([{CORE}]): time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         wait_for(lambda: len(spinners_of(parent.pid)) == 1)
         (pid,) = spinners_of(parent.pid)

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from specpool.cli import endpoint, formats, processes, service
-from specpool.cli.demo import summary
-from specpool.cli.generate import GenerateOptions, build_request
-from specpool.cli.processes import UpConfig, default_threads, make_plan, parse_affinity
 from specpool.client import Completion
 from specpool.errors import ConfigError, InvalidArgument, SpecPoolError
 from specpool.v1 import router_pb2, target_pb2, types_pb2
+from specpool_tools.cli import formats, service
+from specpool_tools.cli.demo import summary
+from specpool_tools.cli.generate import GenerateOptions, build_request
+from specpool_tools.local import endpoint, processes
+from specpool_tools.local.processes import UpConfig, default_threads, make_plan, parse_affinity
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def specpool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "specpool.cli.main", *arguments]
+    command = [sys.executable, "-m", "specpool_tools.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
 
 
@@ -74,7 +75,7 @@ def test_verbose_shows_where_an_error_comes_from() -> None:
 @pytest.mark.parametrize("command", [("--help",), ("generate", "x", "--endpoint", "127.0.0.1:1"), ("models", "list")])
 def test_client_commands_never_import_torch(command: Sequence[str]) -> None:
     code = (
-        "import sys\nsys.argv = ['specpool', *sys.argv[1:]]\nfrom specpool.cli.main import main\n"
+        "import sys\nsys.argv = ['specpool', *sys.argv[1:]]\nfrom specpool_tools.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
     )

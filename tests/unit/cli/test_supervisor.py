@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from specpool.cli.guardian import Guardian
-from specpool.cli.supervisor import Child, ChildSpec
+from specpool_tools.local.guardian import Guardian
+from specpool_tools.local.supervisor import Child, ChildSpec
 
 SLEEP = (sys.executable, "-c", "print('hello', flush=True); import time; time.sleep(60)")
 DEAF = (
@@ -110,8 +110,8 @@ async def test_children_of_a_crashed_child_are_killed(tmp_path: Path, guardian: 
 async def test_sigkill_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
     program = f"""
 import asyncio, pathlib, sys
-from specpool.cli.guardian import Guardian
-from specpool.cli.supervisor import Child, ChildSpec
+from specpool_tools.local.guardian import Guardian
+from specpool_tools.local.supervisor import Child, ChildSpec
 async def main():
     child = Child(ChildSpec(name="parent", command={WITH_GRANDCHILD!r}), pathlib.Path({str(tmp_path)!r}), Guardian())
     child.start(lambda *_: True)

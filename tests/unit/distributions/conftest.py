@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from specpool.distributions.group import GroupPlan
-from specpool.distributions.stream_store import StreamStore
-from specpool.distributions.transport import Transport
-from specpool.distributions.worker import PairWorker
 from specpool.errors import SpecPoolError
+from specpool_engine.distributions.group import GroupPlan
+from specpool_engine.distributions.stream_store import StreamStore
+from specpool_engine.distributions.transport import Transport
+from specpool_engine.distributions.worker import PairWorker
 
 SENDER = Path(__file__).with_name("sender.py")
 

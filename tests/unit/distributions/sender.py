@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from specpool.distributions.group import GroupPlan
-from specpool.distributions.stream_store import StreamStore
-from specpool.distributions.transport import Transport
+from specpool_engine.distributions.group import GroupPlan
+from specpool_engine.distributions.stream_store import StreamStore
+from specpool_engine.distributions.transport import Transport
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specpool.distributions.transport import Transport, choose, labels, offered
 from specpool.errors import ConfigError, TransportUnavailable
+from specpool_engine.distributions.transport import Transport, choose, labels, offered
 
 
 def test_auto_offers_what_there_is() -> None:

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from specpool.distributions import worker as worker_module
-from specpool.distributions.stream_store import MAX_KEYS, StreamStore, local_address
-from specpool.distributions.transport import Transport
 from specpool.errors import TransportUnavailable
+from specpool_engine.distributions import worker as worker_module
+from specpool_engine.distributions.stream_store import MAX_KEYS, StreamStore, local_address
+from specpool_engine.distributions.transport import Transport
 
 SPECULATOR, TARGET = 0, 1
 

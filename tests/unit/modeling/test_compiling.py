@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from specpool.errors import ConfigError
-from specpool.modeling import Segment, SequenceKV, load_model
+from specpool_engine.modeling import Segment, SequenceKV, load_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from specpool.errors import InvalidArgument
-from specpool.modeling.attention import get_backend
-from specpool.modeling.cuda_graphs import choose_bucket, wants_graphs
-from specpool.modeling.static_tensors import StaticTensors
+from specpool_engine.modeling.attention import get_backend
+from specpool_engine.modeling.cuda_graphs import choose_bucket, wants_graphs
+from specpool_engine.modeling.static_tensors import StaticTensors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

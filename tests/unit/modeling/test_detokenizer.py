@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specpool.modeling.detokenizer import REPLACEMENT, IncrementalDetokenizer
-from specpool.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
+from specpool_engine.modeling.detokenizer import REPLACEMENT, IncrementalDetokenizer
+from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 def byte_level_tokenizer(special: str = "<end>") -> PreTrainedTokenizerFast:

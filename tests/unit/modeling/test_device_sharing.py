@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from specpool.errors import ConfigError, InvalidArgument
-from specpool.modeling import device_sharing
-from specpool.modeling.device_sharing import (
+from specpool_engine.modeling import device_sharing
+from specpool_engine.modeling.device_sharing import (
     MPS_DIRECTORY,
     DeviceShare,
     await_mps,
@@ -23,8 +23,8 @@ from specpool.modeling.device_sharing import (
     open_stream,
     use_stream,
 )
-from specpool.modeling.kv_budget import CUDA_CONTEXT_BYTES, GPU_KV_CACHE_SHARE, KVBudget, bytes_left
-from specpool.modeling.loading import parse_device
+from specpool_engine.modeling.kv_budget import CUDA_CONTEXT_BYTES, GPU_KV_CACHE_SHARE, KVBudget, bytes_left
+from specpool_engine.modeling.load_model import parse_device
 from specpool_speculator.config import SpeculatorConfig
 from specpool_target.config import TargetConfig
 

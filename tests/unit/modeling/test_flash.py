@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from specpool.errors import InvalidArgument
-from specpool.modeling.attention import KVStorage, PackedSegment, get_backend
-from specpool.modeling.attention.flash import FlashBackend
-from specpool.modeling.attention.prefix_sharing import group_by_prefix, shared_entries, whole_entries
-from specpool.modeling.attention.varlen import Entry, TorchVarlenKernel, VarlenBatch, merge
-from specpool.modeling.paged_kv import BlockPool, SequenceKV
+from specpool_engine.modeling.attention import KVStorage, PackedSegment, get_backend
+from specpool_engine.modeling.attention.flash import FlashBackend
+from specpool_engine.modeling.attention.prefix_sharing import group_by_prefix, shared_entries, whole_entries
+from specpool_engine.modeling.attention.varlen import Entry, TorchVarlenKernel, VarlenBatch, merge
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV
 
 BLOCK_SIZE = 4
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from specpool.modeling import Segment, SequenceKV, load_model
+from specpool_engine.modeling import Segment, SequenceKV, load_model
 
 pytestmark = [
     pytest.mark.gpu,

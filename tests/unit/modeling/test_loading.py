@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specpool.errors import ConfigError, InvalidArgument, ModelNotFound
-from specpool.modeling import ModelSpec, Segment, SequenceKV, load_model, native
-from specpool.modeling.linear import (
+from specpool_engine.modeling import ModelSpec, Segment, SequenceKV, load_model
+from specpool_engine.modeling.cpu import native
+from specpool_engine.modeling.cpu.linear import (
     FusedLinear,
     Int4Linear,
     Int8Linear,
@@ -22,10 +23,10 @@ from specpool.modeling.linear import (
     convert_linears,
     streamed,
 )
-from specpool.modeling.linear.int4 import round_to_4_bits
-from specpool.modeling.model import TransformersModel
-from specpool.modeling.spec import ModelKind
-from specpool.modeling.vocabulary import keep_frequent_tokens
+from specpool_engine.modeling.cpu.linear.int4 import round_to_4_bits
+from specpool_engine.modeling.model import TransformersModel
+from specpool_engine.modeling.spec import ModelKind
+from specpool_engine.modeling.vocabulary import keep_frequent_tokens
 
 VOCAB_SIZE = 61
 

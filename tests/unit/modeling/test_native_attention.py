@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from specpool.errors import ConfigError, InvalidArgument
-from specpool.modeling import native
-from specpool.modeling.attention import KVStorage, PackedSegment, get_backend
-from specpool.modeling.attention import native as native_attention
-from specpool.modeling.interface import Segment
-from specpool.modeling.model import TransformersModel
-from specpool.modeling.paged_kv import BlockPool, SequenceKV
+from specpool_engine.modeling.attention import KVStorage, PackedSegment, get_backend
+from specpool_engine.modeling.attention import native as native_attention
+from specpool_engine.modeling.cpu import native
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.model import TransformersModel
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from specpool.errors import ContextLengthExceeded, InvalidArgument, KVCacheFull
-from specpool.modeling.interface import Segment
-from specpool.modeling.paged_kv import BlockPool, SequenceKV, reserve_all
-from specpool.modeling.toy import ToyModel, ToyTable
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV, reserve_all
+from specpool_engine.modeling.toy import ToyModel, ToyTable
 
 VOCAB_SIZE = 5
 

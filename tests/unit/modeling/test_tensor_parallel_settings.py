@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig, Phi3Config
 
 from specpool.errors import InvalidArgument
-from specpool.modeling import BlockPool, Segment, SequenceKV, load_model
-from specpool.modeling.tensor_parallel.messages import decode_step, encode_step
-from specpool.modeling.tensor_parallel.settings import TensorParallelism, check_model, describe_device
+from specpool_engine.modeling import BlockPool, Segment, SequenceKV, load_model
+from specpool_engine.modeling.tensor_parallel.messages import decode_step, encode_step
+from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism, check_model, describe_device
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 

@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from specpool.errors import InvalidArgument, KVCacheFull
-from specpool.modeling.attention import AttentionBackend, get_backend
-from specpool.modeling.attention.flash import FlashBackend
-from specpool.modeling.attention.varlen import TorchVarlenKernel
-from specpool.modeling.cuda_graphs import BucketedForward
-from specpool.modeling.interface import Segment
-from specpool.modeling.model import TransformersModel
-from specpool.modeling.native import has_compiler
-from specpool.modeling.paged_kv import BlockPool, SequenceKV
+from specpool_engine.modeling.attention import AttentionBackend, get_backend
+from specpool_engine.modeling.attention.flash import FlashBackend
+from specpool_engine.modeling.attention.varlen import TorchVarlenKernel
+from specpool_engine.modeling.cpu.native import has_compiler
+from specpool_engine.modeling.cuda_graphs import BucketedForward
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.model import TransformersModel
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV
 
 VOCAB_SIZE = 97
 LENGTH = 50

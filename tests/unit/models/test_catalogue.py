@@ -18,10 +18,10 @@ from typing import IO
 import pytest
 
 from specpool.errors import DataCorrupt, InvalidArgument, ModelNotFound
-from specpool.modeling import files
-from specpool.models import catalogue, fetch, packages, prompts
-from specpool.models.catalogue import CATALOGUE, Carrier, CatalogueEntry, find_entry, resolve_spec
-from specpool.models.fetch import Source, fetch_model
+from specpool_engine.modeling import files
+from specpool_tools.models import catalogue, fetch, packages, prompts
+from specpool_tools.models.catalogue import CATALOGUE, Carrier, CatalogueEntry, find_entry, resolve_spec
+from specpool_tools.models.fetch import Source, fetch_model
 
 PARTS = (b"first part, ", b"second part")
 

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from specpool.algorithm.fallback import expected_tokens
-from specpool.cli.plan import PlanOptions, profile_names, read_profile, run_plan
 from specpool.errors import InvalidArgument
-from specpool.planning.answers import best_settings, fit_acceptance, smallest_pool, targets_per_speculator
-from specpool.planning.profile import Profile
-from specpool.planning.simulator import Scenario, simulate
-from specpool.planning.text import SimulatedText
 from specpool_target.config import Fallback
+from specpool_tools.cli.plan import PlanOptions, profile_names, read_profile, run_plan
+from specpool_tools.planning.answers import best_settings, fit_acceptance, smallest_pool, targets_per_speculator
+from specpool_tools.planning.profile import Profile
+from specpool_tools.planning.simulator import Scenario, simulate
+from specpool_tools.planning.text import SimulatedText
 
 BENCH = Path(__file__).parents[3] / "docs" / "benchmarks" / "cpu-2-cores" / "bench.json"
 """The run whose step times the profile has."""

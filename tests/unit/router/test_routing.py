@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specpool.errors import ModelNotFound, TargetUnavailable
-from specpool_router.routing import Candidate, choose_speculator, choose_target
+from specpool_router.placement.pod_choice import Candidate, choose_speculator, choose_target
 
 
 def pod(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from specpool.errors import ConfigError, Unauthenticated
+from specpool_router.auth.tenants import load_tenants
 from specpool_router.config import RouterConfig
-from specpool_router.redis_store import without_password
-from specpool_router.tenants import load_tenants
+from specpool_router.sessions.redis_store import without_password
 
 HASH = hashlib.sha256(b"key").hexdigest()
 

@@ -11,12 +11,12 @@ import torch
 from specpool.algorithm.drafting import draft_ranks
 from specpool.algorithm.sampling import SamplingParams, process_logits
 from specpool.algorithm.verification import VerificationMode
-from specpool.modeling.paged_kv import BlockPool
-from specpool.modeling.toy import ToyModel, ToyTable
 from specpool.rpc.convert import sampling_to_proto
 from specpool.v1 import speculator_pb2, types_pb2
+from specpool_engine.modeling.paged_kv import BlockPool
+from specpool_engine.modeling.toy import ToyModel, ToyTable
 from specpool_speculator.config import SpeculatorConfig
-from specpool_speculator.drafter import Drafter
+from specpool_speculator.engine.drafter import Drafter
 
 VOCAB_SIZE = 24
 CONNECTION = 1

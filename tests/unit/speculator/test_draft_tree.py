@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from specpool.modeling.interface import Segment
-from specpool.modeling.paged_kv import BlockPool
-from specpool.modeling.toy import ToyModel, ToyTable
-from specpool_speculator.draft_tree import DraftTree, Node, NodeRanks
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.paged_kv import BlockPool
+from specpool_engine.modeling.toy import ToyModel, ToyTable
+from specpool_speculator.tree.draft_tree import DraftTree, Node, NodeRanks
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 

@@ -11,7 +11,7 @@ import pytest
 
 from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import types_pb2
-from specpool_speculator.scheduler import branch_candidates, plan_step, share_rows
+from specpool_speculator.engine.scheduler import branch_candidates, plan_step, share_rows
 
 from .conftest import VOCAB_SIZE, ScriptedTarget, exchange, make_drafter
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from specpool.algorithm.fallback import DraftTimes
-from specpool_target.fallback_policy import FallbackPolicy
+from specpool_target.next_round.fallback_policy import FallbackPolicy
 
 
 def measured(**options):

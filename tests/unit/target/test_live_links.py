@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specpool_target.link import LinkMeasurements
-from specpool_target.live_links import LiveLinks
+from specpool_target.links.link import LinkMeasurements
+from specpool_target.links.live_links import LiveLinks
 
 FIRST, SECOND = 1, 2
 WAITED_S = 0.05
@@ -26,7 +26,7 @@ class Link:
 def clock(monkeypatch):
     """What `perf_counter` says."""
     now = [100.0]
-    monkeypatch.setattr("specpool_target.live_links.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("specpool_target.links.live_links.time.perf_counter", lambda: now[0])
 
     def advance(seconds):
         now[0] += seconds

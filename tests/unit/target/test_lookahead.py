@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from specpool_target.fallback_policy import FallbackPolicy
-from specpool_target.link import LinkMeasurements
-from specpool_target.lookahead import LookaheadPlanner
-from specpool_target.sequence import SpeculationMode
-from specpool_target.trials import Output, Verdict
+from specpool_target.engine.sequence import SpeculationMode
+from specpool_target.links.link import LinkMeasurements
+from specpool_target.next_round.fallback_policy import FallbackPolicy
+from specpool_target.next_round.lookahead import LookaheadPlanner
+from specpool_target.next_round.speculation_trials import Output, Verdict
 
 
 def planner(free_tokens: int) -> LookaheadPlanner:

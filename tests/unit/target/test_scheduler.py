@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from specpool.modeling import BlockPool
-from specpool_target.scheduler import Scheduler
-from specpool_target.sequence import Draft, DraftSource, SequenceState, TargetSequence
+from specpool_engine.modeling import BlockPool
+from specpool_target.engine.scheduler import Scheduler
+from specpool_target.engine.sequence import Draft, DraftSource, SequenceState, TargetSequence
 
 
 @pytest.fixture

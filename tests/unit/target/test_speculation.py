@@ -9,15 +9,15 @@ import pytest
 
 from specpool.algorithm.verification import VerificationOutcome
 from specpool.v1 import speculator_pb2
-from specpool_target.fallback_policy import FallbackPolicy
-from specpool_target.inbox import SpeculationInbox
-from specpool_target.link import LinkMeasurements
-from specpool_target.live_links import LiveLinks
-from specpool_target.lookahead import LookaheadPlanner
-from specpool_target.outbox import Outbox
-from specpool_target.sequence import DraftSource, SpeculationMode, TargetSequence
-from specpool_target.speculation import Speculation
-from specpool_target.trials import Verdict
+from specpool_target.engine.outbox import Outbox
+from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
+from specpool_target.links.inbox import SpeculationInbox
+from specpool_target.links.link import LinkMeasurements
+from specpool_target.links.live_links import LiveLinks
+from specpool_target.next_round.fallback_policy import FallbackPolicy
+from specpool_target.next_round.lookahead import LookaheadPlanner
+from specpool_target.next_round.next_round import Speculation
+from specpool_target.next_round.speculation_trials import Verdict
 
 LOOKAHEAD, STOP = 4, 9
 BONUS = 7

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specpool_target.sequence import SpeculationMode
-from specpool_target.trials import Output, SpeculationTrials, Verdict
+from specpool_target.engine.sequence import SpeculationMode
+from specpool_target.next_round.speculation_trials import Output, SpeculationTrials, Verdict
 
 SSD, SD = SpeculationMode.SSD, SpeculationMode.SD
 PLAIN_S = 0.100

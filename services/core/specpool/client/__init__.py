@@ -1,0 +1,5 @@
+"""A client of the public API, for programs, the command line, the bench and the tests. Never imports torch."""
+
+from specpool.client.client import Client, Completion
+
+__all__ = ["Client", "Completion"]

@@ -1,0 +1,87 @@
+"""RouterService: what operators call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from specpool.errors import PermissionDenied
+from specpool.v1 import router_pb2, router_pb2_grpc, types_pb2
+from specpool_router.auth.tenants import Tenants
+from specpool_router.grpc.inference_service import InferenceService
+from specpool_router.placement.cluster import Cluster
+from specpool_router.sessions.sessions import Sessions
+
+
+class RouterService(router_pb2_grpc.RouterServiceServicer):
+    """Status and drain."""
+
+    def __init__(
+        self,
+        *,
+        peer: types_pb2.Peer,
+        cluster: Cluster,
+        sessions: Sessions,
+        tenants: Tenants,
+        inference: InferenceService,
+        drain: Callable[[], Awaitable[None]],
+        stop: asyncio.Event,
+    ) -> None:
+        self._peer = peer
+        self._cluster = cluster
+        self._sessions = sessions
+        self._tenants = tenants
+        self._inference = inference
+        self._drain = drain
+        self._stop = stop
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def GetClusterStatus(
+        self, request: router_pb2.GetClusterStatusRequest, context: Any
+    ) -> router_pb2.GetClusterStatusResponse:
+        """See the proto."""
+        self._tenants.authenticate(context.invocation_metadata() or ())
+        await asyncio.gather(self._cluster.targets.refresh(), self._cluster.speculators.refresh())
+        draining = self._inference.draining
+        return router_pb2.GetClusterStatusResponse(
+            router=self._peer,
+            state=types_pb2.SERVING_STATE_DRAINING if draining else types_pb2.SERVING_STATE_SERVING,
+            targets=[
+                router_pb2.TargetEntry(
+                    endpoint=pod.endpoint.address, reachable=pod.reachable, error=pod.error, status=pod.status
+                )
+                for pod in sorted(
+                    self._cluster.targets.all(), key=lambda pod: pod.status.target.id if pod.status else ""
+                )
+            ],
+            speculators=[
+                router_pb2.SpeculatorEntry(
+                    endpoint=pod.endpoint.address, reachable=pod.reachable, error=pod.error, status=pod.status
+                )
+                for pod in sorted(
+                    self._cluster.speculators.all(), key=lambda pod: pod.status.speculator.id if pod.status else ""
+                )
+            ],
+            session_store=self._sessions.store.kind,
+            session_store_reachable=self._sessions.reachable,
+            num_streams_running=self._inference.num_streams,
+        )
+
+    async def DrainRouter(self, request: router_pb2.DrainRouterRequest, context: Any) -> router_pb2.DrainRouterResponse:
+        """See the proto. The process stops once nothing runs, or after the grace."""
+        tenant = self._tenants.authenticate(context.invocation_metadata() or ())
+        if not tenant.operator:
+            raise PermissionDenied(f"tenant {tenant.name!r} is no operator; only operators may drain the router")
+        self._inference.start_draining()
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._finish(request.grace_seconds))
+        return router_pb2.DrainRouterResponse(num_streams_running=self._inference.num_streams)
+
+    async def _finish(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._drain()
+        except TimeoutError:
+            pass
+        self._stop.set()

@@ -1,0 +1,150 @@
+"""Finds ready pods by label through the Kubernetes API: list, then watch, and list again when the watch is too old.
+
+The client library blocks, so a thread runs it and hands every change to the event loop. When the API server cannot be
+reached the last known pods stay: their own status calls tell whether they are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import Any, Final
+
+from specpool.errors import ConfigError
+from specpool.process import format_address
+from specpool_router.placement.discovery import Discovery, Endpoint
+
+_logger = logging.getLogger(__name__)
+
+PORT_ANNOTATION: Final = "specpool.io/port"
+PORT_NAME: Final = "grpc"
+_WATCH_S: Final = 300
+_FIRST_BACKOFF_S: Final = 0.2
+_LONGEST_BACKOFF_S: Final = 10.0
+_GONE: Final = 410
+
+
+class KubernetesDiscovery(Discovery):
+    """Ready pods of one namespace and label selector."""
+
+    def __init__(self, namespace: str, selector: str, *, api_client: Any = None) -> None:
+        super().__init__()
+        self._namespace = namespace
+        self._selector = selector
+        self._api_client = api_client
+        self._pods: dict[str, Endpoint | None] = {}
+        self._stopping = threading.Event()
+        self._watch: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> None:
+        """Start the thread."""
+        self._loop = asyncio.get_running_loop()
+        if self._api_client is None:
+            self._api_client = await asyncio.to_thread(_default_api_client)
+        name = f"watch {self._selector}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Ask the thread to stop; a daemon thread that waits for the API server is not waited for."""
+        self._stopping.set()
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _run(self) -> None:
+        from kubernetes import client
+
+        api = client.CoreV1Api(self._api_client)
+        backoff_s = _FIRST_BACKOFF_S
+        while not self._stopping.is_set():
+            try:
+                version = self._list(api)
+                backoff_s = _FIRST_BACKOFF_S
+                self._follow(api, version)
+            except client.ApiException as error:
+                if error.status == _GONE:  # the watch is older than the server's memory: list again at once
+                    continue
+                backoff_s = self._pause(error, backoff_s)
+            except Exception as error:  # whatever the HTTP library raises; the watch must never end
+                backoff_s = self._pause(error, backoff_s)
+
+    def _pause(self, error: Exception, backoff_s: float) -> float:
+        if not self._stopping.is_set():
+            _logger.warning("watching pods %r in %s failed: %s", self._selector, self._namespace, error)
+            self._stopping.wait(backoff_s)
+        return min(2 * backoff_s, _LONGEST_BACKOFF_S)
+
+    def _list(self, api: Any) -> str:
+        pods = api.list_namespaced_pod(self._namespace, label_selector=self._selector, _request_timeout=10)
+        self._pods = {pod.metadata.uid: endpoint_of(pod) for pod in pods.items}
+        self._hand_over()
+        version: str = pods.metadata.resource_version
+        return version
+
+    def _follow(self, api: Any, version: str) -> None:
+        """Take in changes until the server ends the watch; it may be resumed from where it ended."""
+        from kubernetes import watch
+
+        while not self._stopping.is_set():
+            self._watch = watch.Watch()
+            stream = self._watch.stream(
+                api.list_namespaced_pod,
+                self._namespace,
+                label_selector=self._selector,
+                resource_version=version,
+                timeout_seconds=_WATCH_S,
+                _request_timeout=_WATCH_S + 10,
+            )
+            num_events = 0
+            for event in stream:
+                num_events += 1
+                self._apply(event["type"], event["object"])
+                version = event["object"].metadata.resource_version
+            if num_events == 0:
+                self._stopping.wait(_FIRST_BACKOFF_S)  # a server that ends watches at once is not hammered
+
+    def _apply(self, kind: str, pod: Any) -> None:
+        if kind == "DELETED":
+            self._pods.pop(pod.metadata.uid, None)
+        elif kind in ("ADDED", "MODIFIED"):
+            self._pods[pod.metadata.uid] = endpoint_of(pod)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        assert self._loop is not None
+        found = [endpoint for endpoint in self._pods.values() if endpoint]
+        if not self._stopping.is_set() and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._publish, found)
+
+
+def endpoint_of(pod: Any) -> Endpoint | None:
+    """Where a pod listens; None unless it is ready and stays."""
+    ready = any(c.type == "Ready" and c.status == "True" for c in pod.status.conditions or ())
+    port = _port_of(pod)
+    if not ready or pod.metadata.deletion_timestamp or not pod.status.pod_ip or port is None:
+        return None
+    return Endpoint(format_address(pod.status.pod_ip, port), pod.metadata.uid)
+
+
+def _port_of(pod: Any) -> int | None:
+    annotation = (pod.metadata.annotations or {}).get(PORT_ANNOTATION, "")
+    if annotation.isascii() and annotation.isdigit():
+        return int(annotation)
+    ports = [port for container in pod.spec.containers for port in container.ports or ()]
+    return next((port.container_port for port in ports if port.name == PORT_NAME), None)
+
+
+def _default_api_client() -> Any:
+    from kubernetes import client, config
+
+    try:
+        config.load_config()
+    except config.ConfigException as error:
+        raise ConfigError(
+            f"kubernetes_namespace is set, but there is neither a service account nor a kubeconfig: {error}",
+            metadata={"field": "kubernetes_namespace"},
+        ) from error
+    return client.ApiClient()

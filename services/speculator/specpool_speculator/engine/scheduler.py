@@ -1,0 +1,229 @@
+"""Which rows the next draft step runs: one forward for all sequences of all targets.
+
+In this order:
+  1. what a target waits for (`speculate_now`);
+  2. missing tokens of in-flight paths: context first, in chunks, then the nodes whose ranks give the guesses;
+  3. branches, one row each, those most likely to be used first, the rows shared among tenants by weight, and no more
+     than are worth the time that they add to the step.
+A step takes no more blocks than are free: branches are left out first (width, then depth), then branches of other
+sequences are given up, then whole sequences, which are computed again when there is room.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from specpool.algorithm.fan_out import round_to_sum
+from specpool.algorithm.planning import rows_worth_running
+from specpool_engine.modeling.paged_kv import BlockPool
+from specpool_speculator.tree.draft_tree import DraftTree, Node, Work
+from specpool_speculator.tree.sequence import SequenceState
+
+_ONE_BLOCK = 1
+"""A row of one token takes a fresh block or the copy of a shared one, never both."""
+_FIRST_TOKEN = 4.0
+"""Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWork:
+    """Tokens of one sequence in the step."""
+
+    sequence: SequenceState
+    """Whose."""
+    work: Work
+    """What to run."""
+    is_branch: bool
+    """Counts against the row budget, and may be left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A branch row that could be run."""
+
+    value: float
+    """Probability that what it drafts is used; the first token after a guess counts more."""
+    sequence: SequenceState
+    """Whose."""
+    node: Node
+    """The uncomputed tip."""
+    is_worth_a_step: bool
+    """False: only together with others that are."""
+
+
+class _Step:
+    """The plan in the making: rows, and blocks not yet spoken for."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.planned: list[PlannedWork] = []
+        self.num_path_tokens = 0
+        self._pool = pool
+        self._num_blocks = 0
+        self._taken: set[int] = set()
+        self._nodes: set[int] = set()
+
+    def has_room(self, num_blocks: int) -> bool:
+        return self._num_blocks + num_blocks <= self._pool.num_free
+
+    def add_path(self, sequence: SequenceState, limit: int, *, root_only: bool) -> int:
+        """Run a part of the in-flight path; returns its number of tokens."""
+        work = sequence.tree.work_on_path(self._taken, limit, root_only=root_only)
+        if work is None:
+            return 0
+        self._add(sequence, work, blocks_for(len(work.tokens), self._pool), is_branch=False)
+        self.num_path_tokens += len(work.tokens)
+        return len(work.tokens)
+
+    def add_row(self, sequence: SequenceState, node: Node) -> bool:
+        """Run a branch tip, unless it is planned already or there is no block for it."""
+        if id(node) in self._nodes or not self.has_room(_ONE_BLOCK):
+            return False
+        self._add(sequence, sequence.tree.work_on(node, self._taken), _ONE_BLOCK, is_branch=True)
+        return True
+
+    def _add(self, sequence: SequenceState, work: Work, num_blocks: int, *, is_branch: bool) -> None:
+        self._num_blocks += num_blocks
+        self._nodes.update(map(id, work.nodes))
+        self.planned.append(PlannedWork(sequence, work, is_branch))
+
+
+def blocks_for(num_tokens: int, pool: BlockPool) -> int:
+    """At most this many blocks are taken by writing `num_tokens` tokens anywhere."""
+    return num_tokens // pool.block_size + 2
+
+
+def plan_step(
+    sequences: Sequence[SequenceState],
+    pool: BlockPool,
+    *,
+    row_budget: int,
+    max_prefill_tokens: int,
+    step_s: Callable[[int], float] = lambda num_rows: 0.0,
+) -> list[PlannedWork]:
+    """Rows of the next forward; empty when there is nothing worth a step.
+
+    `step_s` gives the seconds of a step by its rows, 0 while nothing is measured: of the branches within `row_budget`
+    those are left out that would bring less than they delay the others.
+    """
+    step = _Step(pool)
+    num_rows = _plan_asked(step, sequences)
+    _plan_paths(step, sequences, max_prefill_tokens)
+    candidates = [c for sequence in sequences for c in branch_candidates(sequence)]
+    if step.planned or any(c.is_worth_a_step for c in candidates):
+        values = sorted((c.value for c in candidates), reverse=True)
+        num_branches = rows_worth_running(
+            values, step_s, num_rows=row_budget - num_rows, num_fixed=num_rows + step.num_path_tokens
+        )
+        for candidate in share_rows(candidates, num_branches):
+            step.add_row(candidate.sequence, candidate.node)
+    return step.planned
+
+
+def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
+    """One row for each sequence whose target waits and whose root is computed."""
+    num_rows = 0
+    for sequence in sequences:
+        if sequence.request is None or not sequence.tree.root.is_computed:
+            continue
+        tokens, tip = sequence.tree.root.chain(sequence.request.num_tokens)
+        if len(tokens) < sequence.request.num_tokens and not sequence.is_end(tip):
+            num_rows += step.add_row(sequence, tip)
+    return num_rows
+
+
+def _plan_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int) -> None:
+    """Missing tokens of in-flight paths, those that a target waits for first, long ones last."""
+    waiting = [s for s in sequences if _misses_path(s)]
+    waiting.sort(key=lambda s: (s.request is None, s.tree.missing()))
+    planned = {planned.sequence.key for planned in step.planned}
+    for sequence in waiting:
+        limit = min(max_tokens, sequence.tree.missing())
+        if limit < 1:
+            return
+        if step.has_room(blocks_for(limit, step._pool)) or make_room(step, sequence, sequences, limit, planned):
+            max_tokens -= step.add_path(sequence, limit, root_only=not sequence.options.speculates_ahead)
+            planned.add(sequence.key)
+
+
+def _misses_path(sequence: SequenceState) -> bool:
+    """Whether the in-flight path is to be computed now: ahead of time only the context and in mode SSD."""
+    tree, options = sequence.tree, sequence.options
+    if options.speculates_ahead:
+        return tree.missing() > 0 and tree.path[-1].position < options.max_length
+    is_prefill = tree.round == 0 or sequence.request is not None
+    return is_prefill and not tree.root.is_computed and tree.root.position < options.max_length
+
+
+def make_room(
+    step: _Step,
+    sequence: SequenceState,
+    sequences: Sequence[SequenceState],
+    num_tokens: int,
+    planned: set[tuple[int, str]],
+) -> bool:
+    """Give up branches, then whole sequences of less weight or more blocks, until `num_tokens` fit."""
+    num_blocks = blocks_for(num_tokens, step._pool)
+    others = [s for s in sequences if s is not sequence and s.key not in planned]
+    trees = [s.tree for s in sorted(others, key=lambda s: (s.options.weight, -s.tree.num_blocks))]
+    for tree in [*trees, sequence.tree] if sequence.key not in planned else trees:
+        tree.prune()
+        if step.has_room(num_blocks):
+            return True
+    for tree in _evictable(trees, sequence):
+        tree.evict()
+        if step.has_room(num_blocks):
+            return True
+    return False
+
+
+def _evictable(trees: Iterable[DraftTree], sequence: SequenceState) -> Iterator[DraftTree]:
+    # Only for a sequence that a target waits for or that was never computed: two sequences that do not fit together
+    # would otherwise evict one another for ever.
+    if sequence.request is not None or sequence.tree.round == 0:
+        yield from (tree for tree in trees if tree.num_blocks)
+
+
+def branch_candidates(sequence: SequenceState) -> list[Candidate]:
+    """Tips of the running round's branches, with the value of running each."""
+    if not sequence.options.speculates_ahead:
+        return []
+    lookahead = sequence.options.lookahead
+    if sequence.awaits_start:
+        # What was just drafted will most likely be verified next: know what follows it early.
+        tokens, tip = sequence.tree.root.chain(lookahead + 1)
+        is_open = 0 < len(tokens) <= lookahead and not sequence.is_end(tip)
+        return (
+            [Candidate(sequence.chain_probability(sequence.tree.root, len(tokens)), sequence, tip, False)]
+            if is_open
+            else []
+        )
+    found = []
+    last, best = len(sequence.tree.path) - 1, True
+    for guess in sequence.guesses():
+        if guess.probability == 0 or sequence.is_end(guess.node):
+            continue
+        is_best, best = best and guess.outcome[0] == last, best and guess.outcome[0] != last
+        tokens, tip = guess.node.chain(lookahead + 1)
+        if len(tokens) > lookahead or sequence.is_end(tip):
+            continue
+        value = guess.probability * (sequence.chain_probability(guess.node, len(tokens)) if tokens else _FIRST_TOKEN)
+        found.append(Candidate(value, sequence, tip, len(tokens) < lookahead or is_best))
+    return found
+
+
+def share_rows(candidates: Iterable[Candidate], num_rows: int) -> list[Candidate]:
+    """At most `num_rows` candidates: each tenant's most valuable ones by its weight, then the best of the rest."""
+    of_tenant: dict[str, list[Candidate]] = defaultdict(list)
+    for candidate in sorted(candidates, key=lambda c: -c.value):
+        of_tenant[candidate.sequence.options.tenant].append(candidate)
+    num_rows = max(num_rows, 0)
+    if not of_tenant or sum(map(len, of_tenant.values())) <= num_rows:
+        return [c for group in of_tenant.values() for c in group]
+    weights = [max(group[0].sequence.options.weight, 1e-6) for group in of_tenant.values()]
+    shares = round_to_sum(weights, num_rows)
+    chosen = [c for group, share in zip(of_tenant.values(), shares, strict=True) for c in group[:share]]
+    rest = [c for group, share in zip(of_tenant.values(), shares, strict=True) for c in group[share:]]
+    rest.sort(key=lambda c: -c.value)
+    return chosen + rest[: num_rows - len(chosen)]

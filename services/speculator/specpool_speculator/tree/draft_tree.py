@@ -1,0 +1,303 @@
+"""The draft tree of one sequence: everything drafted for it, each token computed at most once.
+
+The root is the last committed token. A node is one token; the path to it from the root, after the committed tokens,
+is its context. The *in-flight path* v0 .. vd starts at the root; v1 .. vd are the draft tokens that the target
+verifies in the running round. A guess (k, t) of that round's outcome is the child t of v_k, and what is drafted for
+it is the chain of rank-0 children below. So an outcome only moves the root: what was computed below the new root stays
+(deeper tokens, ranks, branches that came late), and everything else is freed.
+
+A node is *computed* once the model has run its token: then its ranks are known and `kv` holds its keys and values.
+The parent of a computed node is computed, or it is the root, whose context `base` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV
+from specpool_speculator.dense.dense_rows import DenseRow
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDistribution:
+    """What one drafted token was sampled from."""
+
+    token_ids: tuple[int, ...]
+    """Tokens that could be drawn."""
+    probabilities: tuple[float, ...]
+    """Their probabilities; they sum to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRanks:
+    """What the draft says comes after a node."""
+
+    drafted: tuple[int, ...]
+    """Rank 0 is drafted; the others guess what the target puts there when it rejects rank 0."""
+    bonus: tuple[int, ...]
+    """Guesses for the bonus token if the draft tokens end at this node."""
+    distribution: TokenDistribution | DenseRow | None = None
+    """What rank 0 was sampled from, for rejection verification."""
+    scores: tuple[float, ...] = ()
+    """Of the drafted ranks; empty for rejection verification."""
+    probabilities: tuple[float, ...] = ()
+    """Of the drafted ranks to be the target's token, by what was known when the node was computed; empty likewise."""
+
+    def probability(self, token: int) -> float:
+        """That `token` is the target's; only with `probabilities`."""
+        if token in self.drafted:
+            return self.probabilities[self.drafted.index(token)]
+        return max(0.0, 1 - sum(self.probabilities))
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One token in the tree."""
+
+    token: int
+    """Token id."""
+    position: int
+    """Index in the whole sequence."""
+    parent: Node | None = None
+    """None for the root."""
+    children: dict[int, Node] = field(default_factory=dict)
+    """By token; uncomputed ones may be created at will."""
+    ranks: NodeRanks | None = None
+    """None until computed."""
+    kv: SequenceKV | None = None
+    """Holds the path to this node and possibly more; None until computed."""
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the model has run this token."""
+        return self.ranks is not None
+
+    def child(self, token: int) -> Node:
+        """The child with that token, created when absent."""
+        node = self.children.get(token)
+        if node is None:
+            node = self.children[token] = Node(token, self.position + 1, self)
+        return node
+
+    def subtree(self) -> Iterator[Node]:
+        """This node and everything below it."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def guesses(self, draft_token: int | None) -> Sequence[int]:
+        """Guesses for the target's own token after this node, best first, when it verifies `draft_token` there."""
+        assert self.ranks is not None
+        if draft_token is None:
+            return self.ranks.bonus
+        if self.ranks.drafted[0] == draft_token:
+            return self.ranks.drafted[1:]
+        return [token for token in self.ranks.bonus if token != draft_token]
+
+    def chain(self, limit: int) -> tuple[list[int], Node]:
+        """Up to `limit` tokens drafted after this node, and the last node reached (uncomputed if below `limit`)."""
+        tokens: list[int] = []
+        node = self
+        while node.ranks is not None and len(tokens) < limit:
+            tokens.append(node.ranks.drafted[0])
+            node = node.child(tokens[-1])
+        return tokens, node
+
+
+@dataclass(slots=True)
+class Work:
+    """A run of tokens for the model: context still missing, then uncomputed nodes."""
+
+    tree: DraftTree
+    """Whose."""
+    kv: SequenceKV
+    """Where their keys and values go."""
+    tokens: list[int]
+    """To run, in order."""
+    nodes: list[Node]
+    """The last of these tokens, as nodes: each needs logits."""
+    is_fork: bool
+    """Whether `kv` was forked for this and is to be freed if the forward does not happen."""
+
+    def finish(self, ranks: Sequence[NodeRanks]) -> None:
+        """The forward was done: the nodes are computed."""
+        for node, node_ranks in zip(self.nodes, ranks, strict=True):
+            node.kv, node.ranks = self.kv, node_ranks
+            if isinstance(node_ranks.distribution, DenseRow):
+                self.tree.rows.append(node_ranks.distribution)
+        if self.tree.root.is_computed:
+            self.tree.base = None
+
+    def cancel(self) -> None:
+        """The forward was not done."""
+        if self.is_fork:
+            self.kv.free()
+
+
+class DraftTree:
+    """Committed tokens, the tree below them, and the blocks that hold it."""
+
+    def __init__(self, pool: BlockPool, tokens: Sequence[int], *, round_: int = 0, salt: str = "") -> None:
+        self.tokens = list(tokens)
+        """Committed tokens; the last one is the root."""
+        self.round = round_
+        """The running round."""
+        self.base: SequenceKV | None = SequenceKV.from_prefix(pool, tokens, salt)
+        """Context of an uncomputed root, perhaps not complete; None once the root is computed."""
+        self.root = Node(self.tokens[-1], len(self.tokens) - 1)
+        self.path: list[Node] = [self.root]
+        """v0 .. vd."""
+        self.rows: list[DenseRow] = []
+        """Dense distributions of the nodes."""
+        self._pool = pool
+        self._salt = salt
+
+    @property
+    def draft_tokens(self) -> list[int]:
+        """What the target verifies in the running round."""
+        return [node.token for node in self.path[1:]]
+
+    @property
+    def num_blocks(self) -> int:
+        """Block table entries held, shared ones counted for every branch."""
+        return sum(len(kv.block_ids) for kv in self._all_kv())
+
+    def set_path(self, draft_tokens: Iterable[int]) -> None:
+        """The target verifies these tokens in the running round; unknown ones become uncomputed nodes."""
+        self.path = [self.root]
+        for token in draft_tokens:
+            self.path.append(self.path[-1].child(token))
+
+    def commit(self, num_accepted: int, bonus_token: int) -> None:
+        """Apply the running round's outcome: move the root, keep what is below it, free the rest."""
+        held = self._all_kv()
+        last = self.path[num_accepted]
+        root = last.child(bonus_token)
+        self.tokens += [*(node.token for node in self.path[1 : num_accepted + 1]), bonus_token]
+        base, base_length = (None, 0) if root.is_computed else self._context(num_accepted)
+        root.parent = None
+        self.root, self.base, self.path = root, base, [root]
+        self.round += 1
+        self._release(held, base_length)
+
+    def missing(self) -> int:
+        """How many tokens of the in-flight path and its context are to be computed."""
+        context = 0 if self.base is None else len(self.tokens) - 1 - self.base.length
+        return context + sum(not node.is_computed for node in self.path)
+
+    def work_on_path(self, taken: set[int], limit: int, *, root_only: bool = False) -> Work | None:
+        """The next run of at most `limit` tokens towards computing the in-flight path, or the root alone."""
+        path = self.path[:1] if root_only else self.path
+        nodes = [node for node in path if not node.is_computed]
+        if not nodes or limit < 1:
+            return None
+        context: list[int] = []
+        if self.base is not None:
+            kv, is_fork = self.base, False
+            context = self.tokens[self.base.length : -1][:limit]
+        else:
+            kv, is_fork = self._extend(nodes[0], taken)
+        nodes = nodes[: limit - len(context)] if kv.length + len(context) == nodes[0].position else []
+        taken.add(id(kv))
+        return Work(self, kv, [*context, *(node.token for node in nodes)], nodes, is_fork)
+
+    def work_on(self, node: Node, taken: set[int]) -> Work:
+        """Run one uncomputed node whose parent is computed."""
+        kv, is_fork = self._extend(node, taken)
+        taken.add(id(kv))
+        return Work(self, kv, [node.token], [node], is_fork)
+
+    def distributions(self) -> list[TokenDistribution | DenseRow] | None:
+        """What each draft token in flight was sampled from; None unless all of them were drafted here."""
+        found: list[TokenDistribution | DenseRow] = []
+        for node, following in zip(self.path, self.path[1:], strict=False):
+            ranks = node.ranks
+            if ranks is None or ranks.drafted[0] != following.token or ranks.distribution is None:
+                return None
+            found.append(ranks.distribution)
+        return found
+
+    def publish(self) -> None:
+        """Make the committed context findable for later sequences with the same salt."""
+        kv = self.root.kv or self.base
+        if kv is not None:
+            kv.publish_prefix(self.tokens, self._salt)
+
+    def prune(self) -> None:
+        """Give up every branch; only the in-flight path stays."""
+        held = self._all_kv()
+        base_length = 0 if self.base is None else self.base.length
+        for node, following in zip(self.path, [*self.path[1:], None], strict=True):
+            node.children = {} if following is None else {following.token: following}
+        self._release(held, base_length)
+
+    def evict(self) -> None:
+        """Give every block back. The tokens stay, so that the sequence can be computed again later."""
+        draft_tokens = self.draft_tokens
+        self.free()
+        self.root = Node(self.tokens[-1], len(self.tokens) - 1)
+        self.base = SequenceKV(self._pool)
+        self.set_path(draft_tokens)
+
+    def free(self) -> None:
+        """Give every block back; the tree is not used afterwards."""
+        for kv in self._all_kv():
+            kv.free()
+        self.base = None
+        self._release_rows(())
+
+    def num_path_tokens_drafted(self) -> int:
+        """How many of the tokens being verified are, from the first one on, what this draft drafts."""
+        for index, node in enumerate(self.path[:-1]):
+            if node.ranks is None or node.ranks.drafted[0] != self.path[index + 1].token:
+                return index
+        return len(self.path) - 1
+
+    def _extend(self, node: Node, taken: set[int]) -> tuple[SequenceKV, bool]:
+        parent = node.parent
+        assert parent is not None, "the root is run with its context"
+        assert parent.kv is not None, "only children of computed nodes can be run"
+        is_tip = parent.kv.length == node.position
+        if is_tip and id(parent.kv) not in taken:
+            return parent.kv, False
+        return parent.kv.fork(node.position), True
+
+    def _context(self, num_accepted: int) -> tuple[SequenceKV | None, int]:
+        """The deepest computed context of v_k, and its length."""
+        for node in reversed(self.path[: num_accepted + 1]):
+            if node.kv is not None:
+                return node.kv, node.position + 1
+        return self.base, 0 if self.base is None else self.base.length
+
+    def _all_kv(self) -> list[SequenceKV]:
+        found = {id(node.kv): node.kv for node in self.root.subtree() if node.kv is not None}
+        if self.base is not None:
+            found[id(self.base)] = self.base
+        return list(found.values())
+
+    def _release(self, held: Iterable[SequenceKV], base_length: int) -> None:
+        """Free of `held` what no node needs any more, and cut off what is beyond the last node that does."""
+        needed: dict[int, int] = {}
+        for node in self.root.subtree():
+            if node.kv is not None:
+                needed[id(node.kv)] = max(needed.get(id(node.kv), 0), node.position + 1)
+        if self.base is not None:
+            needed[id(self.base)] = base_length
+        for kv in held:
+            length = needed.get(id(kv))
+            if length is None:
+                kv.free()
+            elif kv.length > length:
+                kv.truncate(length)
+        if self.rows:
+            self._release_rows(self.root.subtree())
+
+    def _release_rows(self, kept: Iterable[Node]) -> None:
+        needed = {id(node.ranks.distribution) for node in kept if node.ranks is not None}
+        for row in self.rows:
+            if id(row) not in needed:
+                row.release()
+        self.rows = [row for row in self.rows if row.probabilities is not None]

@@ -1,0 +1,211 @@
+"""Who runs in the next forward: continuous batching, chunked prefill, admission and preemption by KV blocks.
+
+A sequence in the batch always has `tokens[kv.length:] + draft` to compute. Between rounds that is its last token and
+the draft; after admission or preemption it is the whole prompt (and output), computed in chunks. So prefill, decoding
+and recomputation after a preemption are one case: only the chunk that reaches the end asks for logits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from specpool.errors import ContextLengthExceeded, KVCacheFull, TargetUnavailable
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV, num_blocks_for
+from specpool_target.engine.sequence import TargetSequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSegment:
+    """What one sequence computes in a step."""
+
+    sequence: TargetSequence
+    num_tokens: int
+    """Next uncomputed tokens, drafts included."""
+    is_complete: bool
+    """Whether it reaches the end of the draft: then the round is verified."""
+    is_prefill: bool = False
+    """Whether it computes more than a round does."""
+
+    def segment(self) -> Segment:
+        """For the model."""
+        sequence = self.sequence
+        assert sequence.kv is not None, "only admitted sequences are planned"
+        pending = sequence.tokens[sequence.kv.length :] + sequence.draft.tokens
+        num_logits = 1 + len(sequence.draft.tokens) if self.is_complete else 0
+        return Segment(kv=sequence.kv, tokens=pending[: self.num_tokens], num_logits=num_logits)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step of the engine."""
+
+    segments: Sequence[ScheduledSegment]
+    admitted: Sequence[TargetSequence]
+    """In the batch since this step."""
+    preempted: Sequence[TargetSequence]
+    """Out of the batch since this step."""
+
+
+class Scheduler:
+    """Owns the order of the sequences and their KV."""
+
+    def __init__(
+        self, pool: BlockPool, *, max_context: int, max_batch_size: int, max_batch_tokens: int, max_waiting: int
+    ) -> None:
+        self.pool = pool
+        self._max_context = max_context
+        self._max_batch_size = max_batch_size
+        self._max_batch_tokens = max_batch_tokens
+        self._max_waiting = max_waiting
+        self.waiting: deque[TargetSequence] = deque()
+        self.running: list[TargetSequence] = []
+        """Oldest admission first."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence: what the context and the whole KV cache can hold (the last token needs no KV)."""
+        return min(self._max_context, self.pool.num_blocks * self.pool.block_size)
+
+    def check_admissible(self, num_tokens: int, num_submitted: int = 0) -> None:
+        """Refuse a prompt that can never run, or that would wait too long. Callable from any thread.
+
+        `num_submitted` sequences are on their way here; those that find a place in the batch will not wait.
+        """
+        if num_tokens + 1 > self._max_context:
+            raise ContextLengthExceeded(
+                f"prompt of {num_tokens} tokens leaves no room for output in the context of {self._max_context} tokens",
+                metadata={"num_tokens": num_tokens, "max_context": self._max_context},
+            )
+        total = self.pool.num_blocks
+        wanted = num_blocks_for(num_tokens + 1, self.pool.block_size)
+        if wanted > total:
+            raise KVCacheFull(
+                f"prompt of {num_tokens} tokens needs {wanted} KV blocks of {self.pool.block_size} tokens, "
+                f"the cache has {total}",
+                metadata={"num_tokens": num_tokens, "wanted_blocks": wanted, "total_blocks": total},
+            )
+        num_places = 0 if self.waiting else self._max_batch_size - len(self.running)
+        num_waiting = len(self.waiting) + max(0, num_submitted - num_places)
+        if num_waiting >= self._max_waiting > 0:
+            raise TargetUnavailable(
+                f"{num_waiting} sequences are waiting already, at most {self._max_waiting} may",
+                reason="TARGET_OVERLOADED",
+                metadata={"num_waiting": num_waiting, "max_waiting": self._max_waiting},
+            )
+
+    def add(self, sequence: TargetSequence) -> None:
+        """Put a sequence into the queue."""
+        self.waiting.append(sequence)
+
+    def sequences(self) -> Iterator[TargetSequence]:
+        """All of them."""
+        yield from self.running
+        yield from self.waiting
+
+    def remove(self, sequence: TargetSequence) -> None:
+        """Finished or cancelled: frees its KV."""
+        if sequence.is_admitted:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.is_admitted = False
+        sequence.publish_and_free()
+
+    def plan(self) -> StepPlan:
+        """Segments of the next forward: what is in the batch, oldest first, then admissions."""
+        planner = _Planner(self.pool, prefill_budget=self._prefill_budget())
+        preempted: list[TargetSequence] = []
+        for sequence in list(self.running):
+            if sequence.is_admitted and sequence.await_deadline_s is None:
+                self._plan_running(sequence, planner, preempted)
+        admitted = [] if preempted else list(self._admit(planner))
+        return StepPlan(planner.segments, admitted, preempted)
+
+    def _prefill_budget(self) -> int:
+        """Rounds always run; prefill gets what they leave, and a token at least, or it might starve."""
+        num_round_tokens = sum(
+            1 + len(s.draft.tokens) for s in self.running if s.await_deadline_s is None and s.num_uncomputed == 1
+        )
+        return max(1, self._max_batch_tokens - num_round_tokens)
+
+    def _plan_running(self, sequence: TargetSequence, planner: _Planner, preempted: list[TargetSequence]) -> None:
+        num_tokens = planner.chunk_of(sequence)
+        while num_tokens and not planner.fits(sequence, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return
+        if num_tokens:
+            planner.add(sequence, num_tokens)
+
+    def _preempt(self, victim: TargetSequence) -> None:
+        """Its tokens, round and draft stay: it recomputes its KV later and goes on as if nothing had happened."""
+        self.running.remove(victim)
+        victim.is_admitted = False
+        victim.publish_and_free()
+        self.waiting.appendleft(victim)
+
+    def _admit(self, planner: _Planner) -> Iterator[TargetSequence]:
+        # Blocks that sequences in the batch still need for their prefill are spoken for.
+        num_promised = sum(self._blocks_to_finish(s) for s in self.running) - planner.num_blocks
+        while self.waiting and len(self.running) < self._max_batch_size and planner.prefill_budget > 0:
+            sequence = self.waiting[0]
+            sequence.kv = SequenceKV.from_prefix(self.pool, sequence.tokens, sequence.salt)
+            wanted = self._blocks_to_finish(sequence)
+            if max(0, num_promised) + planner.num_blocks + wanted > self.pool.num_free:
+                sequence.kv.free()
+                sequence.kv = None
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.is_admitted = True
+            num_promised += wanted
+            num_tokens = planner.chunk_of(sequence) if sequence.await_deadline_s is None else 0
+            if num_tokens:
+                num_promised -= planner.add(sequence, num_tokens)
+            yield sequence
+
+    @staticmethod
+    def _blocks_to_finish(sequence: TargetSequence) -> int:
+        assert sequence.kv is not None, "sequences in the batch have KV"
+        return sequence.kv.blocks_to_reserve(sequence.num_uncomputed + len(sequence.draft.tokens))
+
+
+class _Planner:
+    """Adds up tokens and blocks of one step."""
+
+    def __init__(self, pool: BlockPool, *, prefill_budget: int) -> None:
+        self._pool = pool
+        self.prefill_budget = prefill_budget
+        """Tokens left for sequences that are not through their prefill."""
+        self.num_blocks = 0
+        self.segments: list[ScheduledSegment] = []
+
+    def chunk_of(self, sequence: TargetSequence) -> int:
+        """How many tokens `sequence` computes in this step; 0: none."""
+        num_draft = len(sequence.draft.tokens)
+        if sequence.num_uncomputed == 1:
+            return 1 + num_draft
+        wanted = sequence.num_uncomputed + num_draft
+        # A draft is verified whole, together with the last token.
+        return wanted if wanted <= self.prefill_budget else min(self.prefill_budget, sequence.num_uncomputed - 1)
+
+    def fits(self, sequence: TargetSequence, num_tokens: int) -> bool:
+        """Whether blocks are left for that."""
+        assert sequence.kv is not None, "only sequences in the batch are planned"
+        return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self._pool.num_free
+
+    def add(self, sequence: TargetSequence, num_tokens: int) -> int:
+        """Schedule it; returns the blocks it takes."""
+        assert sequence.kv is not None, "only sequences in the batch are planned"
+        num_blocks = sequence.kv.blocks_to_reserve(num_tokens)
+        is_complete = num_tokens == sequence.num_uncomputed + len(sequence.draft.tokens)
+        self.segments.append(ScheduledSegment(sequence, num_tokens, is_complete, sequence.num_uncomputed > 1))
+        self.num_blocks += num_blocks
+        if sequence.num_uncomputed > 1:
+            self.prefill_budget -= num_tokens
+        return num_blocks

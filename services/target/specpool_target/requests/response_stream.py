@@ -1,0 +1,136 @@
+"""The stream of one request: updates of the engine become protocol messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from opentelemetry.trace import Span
+
+from specpool.telemetry import tracing
+from specpool.v1 import inference_pb2, target_pb2, types_pb2
+from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, TokenLogprobs
+
+Response = target_pb2.RunSequenceResponse
+
+
+class ResponseStream:
+    """Turns updates into responses, and rounds into span events."""
+
+    def __init__(
+        self,
+        request: SequenceRequest,
+        tokenizer: Any,
+        span: Span,
+        *,
+        num_text_chars_sent: int,
+        model_name: str,
+        max_length: int,
+    ) -> None:
+        self.updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
+        self.request = request
+        self._span = span
+        self._rounds = tracing.RoundEvents(span)
+        self._model_name = model_name
+        self._max_length = max_length
+        self._num_tokens = len(request.committed_tokens)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_tokens=request.prompt_tokens, stop=request.sampling.stop
+        )
+        self._committed_stop: FinishReason | None = None
+        self.pending_text = self._replay(request.committed_tokens)[num_text_chars_sent:]
+        """Of committed tokens, not with the client yet."""
+
+    @property
+    def engine_detokenizer(self) -> IncrementalDetokenizer | None:
+        """Stop strings end the output, so the engine has to see the text; else it need not spend time on it."""
+        return self._detokenizer if self.request.sampling.stop else None
+
+    @property
+    def is_complete(self) -> FinishReason | None:
+        """Why nothing is left to do: the target that ran this before was lost after the last token."""
+        committed = self.request.committed_tokens
+        if self._committed_stop is not None:
+            return self._committed_stop
+        if committed and committed[-1] in self.request.stop_token_ids:
+            return FinishReason.STOP
+        length = len(self.request.prompt_tokens) + len(committed)
+        if len(committed) >= self.request.sampling.max_tokens or (committed and length >= self._max_length):
+            return FinishReason.LENGTH
+        return None
+
+    def _replay(self, committed: Sequence[int]) -> str:
+        delta = self._detokenizer.push(committed)
+        if delta.stopped:
+            self._committed_stop = FinishReason.STOP
+            return delta.text
+        if self.is_complete is not None:
+            return delta.text + self._detokenizer.finish().text
+        return delta.text
+
+    def started(self, request_id: str) -> Response:
+        """The first message."""
+        seed = self.request.sampling.seed
+        assert seed is not None, "drawn when the request was read"
+        started = inference_pb2.GenerationStarted(
+            request_id=request_id,
+            model=self._model_name,
+            seed=seed,
+            num_prompt_tokens=len(self.request.prompt_tokens),
+        )
+        return Response(started=started)
+
+    async def responses(self) -> AsyncGenerator[Response, None]:
+        """Until the sequence finishes; raises if it fails."""
+        while True:
+            update = await self.updates.get()
+            if update.error is not None:
+                raise update.error
+            if update.round is not None:
+                self._rounds.add(
+                    num_draft_tokens=update.round.num_draft_tokens,
+                    num_accepted=update.round.num_accepted,
+                    outcome=update.round.lookup,
+                    duration_s=update.round.phases.total,
+                    phases_s=update.round.phases.parts(),
+                )
+            yield self._delta(update)
+            if update.finish is not None:
+                yield self.finished(update.finish)
+                return
+
+    def _delta(self, update: SequenceUpdate) -> Response:
+        self._num_tokens += len(update.tokens)
+        text = update.text
+        if text is None:
+            text = self._detokenizer.push(update.tokens).text
+            text += self._detokenizer.finish().text if update.finish else ""
+        text, self.pending_text = self.pending_text + text, ""
+        delta = inference_pb2.GenerationDelta(
+            token_ids=update.tokens, text=text, logprobs=[_to_proto(position) for position in update.logprobs]
+        )
+        return Response(delta=delta)
+
+    def finished(self, finish: Finish) -> Response:
+        """The last message."""
+        usage = types_pb2.Usage(
+            num_prompt_tokens=len(self.request.prompt_tokens),
+            num_cached_prompt_tokens=finish.num_cached_prompt_tokens,
+            num_completion_tokens=self._num_tokens,
+        )
+        self._rounds.finish()
+        reason = finish.reason.label
+        self._span.set_attribute(tracing.GEN_AI_RESPONSE_FINISH_REASONS, [reason])
+        self._span.set_attribute(tracing.GEN_AI_USAGE_OUTPUT_TOKENS, usage.num_completion_tokens)
+        self._span.set_attribute(tracing.GEN_AI_USAGE_CACHED_INPUT_TOKENS, usage.num_cached_prompt_tokens)
+        message = inference_pb2.GenerationFinished(finish_reason=finish.reason.value, usage=usage, stats=finish.stats)
+        return Response(finished=message)
+
+
+def _to_proto(position: TokenLogprobs) -> types_pb2.PositionLogprobs:
+    return types_pb2.PositionLogprobs(
+        chosen=types_pb2.TokenLogprob(token_id=position.token_id, logprob=position.chosen),
+        top=[types_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in position.top],
+    )

@@ -1,0 +1,82 @@
+"""The draft's distributions for rejection verification: those of the rounds that end, with a short wait for late ones.
+
+Runs on the engine thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from specpool.algorithm.verification import DraftDistribution, VerificationMode
+from specpool_target.engine.sequence import DraftSource, TargetSequence
+from specpool_target.links.live_links import LiveLinks
+from specpool_target.verify.verify_step import effective_mode, read_distributions
+
+
+class DraftDistributions:
+    """Takes distributions from the sequences' inboxes."""
+
+    def __init__(
+        self,
+        links: LiveLinks,
+        *,
+        deadline_s: float,
+        vocab_size: int,
+        device: torch.device,
+        wait_for_news: Callable[[float], None],
+        on_late: Callable[[], None],
+    ) -> None:
+        """`wait_for_news`: blocks until something arrived, for so many seconds at most."""
+        self._links = links
+        self._deadline_s = deadline_s
+        self._vocab_size = vocab_size
+        self._device = device
+        self._wait_for_news = wait_for_news
+        self._on_late = on_late
+
+    def take(self, sequences: Sequence[TargetSequence]) -> list[DraftDistribution | None]:
+        """For each sequence, whose round ends; None: not needed, or not there in time (sample-and-match)."""
+        in_need = [_needs(sequence) for sequence in sequences]
+        self._wait([s for s, is_in_need in zip(sequences, in_need, strict=True) if is_in_need])
+        return [self._read(s) if is_in_need else None for s, is_in_need in zip(sequences, in_need, strict=True)]
+
+    def _wait(self, sequences: Sequence[TargetSequence]) -> None:
+        started_s = time.perf_counter()
+        may_wait = self._links.may_wait_for_distributions
+        while missing := [s for s in sequences if _is_missing(s) and may_wait(s.link)]:
+            waited_s = time.perf_counter() - started_s
+            if waited_s >= self._deadline_s:
+                for sequence in missing:
+                    self._links.distributions_late(sequence.link, waited_s)
+                return
+            self._wait_for_news(self._deadline_s - waited_s)
+
+    def _read(self, sequence: TargetSequence) -> DraftDistribution | None:
+        if sequence.inbox is None:
+            return None
+        distribution = read_distributions(
+            sequence.inbox.take_distributions(sequence.round),
+            sequence.draft.tokens,
+            vocab_size=self._vocab_size,
+            device=self._device,
+        )
+        if distribution is None:
+            self._on_late()
+            sequence.stats.num_sample_and_match_rounds += 1
+        return distribution
+
+
+def _needs(sequence: TargetSequence) -> bool:
+    mode = effective_mode(sequence.request.sampling, sequence.request.verification)
+    return (
+        mode is VerificationMode.REJECTION
+        and sequence.draft.source is DraftSource.SPECULATOR
+        and bool(sequence.draft.tokens)
+    )
+
+
+def _is_missing(sequence: TargetSequence) -> bool:
+    return sequence.inbox is not None and not sequence.inbox.has_distributions(sequence.round)

@@ -1,0 +1,142 @@
+"""`specpool generate` and `specpool chat`: requests to a router. Never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass, field, replace
+
+from specpool.client import Client, Completion
+from specpool.errors import InvalidArgument
+from specpool.v1 import inference_pb2, types_pb2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateOptions:
+    """Everything about a request but its prompt; None leaves the server's default."""
+
+    endpoint: str
+    model: str = ""
+    mode: str = "ssd"
+    verification: str = "coupled"
+    max_lookahead: int | None = None
+    api_key: str = ""
+    numbers: dict[str, float | int | None] = field(default_factory=dict)
+    """Optional scalar fields of SamplingParams by name."""
+    logit_bias: tuple[str, ...] = ()
+    """`TOKEN_ID=BIAS`, each."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+def sampling_params(options: GenerateOptions) -> types_pb2.SamplingParams:
+    """The message; what it cannot hold is a bad argument."""
+    given = {name: value for name, value in options.numbers.items() if value is not None}
+    params = types_pb2.SamplingParams(ignore_eos=options.ignore_eos, stop=options.stop)
+    for name, value in given.items():
+        try:
+            setattr(params, name, value)
+        except (ValueError, TypeError) as error:
+            raise InvalidArgument(f"{name} cannot be {value}: {error}") from error
+    try:
+        params.stop_token_ids.extend(options.stop_token_ids)
+        for item in options.logit_bias:
+            token, _, bias = item.partition("=")
+            params.logit_bias[int(token)] = float(bias)
+    except ValueError as error:
+        raise InvalidArgument(f"bad token id or bias (expected TOKEN_ID=BIAS): {error}") from error
+    return params
+
+
+def build_request(options: GenerateOptions) -> inference_pb2.GenerateRequest:
+    """The request without its prompt."""
+    request = inference_pb2.GenerateRequest(
+        model=options.model,
+        sampling=sampling_params(options),
+        mode=types_pb2.SpeculationMode.Value(f"SPECULATION_MODE_{options.mode.upper()}"),
+        verification=types_pb2.VerificationMode.Value(f"VERIFICATION_MODE_{options.verification.upper()}"),
+    )
+    if options.max_lookahead is not None:
+        if options.max_lookahead < 0:
+            raise InvalidArgument(f"lookahead must be >= 0, got {options.max_lookahead}")
+        request.max_lookahead = options.max_lookahead
+    return request
+
+
+def chat_messages(*messages: tuple[str, str]) -> inference_pb2.ChatPrompt:
+    """A chat of (role, content) pairs; empty contents are left out."""
+    return inference_pb2.ChatPrompt(
+        messages=[inference_pb2.ChatMessage(role=role, content=text) for role, text in messages if text]
+    )
+
+
+def run_generate(prompt: str, options: GenerateOptions, *, chat: bool, system: str, output: str, stats: bool) -> None:
+    """Send one prompt; stream text, or print one JSON object at the end."""
+    request = build_request(options)
+    if chat:
+        request.chat.CopyFrom(inference_pb2.ChatPrompt(messages=[]))
+        request.chat.MergeFrom(chat_messages(("system", system)))
+        request.chat.messages.add(role="user", content=prompt)
+    else:
+        request.text = prompt
+    completion = asyncio.run(_stream(request, options, echo=output == "text"))
+    if output == "json":
+        from specpool_tools.cli.formats import completion_document
+
+        print(json.dumps(completion_document(completion), ensure_ascii=False))
+        return
+    if not completion.text.endswith("\n"):
+        print()
+    if stats:
+        print(describe_stats(completion), file=sys.stderr)
+
+
+async def _stream(request: inference_pb2.GenerateRequest, options: GenerateOptions, *, echo: bool) -> Completion:
+    completion = Completion()
+    async with Client(options.endpoint, api_key=options.api_key) as client:
+        async for event in client.stream(request):
+            completion.add(event)
+            if echo and event.HasField("delta"):
+                print(event.delta.text, end="", flush=True)
+    return completion
+
+
+def describe_stats(completion: Completion) -> str:
+    """One line for people."""
+    stats, num_tokens = completion.stats, len(completion.token_ids)
+    decode_s = stats.seconds - stats.seconds_to_first_token
+    speed = (num_tokens - 1) / decode_s if decode_s > 0 else 0.0
+    line = f"{num_tokens} tokens, {speed:.1f} tokens/s, {stats.num_rounds} rounds"
+    if stats.num_rounds:
+        line += f", {stats.num_accepted_tokens / stats.num_rounds:.2f} draft tokens accepted a round"
+    lookups = stats.num_hits + stats.num_partial + stats.num_misses
+    if lookups:
+        rate = (stats.num_hits + stats.num_partial) / lookups
+        line += f", hit rate {rate:.0%} ({stats.num_hits} full, {stats.num_partial} partial)"
+    return line
+
+
+def run_chat(options: GenerateOptions, *, system: str) -> None:
+    """Read lines and answer them until end of input."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    console.print(f"[dim]chat with {options.endpoint}; empty line or Ctrl-D ends it[/dim]")
+    messages = [("system", system)] if system else []
+    while line := _ask():
+        messages.append(("user", line))
+        request = build_request(replace(options))
+        request.chat.CopyFrom(chat_messages(*messages))
+        completion = asyncio.run(_stream(request, options, echo=True))
+        print()
+        console.print(f"[dim]{describe_stats(completion)}[/dim]")
+        messages.append(("assistant", completion.text))
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

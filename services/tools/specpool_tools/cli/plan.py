@@ -1,0 +1,200 @@
+"""`specpool plan`: what a pool will do, by simulation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from specpool.errors import ConfigError, InvalidArgument
+from specpool_tools.planning.answers import (
+    PoolPoint,
+    PoolSize,
+    best_settings,
+    fit_acceptance,
+    smallest_pool,
+    targets_per_speculator,
+)
+from specpool_tools.planning.profile import Profile
+from specpool_tools.planning.simulator import MODES, Figures, Scenario, simulate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """What is asked."""
+
+    profile: str
+    """File, or name of a profile that comes along."""
+    target_counts: tuple[int, ...] = (1, 2, 4, 8)
+    """Targets on one speculator to try."""
+    batch_size: int = 1
+    """Sequences per target."""
+    num_targets: int = 0
+    """Size a pool for so many; 0: do not."""
+    slo_tokens_per_s: float = 0.0
+    """Speed that every sequence is to have, for the size of the pool; 0: 0.9 of that with a speculator each."""
+    lookaheads: tuple[int, ...] = ()
+    """Candidates for K; none: the profile's."""
+    fan_outs: tuple[int, ...] = ()
+    """Candidates for B; none: the profile's."""
+    sd_tokens_per_s: float = 0.0
+    """Fit the acceptance rate to this speed of mode sd first; 0: the profile's rate."""
+    sd_lookahead: int = 0
+    """K of that measurement; 0: the profile's."""
+    seconds: float = 20.0
+    """Simulated per scenario."""
+    seed: int = 1
+    as_json: bool = False
+    plot: Path | None = None
+    """PNG of speed over targets."""
+
+
+def profile_names() -> list[str]:
+    """Profiles that come along."""
+    folder = files("specpool_tools.planning").joinpath("profiles")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_profile(name: str) -> Profile:
+    """From a file, or one that comes along."""
+    if name in profile_names():
+        return Profile.read(Path(str(files("specpool_tools.planning").joinpath("profiles", f"{name}.yaml"))))
+    if not Path(name).is_file():
+        raise InvalidArgument(
+            f"no profile {name!r}: neither a file nor one of {', '.join(profile_names())}",
+            metadata={"field": "profile", "value": name, "accepted": ", ".join(profile_names())},
+        )
+    return Profile.read(Path(name))
+
+
+def run_plan(options: PlanOptions, console: Console) -> None:
+    """Simulate and print."""
+    _check(options)
+    profile = read_profile(options.profile)
+    scenario = Scenario(mode="ssd", batch_size=options.batch_size, seconds=options.seconds, seed=options.seed)
+    if options.sd_tokens_per_s:
+        measured = replace(profile, lookahead=options.sd_lookahead or profile.lookahead)
+        fitted = fit_acceptance(measured, replace(scenario, mode="sd"), options.sd_tokens_per_s)
+        profile = replace(profile, acceptance=fitted.acceptance)
+    if options.lookaheads or options.fan_outs:
+        profile, _ = best_settings(
+            profile,
+            scenario,
+            lookaheads=options.lookaheads or (profile.lookahead,),
+            fan_outs=options.fan_outs or (profile.fan_out,),
+        )
+    modes = {mode: simulate(profile, replace(scenario, mode=mode)) for mode in MODES}
+    points = targets_per_speculator(profile, scenario, options.target_counts)
+    slo = options.slo_tokens_per_s or 0.9 * modes["ssd"].tokens_per_second
+    pool = None
+    if options.num_targets:
+        pool = smallest_pool(profile, scenario, num_targets=options.num_targets, slo_tokens_per_s=slo)
+    if options.plot:
+        _plot(points, modes, options.plot)
+    if options.as_json:
+        print(json.dumps(_document(profile, modes, points, pool, slo, options), indent=2))
+    else:
+        _print(profile, modes, points, pool, slo, options, console)
+
+
+def _check(options: PlanOptions) -> None:
+    at_least_one = {
+        "targets": options.target_counts,
+        "lookahead": options.lookaheads,
+        "fan_out": options.fan_outs,
+        "batch_size": (options.batch_size,),
+    }
+    for name, values in at_least_one.items():
+        if any(value < 1 for value in values):
+            raise InvalidArgument(f"{name} must be at least 1, got {min(values)}", metadata={"field": name})
+    if options.seconds <= 0:
+        raise InvalidArgument(f"seconds must be greater than 0, got {options.seconds}", metadata={"field": "seconds"})
+    if options.num_targets < 0:
+        raise InvalidArgument(f"pool_for must be at least 0, got {options.num_targets}", metadata={"field": "pool_for"})
+
+
+def _document(
+    profile: Profile,
+    modes: dict[str, Figures],
+    points: Sequence[PoolPoint],
+    pool: PoolSize | None,
+    slo: float,
+    options: PlanOptions,
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "profile": asdict(profile),
+        "modes": {mode: asdict(figures) for mode, figures in modes.items()},
+        "targets_per_speculator": [asdict(point) for point in points],
+    }
+    if options.num_targets:
+        document["pool"] = {"num_targets": options.num_targets, "slo_tokens_per_s": slo}
+        document["pool"]["smallest"] = asdict(pool) if pool else None
+    return document
+
+
+def _print(
+    profile: Profile,
+    modes: dict[str, Figures],
+    points: Sequence[PoolPoint],
+    pool: PoolSize | None,
+    slo: float,
+    options: PlanOptions,
+    console: Console,
+) -> None:
+    console.print(f"K = {profile.lookahead}, B = {profile.fan_out}, acceptance rate {profile.acceptance:.3f}")
+    table = Table(title="one target, one speculator")
+    for heading in ("mode", "tok/s per sequence", "vs off", "tok/round", "hit", "full", "rows/step", "speculator busy"):
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    for mode, f in modes.items():
+        ratio = f"{f.tokens_per_second / modes['off'].tokens_per_second:.2f}"
+        table.add_row(mode, f"{f.tokens_per_second:.1f}", ratio, f"{f.tokens_per_round:.2f}", *_shares(f))
+    console.print(table)
+    table = Table(title="mode ssd, targets on one speculator")
+    for heading in ("targets", "tok/s per sequence", "of one alone", "hit", "full", "rows/step", "speculator busy"):
+        table.add_column(heading, justify="right")
+    for p in points:
+        table.add_row(str(p.num_targets), f"{p.figures.tokens_per_second:.1f}", f"{p.share:.2f}", *_shares(p.figures))
+    console.print(table)
+    if options.num_targets:
+        console.print(_describe(pool, slo, options.num_targets, modes))
+
+
+def _shares(figures: Figures) -> tuple[str, ...]:
+    rates = (f"{figures.hit_rate:.3f}", f"{figures.full_hit_rate:.3f}")
+    return (*rates, f"{figures.rows_per_step:.1f}", f"{figures.utilisation:.2f}")
+
+
+def _describe(pool: PoolSize | None, slo: float, num_targets: int, modes: dict[str, Figures]) -> str:
+    if pool is None:
+        best = modes["ssd"].tokens_per_second
+        return f"no pool gives {slo:.1f} tokens/s: a speculator for every target gives {best:.1f}"
+    return (
+        f"{num_targets} targets at {slo:.1f} tokens/s or more: {pool.num_speculators} speculators, at most "
+        f"{pool.targets_each} targets each, {pool.tokens_per_second:.1f} tokens/s; while one is lost "
+        f"{pool.tokens_per_second_after_loss:.1f}; plain decoding {modes['off'].tokens_per_second:.1f}"
+    )
+
+
+def _plot(points: Sequence[PoolPoint], modes: dict[str, Figures], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("plots need matplotlib: install the extra `bench`", metadata={"field": "plot"}) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    counts = [point.num_targets for point in points]
+    axes.plot(counts, [point.figures.tokens_per_second for point in points], marker="o", label="ssd")
+    for mode in ("off", "sd"):
+        axes.axhline(modes[mode].tokens_per_second, linestyle="--", label=f"{mode}, alone", color="grey")
+    axes.set(xlabel="targets on one speculator", ylabel="tokens/s of a sequence", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

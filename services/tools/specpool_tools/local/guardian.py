@@ -1,0 +1,70 @@
+"""`python -m specpool_tools.local.guardian`: kills whole process groups once its standard input ends.
+
+The parent-death signal reaches only a supervisor's direct children. The guardian reads the numbers of the process
+groups from its supervisor (`+PGID` started, `-PGID` gone) and outlives it by the milliseconds that it needs to kill
+what is left of them: children of children too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from typing import IO
+
+
+class Guardian:
+    """The supervisor's side."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "specpool_tools.local.guardian"], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def watch(self, process_group: int) -> None:
+        """Kill this process group when the supervisor ends."""
+        self._send(f"+{process_group}")
+
+    def forget(self, process_group: int) -> None:
+        """The group is gone; its number may be reused."""
+        self._send(f"-{process_group}")
+
+    def close(self) -> None:
+        """End the guardian; it kills what is still watched."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
+
+
+def kill_group(process_group: int) -> None:
+    """SIGKILL for every process of a group, if there is any."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process_group, signal.SIGKILL)
+
+
+def guard(lines: IO[str]) -> None:
+    """Read until the supervisor ends, then kill what it left."""
+    groups: set[int] = set()
+    for line in lines:
+        number = int(line[1:])
+        (groups.add if line[0] == "+" else groups.discard)(number)
+    for group in groups:
+        kill_group(group)
+
+
+def main() -> None:
+    """Entry point: deaf to the signals that end a supervisor politely."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    guard(sys.stdin)
+
+
+if __name__ == "__main__":
+    main()

