@@ -50,8 +50,9 @@ lint: install  ## ruff
 types: install  ## mypy --strict
 	$(BIN)/mypy
 
-imports: install  ## Import contracts
+imports: install  ## Import contracts, no circles
 	$(BIN)/lint-imports
+	$(BIN)/python tests/tools/check_circles.py
 
 protos: install  ## buf lint, breaking changes, drift of generated code
 	PATH="$(BIN):$$PATH" tests/tools/check_protos.sh

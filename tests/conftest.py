@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from specpool_tools.models.paths import models_directory
+from specpool.paths import models_directory
 
 # Held for the whole process: otherwise gRPC ends its polling thread when the garbage collector finds the last server
 # of an event loop that is closed already, and waits for that thread for ever.

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specpool.errors import Internal
+from specpool.paths import cache_directory
 from specpool_tools.models.catalogue import find_entry
-from specpool_tools.models.paths import cache_directory
 
 VERSION = "0.3.36"
 """Of llama-cpp-python, whose source distribution carries the source of llama.cpp."""

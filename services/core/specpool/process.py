@@ -1,4 +1,4 @@
-"""What a process sets for itself at start: parent death, cores, threads; and network addresses."""
+"""What a process sets for itself at start: parent death, cores, threads."""
 
 from __future__ import annotations
 
@@ -67,21 +67,3 @@ def set_num_threads(num_threads: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(num_threads)
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """Split "host:port" or "[ipv6]:port"."""
-    host, separator, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    valid = separator and host and port.isascii() and port.isdigit() and int(port) < 65536
-    if not valid or (":" in host and not bracketed):
-        raise ConfigError(
-            f"address must be HOST:PORT or [IPV6]:PORT, got {address!r}",
-            metadata={"field": "address", "value": address, "accepted": "HOST:PORT or [IPV6]:PORT"},
-        )
-    return (host[1:-1] if bracketed else host), int(port)
-
-
-def format_address(host: str, port: int) -> str:
-    """Inverse of `parse_address`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -6,15 +6,16 @@ import asyncio
 import secrets
 from collections.abc import Callable
 
-from specpool.process import parse_address
+from specpool.addresses import parse_address
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
-from specpool.telemetry.metrics import RouterMetrics, serve_metrics
+from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import load_tenants
 from specpool_router.config import RouterConfig
 from specpool_router.grpc.inference_service import InferenceService
 from specpool_router.grpc.router_service import RouterService
+from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
 from specpool_router.placement.discovery import Discovery, StaticDiscovery
 from specpool_router.sessions.redis_store import RedisSessionStore

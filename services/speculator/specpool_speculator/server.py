@@ -15,7 +15,7 @@ from specpool.errors import SpecPoolError
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
-from specpool.telemetry.metrics import SpeculatorMetrics, serve_metrics
+from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
@@ -28,6 +28,7 @@ from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerp
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.engine.drafter import Drafter
 from specpool_speculator.engine.engine import EngineThread
+from specpool_speculator.metrics import SpeculatorMetrics
 from specpool_speculator.service import SpeculatorIdentity, SpeculatorService
 
 _logger = logging.getLogger(__name__)

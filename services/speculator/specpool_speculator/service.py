@@ -14,7 +14,6 @@ import grpc.aio
 
 from specpool.errors import Draining, ProtocolMismatch
 from specpool.rpc.server import host_of_peer
-from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_engine.distributions.transport import Transport, offered
 from specpool_engine.modeling.load_model import parse_device
@@ -23,6 +22,7 @@ from specpool_speculator.connection import Connection
 from specpool_speculator.dense.sending_group import Channel, SendingGroup
 from specpool_speculator.engine.engine import EngineThread
 from specpool_speculator.handshake import acknowledge, check_hello
+from specpool_speculator.metrics import SpeculatorMetrics
 
 _logger = logging.getLogger(__name__)
 _LOAD_PERIOD_S: Final = 1.0

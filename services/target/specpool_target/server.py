@@ -13,7 +13,7 @@ from typing import Any, Final
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
-from specpool.telemetry.metrics import TargetMetrics, serve_metrics
+from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.device_sharing import DeviceShare, await_mps, describe_sharing, open_stream, use_stream
@@ -28,6 +28,7 @@ from specpool_target.engine.engine import EngineThread
 from specpool_target.links.handshake import PROTOCOL_VERSION
 from specpool_target.links.link import LinkRegistry
 from specpool_target.links.receiving_group import DenseReceiver
+from specpool_target.metrics import TargetMetrics
 from specpool_target.requests.request_reader import RequestReader
 from specpool_target.service import TargetService
 

@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specpool.telemetry.metrics import exported_metric_names
+from specpool.telemetry.metrics import series_names
+from specpool_router.metrics import RouterMetrics
+from specpool_speculator.metrics import SpeculatorMetrics
+from specpool_target.metrics import TargetMetrics
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "helm" / "specpool"
+REGISTRIES = {
+    "target": TargetMetrics("model").registry,
+    "speculator": SpeculatorMetrics("model").registry,
+    "router": RouterMetrics().registry,
+}
 
 
 def test_readme_and_schema_are_generated_from_the_values() -> None:
@@ -38,7 +46,7 @@ def test_every_metric_kept_by_a_pod_monitor_is_exported(render, component: str) 
     ]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     (rule,) = endpoint["metricRelabelings"]
-    exported = exported_metric_names()[component]
+    exported = series_names(REGISTRIES[component])
     named = yaml.safe_load((CHART / "files" / "metrics.yaml").read_text())[component]
     assert named
     for name in named:

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from specpool.addresses import format_address, parse_address
 from specpool.errors import ConfigError
-from specpool.process import format_address, parse_address, set_cpu_affinity
+from specpool.process import set_cpu_affinity
 
 _PARENT = """
 import subprocess, sys, time

@@ -11,13 +11,13 @@ import torch
 
 from specpool.algorithm.noise import Stream, gumbel_argmax
 from specpool.algorithm.sampling import SamplingParams, process_logits
-from specpool.telemetry.metrics import TargetMetrics
 from specpool_engine.modeling import BlockPool, ToyModel, ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.toy import ToyTable
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import EngineThread
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, SpeculationMode
+from specpool_target.metrics import TargetMetrics
 
 VOCAB = 24
 

@@ -7,19 +7,20 @@ import urllib.request
 import pytest
 
 from specpool.errors import ConfigError
-from specpool.telemetry.metrics import (
-    LabelCap,
-    RouterMetrics,
-    SpeculatorMetrics,
-    TargetMetrics,
-    exported_metric_names,
-    serve_metrics,
-)
-from specpool.telemetry.step_stats import DraftStepStats, StepStats
+from specpool.telemetry.metrics import LabelCap, series_names, serve_metrics
+from specpool_router.metrics import RouterMetrics
+from specpool_speculator.engine.step_stats import DraftStepStats
+from specpool_speculator.metrics import SpeculatorMetrics
+from specpool_target.engine.step_stats import StepStats
+from specpool_target.metrics import TargetMetrics
 
 
 def test_promised_names_are_exported() -> None:
-    names = exported_metric_names()
+    names = {
+        "target": series_names(TargetMetrics("model").registry),
+        "speculator": series_names(SpeculatorMetrics("model").registry),
+        "router": series_names(RouterMetrics().registry),
+    }
     assert names["target"] >= {
         "vllm:num_requests_running",
         "vllm:num_requests_waiting",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc.aio
 
-from specpool.process import format_address, parse_address
+from specpool.addresses import format_address, parse_address
 from specpool.rpc.options import channel_options
 from specpool.rpc.tracing import ClientStreamTracing, ClientTracing
 

@@ -28,8 +28,8 @@ from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from specpool.addresses import format_address, parse_address
 from specpool.errors import ConfigError
-from specpool.process import format_address, parse_address
 from specpool.rpc.interceptors import ErrorInterceptor
 from specpool.rpc.options import server_options
 from specpool.rpc.tracing import ServerTracing

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from specpool.errors import ConfigError, InvalidArgument
-from specpool_engine.modeling.files import Progress, cache_directory
+from specpool.paths import cache_directory
+from specpool_engine.modeling.files import Progress
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.model import TransformersModel
 from specpool_engine.modeling.paged_kv import SequenceKV

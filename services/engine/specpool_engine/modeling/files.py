@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from specpool.errors import ModelNotFound
+from specpool.paths import cache_directory
 from specpool_engine.modeling.spec import ACCEPTED_FORMS
 
 Progress = Callable[[str, int, int], None]
@@ -24,13 +25,6 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """The default progress callback."""
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: `$SPECPOOL_CACHE`, else `specpool` in the user's cache directory."""
-    if explicit := os.environ.get("SPECPOOL_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specpool"
 
 
 def resolve_model_directory(source: str, on_progress: Progress = no_progress) -> Path:

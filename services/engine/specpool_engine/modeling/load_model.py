@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from specpool.errors import InvalidArgument
 from specpool_engine.modeling.attention import get_backend
+from specpool_engine.modeling.checkpoint import read_config, read_model
 from specpool_engine.modeling.compiled_model import compile_decoder
 from specpool_engine.modeling.cpu.linear import check_weight_format, convert_linears
 from specpool_engine.modeling.cuda_graphs import capture_graphs, wants_graphs
 from specpool_engine.modeling.device_sharing import limit_memory
-from specpool_engine.modeling.files import Progress, no_progress, quiet_transformers, resolve_model_directory
+from specpool_engine.modeling.files import Progress, no_progress, resolve_model_directory
 from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.kv_budget import KVBudget
 from specpool_engine.modeling.model import KVGeometry, TransformersModel
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.spec import ModelKind, ModelSpec
+from specpool_engine.modeling.tensor_parallel.leader import load_tensor_parallel
 from specpool_engine.modeling.tensor_parallel.settings import SINGLE, TensorParallelism, check_tensor_parallel
 from specpool_engine.modeling.toy import DraftTable, RandomModel, ToyModel, ToyTable
 from specpool_engine.modeling.vocabulary import keep_frequent_tokens
@@ -76,8 +77,6 @@ def load_model(
             num_frequent_tokens=num_frequent_tokens,
         )
         backend.check(dtype=torch_dtype, device=torch_device, block_size=block_size)
-        from specpool_engine.modeling.tensor_parallel.leader import load_tensor_parallel  # it loads its part from here
-
         return load_tensor_parallel(
             spec,
             tensor_parallel,
@@ -161,44 +160,3 @@ def _random(spec: ModelSpec, pool: BlockPool, on_progress: Progress) -> RandomMo
         return RandomModel(model.vocab_size, pool, max_context=model.max_context)
     config = read_config(like, resolve_model_directory(like.source, on_progress)).get_text_config()
     return RandomModel(config.vocab_size, pool, max_context=config.max_position_embeddings)
-
-
-def read_config(spec: ModelSpec, directory: Path) -> Any:
-    """The `transformers` configuration of a model, with the layers that are asked for."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidArgument(
-            f"cannot use the configuration of {spec.text!r}: {error}", reason="MODEL_UNSUPPORTED"
-        ) from error
-    if spec.num_layers is not None:
-        _keep_first_layers(spec, config.get_text_config())
-    return config
-
-
-def _keep_first_layers(spec: ModelSpec, config: Any) -> None:
-    if spec.num_layers is None or spec.num_layers > config.num_hidden_layers:
-        raise InvalidArgument(
-            f"{spec.text!r} asks for {spec.num_layers} layers; the model has {config.num_hidden_layers}",
-            metadata={"field": "layers", "value": spec.num_layers, "accepted": config.num_hidden_layers},
-        )
-    config.num_hidden_layers = spec.num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: spec.num_layers]
-
-
-def read_model(spec: ModelSpec, directory: Path, dtype: torch.dtype, *, distributed_config: Any = None) -> Any:
-    """The `transformers` model; with `distributed_config` (collectively) this rank's part, on its device."""
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(spec, directory)
-    extra = {} if distributed_config is None else {"distributed_config": distributed_config}
-    try:
-        with quiet_transformers():  # it would report the layers left out on purpose
-            return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **extra)
-    except (ValueError, OSError) as error:
-        raise InvalidArgument(
-            f"cannot load the weights of {spec.text!r}: {error}", reason="MODEL_UNSUPPORTED"
-        ) from error

@@ -18,8 +18,8 @@ import grpc.aio
 
 from specpool.errors import Draining, EngineFailed, SpecPoolError, TargetUnavailable
 from specpool.rpc.errors import from_rpc_error
-from specpool.telemetry.metrics import RouterMetrics
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
+from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster, Pod
 from specpool_router.placement.pod_choice import Candidate, choose_speculator, choose_target
 from specpool_router.sessions.session_store import SessionState

@@ -14,10 +14,10 @@ from opentelemetry import trace
 
 from specpool.errors import Draining, InvalidArgument, SpecPoolError
 from specpool.telemetry import tracing
-from specpool.telemetry.metrics import RouterMetrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import Tenant, Tenants
 from specpool_router.generation.stream import Event, Progress, Stream
+from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
 from specpool_router.placement.pod_choice import resolve_model
 from specpool_router.sessions.session_store import Session, SessionState

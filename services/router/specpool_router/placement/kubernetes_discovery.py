@@ -11,8 +11,8 @@ import logging
 import threading
 from typing import Any, Final
 
+from specpool.addresses import format_address
 from specpool.errors import ConfigError
-from specpool.process import format_address
 from specpool_router.placement.discovery import Discovery, Endpoint
 
 _logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from specpool.errors import InvalidArgument, QuotaExceeded, SessionNotFound, SessionStoreUnavailable
-from specpool.telemetry.metrics import RouterMetrics
 from specpool_router.auth.tenants import Tenant
+from specpool_router.metrics import RouterMetrics
 from specpool_router.sessions.session_store import (
     LeaseState,
     MemorySessionStore,

@@ -16,7 +16,6 @@ from specpool.algorithm.planning import RowTimes
 from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull
-from specpool.telemetry.step_stats import DraftStepStats
 from specpool.v1 import speculator_pb2
 from specpool_engine.distributions.transport import BODY_TYPES
 from specpool_engine.modeling.interface import CausalModel, Segment
@@ -28,6 +27,7 @@ from specpool_speculator.engine.opened_sequence import DraftLimits, sequence_opt
 from specpool_speculator.engine.outbox import Outbox
 from specpool_speculator.engine.scheduler import PlannedWork, plan_step
 from specpool_speculator.engine.spans import SequenceSpans
+from specpool_speculator.engine.step_stats import DraftStepStats
 from specpool_speculator.tree.draft_tree import DraftTree
 from specpool_speculator.tree.ranks import Ranker, RanksNodes
 from specpool_speculator.tree.sequence import Request, SequenceKey, SequenceState

@@ -18,10 +18,10 @@ from typing import Protocol
 
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import EngineFailed, SpecPoolError
-from specpool.telemetry.metrics import SpeculatorMetrics
 from specpool.v1 import speculator_pb2
 from specpool_speculator.dense.sending_group import Channel
 from specpool_speculator.engine.drafter import Drafter
+from specpool_speculator.metrics import SpeculatorMetrics
 
 _logger = logging.getLogger(__name__)
 _SMOOTHING = 0.1

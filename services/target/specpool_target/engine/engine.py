@@ -21,7 +21,6 @@ from torch import Tensor
 
 from specpool.algorithm.verification import VerificationOutcome
 from specpool.errors import EngineFailed, SpecPoolError
-from specpool.telemetry.metrics import TargetMetrics
 from specpool.v1 import types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.interface import CausalModel, Segment
@@ -41,6 +40,7 @@ from specpool_target.engine.step_recorder import StepRecorder
 from specpool_target.links.inbox import SpeculationInbox
 from specpool_target.links.link import SpeculatorLink
 from specpool_target.links.live_links import LiveLinks
+from specpool_target.metrics import TargetMetrics
 from specpool_target.next_round.fallback_policy import FallbackPolicy
 from specpool_target.next_round.lookahead import LookaheadPlanner
 from specpool_target.next_round.next_round import Speculation

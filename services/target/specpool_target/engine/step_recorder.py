@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 
 from specpool.algorithm.verification import VerificationOutcome
-from specpool.telemetry.metrics import TargetMetrics
-from specpool.telemetry.step_stats import StepStats
 from specpool.v1 import types_pb2
 from specpool_target.engine.scheduler import Scheduler, StepPlan
 from specpool_target.engine.sequence import DraftSource, RoundInfo, SpeculationMode, TargetSequence
 from specpool_target.engine.statistics import Phases
+from specpool_target.engine.step_stats import StepStats
+from specpool_target.metrics import TargetMetrics
 from specpool_target.next_round.fallback_policy import Average, FallbackPolicy
 from specpool_target.next_round.lookahead import LookaheadPlanner
 from specpool_target.next_round.next_round import Speculation

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 
 import grpc.aio
 
+from specpool.addresses import parse_address
 from specpool.algorithm.fallback import DraftTimes
 from specpool.errors import (
     ProtocolMismatch,
@@ -26,7 +27,6 @@ from specpool.errors import (
     TokenizerMismatch,
     TransportUnavailable,
 )
-from specpool.process import parse_address
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_pb2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from specpool.errors import TargetUnavailable
-from specpool_tools.models.paths import endpoint_file
+from specpool.paths import endpoint_file
 
 ENDPOINT_ENV = "SPECPOOL_ENDPOINT"
 

@@ -307,7 +307,7 @@ def _cores(text: str) -> Iterable[int]:
 
 def split_address(address: str) -> tuple[str, int]:
     """Host as written, and port."""
-    from specpool.process import parse_address
+    from specpool.addresses import parse_address
 
     _, port = parse_address(address)
     return address.rpartition(":")[0], port

@@ -21,13 +21,13 @@ from rich.table import Table
 
 from specpool.client import Client
 from specpool.errors import DeadlineExceeded, Internal, SpecPoolError, TokenizerMismatch, error_from_reason
+from specpool.paths import logs_directory
 from specpool.rpc.client import channel
 from specpool.v1 import inference_pb2, router_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_tools.local.endpoint import forget_endpoint, remember_endpoint, write_atomically
 from specpool_tools.local.guardian import Guardian
 from specpool_tools.local.processes import Plan, UpConfig, make_plan
 from specpool_tools.local.supervisor import Child
-from specpool_tools.models.paths import logs_directory
 
 _POLL_S = 0.2
 _STOP_GRACE_S = 8.0

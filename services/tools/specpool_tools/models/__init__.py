@@ -5,8 +5,8 @@ Nothing here imports torch at module level: `catalogue` and `paths` answer from 
 
 from __future__ import annotations
 
+from specpool.paths import cache_directory, models_directory, prompts_directory
 from specpool_tools.models.catalogue import CATALOGUE, CatalogueEntry, find_entry, local_directory, resolve_spec
-from specpool_tools.models.paths import cache_directory, models_directory, prompts_directory
 
 __all__ = [
     "CATALOGUE",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specpool.errors import ModelNotFound
-from specpool_tools.models.paths import models_directory
+from specpool.paths import models_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

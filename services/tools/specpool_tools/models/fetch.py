@@ -18,9 +18,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from specpool.errors import DataCorrupt, ModelNotFound, SpecPoolError
+from specpool.paths import models_directory
 from specpool_tools.models.catalogue import CatalogueEntry
 from specpool_tools.models.packages import open_member
-from specpool_tools.models.paths import models_directory
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); total 0 means unknown."""

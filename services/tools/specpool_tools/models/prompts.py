@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from specpool.errors import InvalidArgument
+from specpool.paths import prompts_directory
 from specpool_tools.models.packages import open_member
-from specpool_tools.models.paths import prompts_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from specpool.errors import ConfigError
-from specpool_engine.modeling.files import cache_directory
+from specpool.paths import cache_directory
 
 # Without contraction a sum is rounded the same wherever it is inlined: kernels say themselves where they fuse.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17")

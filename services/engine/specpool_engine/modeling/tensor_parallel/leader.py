@@ -6,106 +6,41 @@ import contextlib
 import logging
 import os
 import select
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specpool.errors import FollowerLost, SpecPoolError, error_from_reason
+from specpool.errors import FollowerLost, SpecPoolError
+from specpool_engine.modeling.checkpoint import read_config
 from specpool_engine.modeling.files import Progress, resolve_model_directory
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.kv_budget import KVBudget
-from specpool_engine.modeling.load_model import read_config
 from specpool_engine.modeling.model import TransformersModel
 from specpool_engine.modeling.spec import ModelSpec
-from specpool_engine.modeling.tensor_parallel.messages import Failure, Imported, Ready, ShardSetup, encode_step
+from specpool_engine.modeling.tensor_parallel.follower_process import FollowerProcess
+from specpool_engine.modeling.tensor_parallel.messages import Imported, Ready, ShardSetup, encode_step
 from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism, check_model, refused
 from specpool_engine.modeling.tensor_parallel.shard import Shard, open_store
 
 _logger = logging.getLogger(__name__)
-_FOLLOWER: Final = "specpool_engine.modeling.tensor_parallel.follower"
 _POLL_S: Final = 0.2
 _BLAME_S: Final = 2.0
 """An exchange that fails is felt before the end of the process at its other end is seen."""
-_STOP_S: Final = 5.0
-"""For a follower that was told to end; then it is killed."""
 _STUCK_S: Final = 10.0
 """For a step of ours to end after a follower was lost; then this process ends itself, so that it is restarted."""
 Listener = Callable[[SpecPoolError], None]
-Message = TypeVar("Message")
-
-
-class Follower:
-    """The process of one rank above 0, and the connection to it."""
-
-    def __init__(self, rank: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", _FOLLOWER, str(theirs.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        self.rank = rank
-        self.connection: Connection[Any, Any] = Connection(ours.detach())
-
-    def receive(self, kind: type[Message], deadline_s: float) -> Message:
-        """The next message.
-
-        Raises:
-            SpecPoolError: as the follower reported it; `FollowerLost` if it ended or the deadline passed.
-        """
-        try:
-            if not self.connection.poll(max(0.0, deadline_s - time.monotonic())):
-                raise FollowerLost(
-                    f"rank {self.rank} did not load its part of the model in time", metadata={"rank": self.rank}
-                )
-            message = self.connection.recv()
-        except (EOFError, OSError):
-            raise self.lost() from None
-        if isinstance(message, Failure):
-            raise self._reported(message)
-        assert isinstance(message, kind), f"{message!r} is not the {kind.__name__} that comes next"
-        return message
-
-    def lost(self) -> SpecPoolError:
-        """Why the connection ended."""
-        with contextlib.suppress(EOFError, OSError):
-            if self.connection.poll() and isinstance(message := self.connection.recv(), Failure):
-                return self._reported(message)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_STOP_S)
-        status = self.process.returncode
-        how = f"was ended by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
-        return FollowerLost(
-            f"rank {self.rank} of the tensor parallel model {how}", metadata={"rank": self.rank, "status": status}
-        )
-
-    def _reported(self, failure: Failure) -> SpecPoolError:
-        message = f"rank {self.rank}: {failure.message}"
-        if failure.reason:
-            return error_from_reason(failure.reason, message)
-        return FollowerLost(message, metadata={"rank": self.rank})
-
-    def wait(self) -> None:
-        """It ends when it sees that the connection is closed; kill it if it does not."""
-        try:
-            self.process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 class Watch(threading.Thread):
     """Sees followers end, and steps that take too long."""
 
-    def __init__(self, followers: Sequence[Follower], step_timeout_s: float, abort: Callable[[], None]) -> None:
+    def __init__(self, followers: Sequence[FollowerProcess], step_timeout_s: float, abort: Callable[[], None]) -> None:
         super().__init__(name="watch of the followers", daemon=True)
         self._followers = {follower.connection.fileno(): follower for follower in followers}
         self._step_timeout_s = step_timeout_s
@@ -187,7 +122,7 @@ class Watch(threading.Thread):
 class TensorParallelModel:
     """A `DistributedModel`: rank 0's part, and the followers that compute the others."""
 
-    def __init__(self, shard: TransformersModel, followers: Sequence[Follower], watch: Watch) -> None:
+    def __init__(self, shard: TransformersModel, followers: Sequence[FollowerProcess], watch: Watch) -> None:
         self._shard = shard
         self._followers = followers
         self._watch = watch
@@ -259,7 +194,7 @@ def load_tensor_parallel(
         timeout_s=parallelism.step_timeout_s,
     )
     on_progress("load", 0, 1)
-    followers = [Follower(rank) for rank in range(1, parallelism.size)]
+    followers = [FollowerProcess(rank) for rank in range(1, parallelism.size)]
     try:
         return _assemble(setup, followers, parallelism, store, on_progress)
     except BaseException:
@@ -269,7 +204,7 @@ def load_tensor_parallel(
 
 def _assemble(
     setup: ShardSetup,
-    followers: Sequence[Follower],
+    followers: Sequence[FollowerProcess],
     parallelism: TensorParallelism,
     store: Any,
     on_progress: Progress,
@@ -294,7 +229,7 @@ def _assemble(
     return TensorParallelModel(model, followers, watch)
 
 
-def _close(followers: Sequence[Follower], watch: Watch | None = None) -> None:
+def _close(followers: Sequence[FollowerProcess], watch: Watch | None = None) -> None:
     if watch is not None:
         watch.close()
     for follower in followers:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from specpool_engine.modeling.attention import get_backend
+from specpool_engine.modeling.checkpoint import read_model
 from specpool_engine.modeling.device_sharing import limit_memory
-from specpool_engine.modeling.load_model import read_model
 from specpool_engine.modeling.model import KVGeometry, TransformersModel
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.tensor_parallel.messages import ShardSetup

@@ -1,4 +1,4 @@
-"""What engines measure each step: plain numbers, known to no exporter."""
+"""What a target's engine measures each step: plain numbers, known to no exporter."""
 
 from __future__ import annotations
 
@@ -42,30 +42,4 @@ class StepStats:
     """Tokens committed."""
     num_preemptions: int = 0
     fallbacks: Mapping[str, int] = field(default_factory=dict)
-    """Rounds that fell back, by reason (see `specpool.telemetry.metrics.FALLBACK_REASONS`)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class DraftStepStats:
-    """One step of a speculator engine, all sequences together."""
-
-    num_rows: int = 0
-    """Rows of the forward."""
-    num_sequences: int = 0
-    """Sequences held."""
-    num_targets: int = 0
-    """Targets connected."""
-    kv_cache_usage: float = 0.0
-    """Share of KV blocks in use, 0 to 1."""
-    forward_s: float = 0.0
-    """The model's forward."""
-    step_s: float = 0.0
-    """The whole step."""
-    num_draft_tokens: int = 0
-    """Tokens drafted."""
-    num_table_entries: int = 0
-    """Entries pushed."""
-    num_dropped_branches: int = 0
-    """Branches that an outcome ruled out before they were used."""
-    num_stale_messages: int = 0
-    """Messages about an incarnation, sequence or round that has passed."""
+    """Rounds that fell back, by reason (see `specpool_target.metrics.FALLBACK_REASONS`)."""

@@ -1,0 +1,31 @@
+"""What a speculator's engine measures each step: plain numbers, known to no exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class DraftStepStats:
+    """One step of a speculator engine, all sequences together."""
+
+    num_rows: int = 0
+    """Rows of the forward."""
+    num_sequences: int = 0
+    """Sequences held."""
+    num_targets: int = 0
+    """Targets connected."""
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+    forward_s: float = 0.0
+    """The model's forward."""
+    step_s: float = 0.0
+    """The whole step."""
+    num_draft_tokens: int = 0
+    """Tokens drafted."""
+    num_table_entries: int = 0
+    """Entries pushed."""
+    num_dropped_branches: int = 0
+    """Branches that an outcome ruled out before they were used."""
+    num_stale_messages: int = 0
+    """Messages about an incarnation, sequence or round that has passed."""
