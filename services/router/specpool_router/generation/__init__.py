@@ -1,0 +1,1 @@
+"""One request on its way from targets to a client, whichever door it came through."""

@@ -1,0 +1,1 @@
+"""Verification of a step: tensors in, tensors out."""

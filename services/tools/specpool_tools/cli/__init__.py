@@ -1,1 +1,1 @@
-"""The `specpool` command line."""
+"""The `specpool` command. Start reading at `main.py`."""
