@@ -177,7 +177,8 @@ def test_a_start_that_fails_leaves_nothing_behind(llama: str, monkeypatch: pytes
     before = set(children())
     with pytest.raises(FollowerLost, match="rank 1 did not load its part of the model in time"):
         load_model(llama, tensor_parallel=TensorParallelism(size=2, start_timeout_s=0.05), **SETTINGS)
-    monkeypatch.setattr("specpool_engine.modeling.tensor_parallel.follower_process._FOLLOWER", "specpool.no_such_module")
+    process = "specpool_engine.modeling.tensor_parallel.follower_process"
+    monkeypatch.setattr(f"{process}._FOLLOWER", "specpool.no_such_module")
     with pytest.raises(FollowerLost, match=r"rank 1 .* ended with status 1"):
         load_model(llama, tensor_parallel=PAIR, **SETTINGS)
     assert set(children()) == before
