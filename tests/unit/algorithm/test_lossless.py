@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from specpool.algorithm import verification
-from specpool.algorithm.drafting import draft_ranks
+from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.noise import Stream
 from specpool.algorithm.verification import (
     BatchOutcome,

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from specpool.algorithm.drafting import DraftRanks, draft_ranks
+from specpool.algorithm.draft_ranks import DraftRanks, draft_ranks
 from specpool.algorithm.noise import gumbel_argmax
 from specpool.algorithm.round import RoundState, Speculation, speculative_round
 from specpool.algorithm.speculation_cache import LookupKind, Outcome, SpeculationCache

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from specpool.algorithm.drafting import draft_ranks
+from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.sampling import SamplingParams, process_logits
 from specpool.algorithm.verification import VerificationMode
 from specpool.rpc.convert import sampling_to_proto

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specpool.algorithm.planning import RowTimes
+from specpool.algorithm.row_times import RowTimes
 from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from specpool.algorithm.fan_out import round_to_sum
-from specpool.algorithm.planning import rows_worth_running
+from specpool.algorithm.row_times import rows_worth_running
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_speculator.tree.draft_tree import DraftTree, Node, Work
 from specpool_speculator.tree.sequence import SequenceState

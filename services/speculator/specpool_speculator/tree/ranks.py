@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specpool.algorithm.calibration import RankCalibration
-from specpool.algorithm.drafting import DraftRanks, draft_ranks
+from specpool.algorithm.draft_ranks import DraftRanks, draft_ranks
 from specpool.algorithm.sampling import process_logits
 from specpool.algorithm.verification import SparseDistribution, VerificationMode
 from specpool_speculator.dense.dense_rows import DenseRow, RowMemory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from specpool.algorithm.planning import RowTimes, best_lookahead
+from specpool.algorithm.row_times import RowTimes, best_lookahead
 from specpool_target.engine.sequence import SpeculationMode
 from specpool_target.links.link import LinkMeasurements
 from specpool_target.next_round.fallback_policy import FallbackPolicy

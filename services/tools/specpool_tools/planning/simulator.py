@@ -14,7 +14,7 @@ from itertools import count
 from typing import cast
 
 from specpool.algorithm.fallback import DraftTimes
-from specpool.algorithm.planning import RowTimes
+from specpool.algorithm.row_times import RowTimes
 from specpool.algorithm.speculation_cache import LookupKind, SpeculationCache
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_speculator.config import FanOutPolicy, SpeculatorConfig

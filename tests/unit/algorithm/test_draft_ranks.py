@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from specpool.algorithm.drafting import draft_ranks
+from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.noise import gumbel
 from specpool.algorithm.saguaro import saguaro_distribution
 from specpool.algorithm.verification import DenseDistribution, VerificationMode, verify_coupled

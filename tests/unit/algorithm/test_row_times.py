@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from specpool.algorithm.planning import LinearTime, RowTimes, best_lookahead, never_falling, rows_worth_running
+from specpool.algorithm.row_times import LinearTime, RowTimes, best_lookahead, never_falling, rows_worth_running
 
 
 def test_linear_time_finds_base_and_slope_in_noise() -> None:
