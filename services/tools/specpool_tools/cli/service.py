@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from specpool.config import FieldDoc, describe, load_config
 from specpool.errors import ConfigError
+from specpool.paths import write_atomically
 from specpool_tools.models.resolve import resolve_model
 
 ROLES: Mapping[str, str] = {
@@ -140,9 +141,7 @@ def _announcer(role: str, ready_file: str) -> Callable[[str], None]:
     def announce(endpoint: str) -> None:
         print(f"{role} serves at {endpoint}", flush=True)
         if ready_file:
-            from specpool_tools.local.endpoint import write_atomically
-
-            write_atomically(ready_file, endpoint + "\n")
+            write_atomically(Path(ready_file), endpoint + "\n")
 
     return announce
 

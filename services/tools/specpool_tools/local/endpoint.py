@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from specpool.errors import TargetUnavailable
-from specpool.paths import endpoint_file
+from specpool.paths import endpoint_file, write_atomically
 
 ENDPOINT_ENV = "SPECPOOL_ENDPOINT"
 
@@ -27,7 +27,7 @@ def remember_endpoint(endpoint: str) -> None:
     """Make `endpoint` the default of this user's client commands."""
     path = endpoint_file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(str(path), endpoint + "\n")
+    write_atomically(path, endpoint + "\n")
 
 
 def forget_endpoint(endpoint: str) -> None:
@@ -38,11 +38,3 @@ def forget_endpoint(endpoint: str) -> None:
             path.unlink()
     except OSError:
         pass
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Write a file so that nobody sees a part of it."""
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(partial, path)

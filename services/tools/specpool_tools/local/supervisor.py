@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from specpool.backoff import Backoff
 from specpool_tools.local.guardian import Guardian, kill_group
 
 _FIRST_BACKOFF_S = 0.5
@@ -80,16 +81,15 @@ class Child:
             await self._task
 
     async def _run(self, on_exit: Callable[[Child, int], bool]) -> None:
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff(first_s=_FIRST_BACKOFF_S, longest_s=_LONGEST_BACKOFF_S)
         while not self._stopping:
             started = time.monotonic()
             status = await self._run_once()
             if self._stopping or not on_exit(self, status):
                 return
             if time.monotonic() - started > _STABLE_AFTER_S:
-                backoff_s = _FIRST_BACKOFF_S
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+                backoff.reset()
+            await asyncio.sleep(backoff.next_s())
 
     async def _run_once(self) -> int:
         # The shim must be forked by the main thread: the kernel's parent is the thread, not the process.

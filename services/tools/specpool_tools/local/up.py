@@ -21,10 +21,10 @@ from rich.table import Table
 
 from specpool.client import Client
 from specpool.errors import DeadlineExceeded, Internal, SpecPoolError, TokenizerMismatch, error_from_reason
-from specpool.paths import logs_directory
+from specpool.paths import logs_directory, write_atomically
 from specpool.rpc.client import channel
 from specpool.v1 import inference_pb2, router_pb2, target_pb2, target_pb2_grpc, types_pb2
-from specpool_tools.local.endpoint import forget_endpoint, remember_endpoint, write_atomically
+from specpool_tools.local.endpoint import forget_endpoint, remember_endpoint
 from specpool_tools.local.guardian import Guardian
 from specpool_tools.local.processes import Plan, UpConfig, make_plan
 from specpool_tools.local.supervisor import Child
@@ -116,7 +116,7 @@ async def running(
             system.is_ready = True
             remember_endpoint(system.endpoint)
             if config.ready_file:
-                write_atomically(config.ready_file, system.endpoint + "\n")
+                write_atomically(Path(config.ready_file), system.endpoint + "\n")
         yield system if ready else None
     finally:
         forget_endpoint(system.endpoint)

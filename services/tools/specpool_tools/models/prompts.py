@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from specpool.errors import InvalidArgument
-from specpool.paths import prompts_directory
+from specpool.paths import prompts_directory, write_atomically
 from specpool_tools.models.packages import open_member
 
 
@@ -91,8 +90,5 @@ def _fetch(source: str) -> list[Prompt]:
 
 
 def _write(path: Path, prompts: Iterable[Prompt]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     # ASCII, so that no character in a prompt can be taken for the end of a line.
-    partial.write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts), encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, "".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts))

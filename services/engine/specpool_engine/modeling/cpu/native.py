@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from specpool.errors import ConfigError
-from specpool.paths import cache_directory
+from specpool.paths import cache_directory, replacing
 
 # Without contraction a sum is rounded the same wherever it is inlined: kernels say themselves where they fuse.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
@@ -50,10 +50,8 @@ def load_library(name: str) -> ctypes.CDLL:
     identity = "\n".join((source.read_text(), compiler, *_FLAGS, _cpu()))
     path = cache_directory() / "compiled" / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        _compile([compiler, *_FLAGS, str(source), "-o", str(partial)])
-        partial.replace(path)
+        with replacing(path) as partial:
+            _compile([compiler, *_FLAGS, str(source), "-o", str(partial)])
     return ctypes.CDLL(str(path))
 
 
