@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 
 from specpool.addresses import parse_address
+from specpool.discovery.discovery import Discovery, StaticDiscovery
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
@@ -17,7 +18,6 @@ from specpool_router.grpc.inference_service import InferenceService
 from specpool_router.grpc.router_service import RouterService
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
-from specpool_router.placement.discovery import Discovery, StaticDiscovery
 from specpool_router.sessions.redis_store import RedisSessionStore
 from specpool_router.sessions.session_store import MemorySessionStore, SessionStore
 from specpool_router.sessions.sessions import Sessions
@@ -109,7 +109,7 @@ def make_store(config: RouterConfig) -> SessionStore:
 def make_discoveries(config: RouterConfig) -> tuple[Discovery, Discovery]:
     """For targets and for speculators."""
     if config.kubernetes_namespace:
-        from specpool_router.placement.kubernetes_discovery import KubernetesDiscovery
+        from specpool.discovery.kubernetes import KubernetesDiscovery
 
         targets = KubernetesDiscovery(config.kubernetes_namespace, config.target_selector)
         if not config.speculator_selector:

@@ -12,11 +12,11 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from specpool.discovery.discovery import Discovery, Endpoint
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
 from specpool_router.metrics import RouterMetrics
-from specpool_router.placement.discovery import Discovery, Endpoint
 from specpool_router.placement.pod_choice import Candidate
 
 _STATUS_TIMEOUT_S: Final = 2.0

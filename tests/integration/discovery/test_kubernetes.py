@@ -14,8 +14,8 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 from kubernetes import client
 
-from specpool_router.placement.discovery import Endpoint
-from specpool_router.placement.kubernetes_discovery import KubernetesDiscovery
+from specpool.discovery.discovery import Endpoint
+from specpool.discovery.kubernetes import KubernetesDiscovery
 
 
 class FakeApi:

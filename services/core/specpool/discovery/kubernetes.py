@@ -12,8 +12,8 @@ import threading
 from typing import Any, Final
 
 from specpool.addresses import format_address
+from specpool.discovery.discovery import Discovery, Endpoint
 from specpool.errors import ConfigError
-from specpool_router.placement.discovery import Discovery, Endpoint
 
 _logger = logging.getLogger(__name__)
 
