@@ -90,20 +90,36 @@ class FakeApi:
         self.events.put(None)
 
 
-def pod(uid: str, ip: str, *, ready: bool = True, annotations: dict[str, str] | None = None) -> dict[str, Any]:
+def pod(
+    uid: str,
+    ip: str,
+    *,
+    ready: bool = True,
+    containers_ready: bool | None = None,
+    terminating: bool = False,
+    annotations: dict[str, str] | None = None,
+    labels: dict[str, str] | None = None,
+    node: str = "",
+) -> dict[str, Any]:
+    deletion = {"deletionTimestamp": "2026-01-01T00:00:00Z"} if terminating else {}
+    conditions = {"Ready": ready, "ContainersReady": ready if containers_ready is None else containers_ready}
     return {
         "kind": "Pod",
         "apiVersion": "v1",
-        "metadata": {"name": uid, "uid": uid, "annotations": annotations or {}},
+        "metadata": {"name": uid, "uid": uid, "annotations": annotations or {}, "labels": labels or {}, **deletion},
         "spec": {
+            "nodeName": node or None,
             "containers": [
                 {
                     "name": "c",
                     "ports": [{"name": "metrics", "containerPort": 9}, {"name": "grpc", "containerPort": 50051}],
                 }
-            ]
+            ],
         },
-        "status": {"podIP": ip, "conditions": [{"type": "Ready", "status": "True" if ready else "False"}]},
+        "status": {
+            "podIP": ip,
+            "conditions": [{"type": name, "status": str(is_true)} for name, is_true in conditions.items()],
+        },
     }
 
 
@@ -116,44 +132,87 @@ def api() -> Iterator[FakeApi]:
     fake.server.server_close()
 
 
-async def test_follows_ready_pods_and_survives_410(api: FakeApi) -> None:
-    api.put("ADDED", pod("a", "10.0.0.1"))
-    api.put("ADDED", pod("b", "10.0.0.2", ready=False))
+def discovery(api: FakeApi) -> KubernetesDiscovery:
+    """Of the fake, whose pods so far are found by its first list."""
     while not api.events.empty():
         api.events.get()
     host = f"http://127.0.0.1:{api.server.server_port}"
-    found = KubernetesDiscovery("ns", "app=target", api_client=client.ApiClient(client.Configuration(host=host)))
+    return KubernetesDiscovery("ns", "app=target", api_client=client.ApiClient(client.Configuration(host=host)))
+
+
+async def becomes(found: KubernetesDiscovery, *wanted: Endpoint) -> None:
+    async with asyncio.timeout(30):
+        while found.endpoints != set(wanted):
+            await asyncio.sleep(0.01)
+
+
+async def test_follows_ready_pods_and_survives_410(api: FakeApi) -> None:
+    api.put("ADDED", pod("a", "10.0.0.1"))
+    api.put("ADDED", pod("b", "10.0.0.2", ready=False))
+    found = discovery(api)
     changes: list[frozenset[Endpoint]] = []
     found.on_change(changes.append)
     await found.start()
-
-    async def becomes(*endpoints: tuple[str, str]) -> None:
-        wanted = {Endpoint(*endpoint) for endpoint in endpoints}
-        async with asyncio.timeout(10):
-            while found.endpoints != wanted:
-                await asyncio.sleep(0.01)
-
     try:
-        await becomes(("10.0.0.1:50051", "a"))
+        await becomes(found, Endpoint("10.0.0.1:50051", "a"))
         api.put("MODIFIED", pod("b", "10.0.0.2", annotations={"specpool.io/port": "777"}))
-        await becomes(("10.0.0.1:50051", "a"), ("10.0.0.2:777", "b"))
+        await becomes(found, Endpoint("10.0.0.1:50051", "a"), Endpoint("10.0.0.2:777", "b"))
         api.put("MODIFIED", pod("a", "10.0.0.1", ready=False))
-        await becomes(("10.0.0.2:777", "b"))
-        terminating = pod("b", "10.0.0.2")
-        terminating["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        api.put("MODIFIED", terminating)
-        await becomes()
+        await becomes(found, Endpoint("10.0.0.2:777", "b"))
         # While the watch is away a pod is replaced under the same address: another uid is another pod.
         del api.pods["b"]
         api.pods["c"] = pod("c", "10.0.0.2")
         api.version = 50
         api.gone()
-        await becomes(("10.0.0.2:50051", "c"))
+        await becomes(found, Endpoint("10.0.0.2:50051", "c"))
         api.put("DELETED", pod("c", "10.0.0.2"))
-        await becomes()
+        await becomes(found)
         assert set(api.lists) == {"app=target"}
         assert len(api.lists) == 2
         assert api.watch_versions[-1] == "50"
         assert changes[-1] == frozenset()
+    finally:
+        await found.close()
+
+
+async def test_a_terminating_pod_stays_while_it_serves(api: FakeApi) -> None:
+    api.put("ADDED", pod("a", "10.0.0.1"))
+    found = discovery(api)
+    await found.start()
+    try:
+        await becomes(found, Endpoint("10.0.0.1:50051", "a"))
+        api.put("MODIFIED", pod("a", "10.0.0.1", terminating=True))
+        await becomes(found, Endpoint("10.0.0.1:50051", "a", terminating=True))
+        # A pod that comes up at the same address while the old one is still listed has it.
+        api.put("ADDED", pod("b", "10.0.0.1"))
+        await becomes(found, Endpoint("10.0.0.1:50051", "b"))
+        api.put("DELETED", pod("b", "10.0.0.1"))
+        await becomes(found, Endpoint("10.0.0.1:50051", "a", terminating=True))
+        # Its readiness probe fails: it is done.
+        api.put("MODIFIED", pod("a", "10.0.0.1", terminating=True, ready=False))
+        await becomes(found)
+    finally:
+        await found.close()
+
+
+async def test_a_pod_whose_node_is_out_of_reach_is_listed_as_not_ready(api: FakeApi) -> None:
+    """The node controller takes Ready away; what the node last said of the containers stays."""
+    api.put("ADDED", pod("a", "10.0.0.1"))
+    found = discovery(api)
+    await found.start()
+    try:
+        api.put("MODIFIED", pod("a", "10.0.0.1", ready=False, containers_ready=True))
+        await becomes(found, Endpoint("10.0.0.1:50051", "a", ready=False))
+    finally:
+        await found.close()
+
+
+async def test_says_where_a_pod_runs(api: FakeApi) -> None:
+    labels = {"topology.kubernetes.io/zone": "z1", "specpool.io/rack": "r7", "app": "target"}
+    api.put("ADDED", pod("a", "10.0.0.1", labels=labels, node="n3"))
+    found = discovery(api)
+    await found.start()
+    try:
+        await becomes(found, Endpoint("10.0.0.1:50051", "a", labels={"node": "n3", "zone": "z1", "rack": "r7"}))
     finally:
         await found.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from specpool.errors import ModelNotFound, TargetUnavailable
@@ -24,6 +26,13 @@ def test_least_busy_target_of_the_model() -> None:
     pods = [pod("a", 3), pod("b", 1), pod("c", 0, model="other"), pod("d", 0, available=False)]
     assert choose_target(pods, model="m").endpoint == "b"
     assert choose_target(pods, model="m", exclude={"b"}).endpoint == "a"
+
+
+def test_a_terminating_target_is_better_than_none() -> None:
+    leaving = replace(pod("a", 0), is_leaving=True)
+    assert choose_target([leaving, pod("b", 50)], model="m").endpoint == "b"
+    assert choose_target([leaving, pod("b", available=False)], model="m") == leaving
+    assert choose_target([leaving], model="m", session_id="s") == leaving
 
 
 def test_session_keeps_its_target_until_that_is_much_busier() -> None:

@@ -1,4 +1,4 @@
-"""Finds ready pods by label through the Kubernetes API: list, then watch, and list again when the watch is too old.
+"""Finds pods that serve by label through the Kubernetes API: list, then watch, and list again when it is too old.
 
 The client library blocks, so a thread runs it and hands every change to the event loop. When the API server cannot be
 reached the last known pods stay: their own status calls tell whether they are there.
@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from typing import Any, Final
 
 from specpool.addresses import format_address
-from specpool.discovery.discovery import Discovery, Endpoint
+from specpool.discovery.discovery import NODE, RACK, REGION, ZONE, Endpoint, ThreadedDiscovery
 from specpool.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 
 PORT_ANNOTATION: Final = "specpool.io/port"
 PORT_NAME: Final = "grpc"
+LABELS: Final = {
+    ZONE: "topology.kubernetes.io/zone",
+    REGION: "topology.kubernetes.io/region",
+    RACK: "specpool.io/rack",
+}
+"""Labels of a pod that say where it runs; newer clusters copy the first two from its node."""
 _WATCH_S: Final = 300
 _FIRST_BACKOFF_S: Final = 0.2
 _LONGEST_BACKOFF_S: Final = 10.0
 _GONE: Final = 410
 
 
-class KubernetesDiscovery(Discovery):
-    """Ready pods of one namespace and label selector."""
+class KubernetesDiscovery(ThreadedDiscovery):
+    """Pods of one namespace and label selector, from ready to gone."""
 
     def __init__(self, namespace: str, selector: str, *, api_client: Any = None) -> None:
         super().__init__()
@@ -34,23 +39,17 @@ class KubernetesDiscovery(Discovery):
         self._selector = selector
         self._api_client = api_client
         self._pods: dict[str, Endpoint | None] = {}
-        self._stopping = threading.Event()
         self._watch: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
         """Start the thread."""
-        self._loop = asyncio.get_running_loop()
         if self._api_client is None:
             self._api_client = await asyncio.to_thread(_default_api_client)
-        name = f"watch {self._selector}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        await super().start()
 
     async def close(self) -> None:
-        """Ask the thread to stop; a daemon thread that waits for the API server is not waited for."""
-        self._stopping.set()
+        """Ask the thread to stop."""
+        await super().close()
         if self._watch is not None:
             self._watch.stop()
 
@@ -80,7 +79,7 @@ class KubernetesDiscovery(Discovery):
     def _list(self, api: Any) -> str:
         pods = api.list_namespaced_pod(self._namespace, label_selector=self._selector, _request_timeout=10)
         self._pods = {pod.metadata.uid: endpoint_of(pod) for pod in pods.items}
-        self._hand_over()
+        self._tell()
         version: str = pods.metadata.resource_version
         return version
 
@@ -111,22 +110,38 @@ class KubernetesDiscovery(Discovery):
             self._pods.pop(pod.metadata.uid, None)
         elif kind in ("ADDED", "MODIFIED"):
             self._pods[pod.metadata.uid] = endpoint_of(pod)
-        self._hand_over()
+        self._tell()
 
-    def _hand_over(self) -> None:
-        assert self._loop is not None
-        found = [endpoint for endpoint in self._pods.values() if endpoint]
-        if not self._stopping.is_set() and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._publish, found)
+    def _tell(self) -> None:
+        found = sorted((e for e in self._pods.values() if e), key=lambda endpoint: not endpoint.terminating)
+        self._hand_over({endpoint.address: endpoint for endpoint in found}.values())  # whoever stays has the address
 
 
 def endpoint_of(pod: Any) -> Endpoint | None:
-    """Where a pod listens; None unless it is ready and stays."""
-    ready = any(c.type == "Ready" and c.status == "True" for c in pod.status.conditions or ())
+    """Where a pod listens; None unless it serves.
+
+    A pod that is being deleted serves until it is no longer ready. One whose node is out of reach is said not to be
+    ready by the node controller, which leaves what the node last said of its containers: it may well serve.
+    """
+    true = {condition.type for condition in pod.status.conditions or () if condition.status == "True"}
+    terminating = pod.metadata.deletion_timestamp is not None
+    serves = "Ready" in true or ("ContainersReady" in true and not terminating)
     port = _port_of(pod)
-    if not ready or pod.metadata.deletion_timestamp or not pod.status.pod_ip or port is None:
+    if not serves or not pod.status.pod_ip or port is None:
         return None
-    return Endpoint(format_address(pod.status.pod_ip, port), pod.metadata.uid)
+    return Endpoint(
+        format_address(pod.status.pod_ip, port),
+        pod.metadata.uid,
+        labels=_labels_of(pod),
+        terminating=terminating,
+        ready="Ready" in true,
+    )
+
+
+def _labels_of(pod: Any) -> dict[str, str]:
+    own = pod.metadata.labels or {}
+    found = {label: own[name] for label, name in LABELS.items() if own.get(name)}
+    return {NODE: pod.spec.node_name, **found} if pod.spec.node_name else found
 
 
 def _port_of(pod: Any) -> int | None:
@@ -144,7 +159,7 @@ def _default_api_client() -> Any:
         config.load_config()
     except config.ConfigException as error:
         raise ConfigError(
-            f"kubernetes_namespace is set, but there is neither a service account nor a kubeconfig: {error}",
+            f"pods are to be watched, but there is neither a service account nor a kubeconfig: {error}",
             metadata={"field": "kubernetes_namespace"},
         ) from error
     return client.ApiClient()

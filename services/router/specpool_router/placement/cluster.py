@@ -51,6 +51,7 @@ class Pod(Generic[_Status]):
             tokenizer_fingerprint=self.status.model.tokenizer_fingerprint,
             num_sequences=max(self.num_streams, load.num_sequences_running + load.num_sequences_waiting),
             available=self.reachable and self.healthy and self.status.state == types_pb2.SERVING_STATE_SERVING,
+            is_leaving=self.endpoint.terminating or not self.endpoint.ready,
         )
 
 
@@ -113,8 +114,12 @@ class Pods(Generic[_Status]):
             await asyncio.wait_for(changed.wait(), timeout_s)
 
     def _on_endpoints(self, endpoints: frozenset[Endpoint]) -> None:
+        now = {endpoint.address: endpoint for endpoint in endpoints}
         for address, pod in list(self._pods.items()):
-            if pod.endpoint not in endpoints:
+            endpoint = now.get(address)
+            if endpoint is not None and endpoint.is_same(pod.endpoint):
+                pod.endpoint = endpoint
+            else:
                 del self._pods[address]
                 closing = asyncio.create_task(self._close(pod))
                 self._closing.add(closing)

@@ -23,6 +23,8 @@ class Candidate:
     """Running and waiting."""
     available: bool
     """Reachable, serving, not draining."""
+    is_leaving: bool = False
+    """Its pod is terminating, or its node is out of reach: better than none, and chosen only then."""
 
 
 def choose_target(
@@ -42,7 +44,8 @@ def choose_target(
         raise TargetUnavailable(
             f"no target for model {model!r} can be reached now", metadata={"model": model, "num_known": len(candidates)}
         )
-    return _preferred(usable, session_id) if session_id else _least_busy(usable)
+    staying = _staying(usable)
+    return _preferred(staying, session_id) if session_id else _least_busy(staying)
 
 
 def choose_speculator(
@@ -57,7 +60,7 @@ def choose_speculator(
         for c in candidates
         if c.available and c.endpoint not in exclude and c.tokenizer_fingerprint == target.tokenizer_fingerprint
     ]
-    return _preferred(usable, target.endpoint) if usable else None
+    return _preferred(_staying(usable), target.endpoint) if usable else None
 
 
 def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
@@ -74,6 +77,10 @@ def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
         f"{problem}; served: {', '.join(served)}",
         metadata={"field": "model", "value": model, "accepted": ", ".join(served)},
     )
+
+
+def _staying(usable: Sequence[Candidate]) -> Sequence[Candidate]:
+    return [c for c in usable if not c.is_leaving] or usable
 
 
 def _preferred(usable: Sequence[Candidate], key: str) -> Candidate:
