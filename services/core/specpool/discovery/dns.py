@@ -31,7 +31,7 @@ class DnsDiscovery(ThreadedDiscovery):
     """
 
     def __init__(
-        self, name: str, port: int, *, interval_s: float = _INTERVAL_S, resolve: Resolve | None = None
+        self, name: str, port: int, *, interval_s: float = _INTERVAL_S, resolve: Resolve = addresses_of
     ) -> None:
         super().__init__()
         self._name = name

@@ -65,6 +65,43 @@ DRAFT_SOURCE_SPECULATOR: DraftSource.ValueType  # 2
 DRAFT_SOURCE_BACKUP: DraftSource.ValueType  # 3
 Global___DraftSource: _TypeAlias = DraftSource  # noqa: Y015
 
+class _RefusalReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RefusalReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REFUSAL_REASON_UNSPECIFIED: _RefusalReason.ValueType  # 0
+    REFUSAL_REASON_TOO_MANY_SEQUENCES: _RefusalReason.ValueType  # 1
+    """It holds `max_sequences`."""
+    REFUSAL_REASON_KV_CACHE_FULL: _RefusalReason.ValueType  # 2
+    """Its KV cache has no room for the sequence beside the others."""
+    REFUSAL_REASON_INVALID: _RefusalReason.ValueType  # 3
+    """The sequence or a message about it has a value that is never acceptable; `message` names the field."""
+    REFUSAL_REASON_OVERLOADED: _RefusalReason.ValueType  # 4
+    """Its rows are taken by sequences that need them more."""
+    REFUSAL_REASON_DRAINING: _RefusalReason.ValueType  # 5
+    """It drains; see go_away."""
+    REFUSAL_REASON_INTERNAL: _RefusalReason.ValueType  # 6
+    """It failed on this sequence alone."""
+
+class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper): ...
+
+REFUSAL_REASON_UNSPECIFIED: RefusalReason.ValueType  # 0
+REFUSAL_REASON_TOO_MANY_SEQUENCES: RefusalReason.ValueType  # 1
+"""It holds `max_sequences`."""
+REFUSAL_REASON_KV_CACHE_FULL: RefusalReason.ValueType  # 2
+"""Its KV cache has no room for the sequence beside the others."""
+REFUSAL_REASON_INVALID: RefusalReason.ValueType  # 3
+"""The sequence or a message about it has a value that is never acceptable; `message` names the field."""
+REFUSAL_REASON_OVERLOADED: RefusalReason.ValueType  # 4
+"""Its rows are taken by sequences that need them more."""
+REFUSAL_REASON_DRAINING: RefusalReason.ValueType  # 5
+"""It drains; see go_away."""
+REFUSAL_REASON_INTERNAL: RefusalReason.ValueType  # 6
+"""It failed on this sequence alone."""
+Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
+
 @_typing.final
 class SpeculateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -128,6 +165,7 @@ class SpeculateResponse(_message.Message):
     GO_AWAY_FIELD_NUMBER: _builtins.int
     GROUP_KEY_FIELD_NUMBER: _builtins.int
     GROUP_CLOSED_FIELD_NUMBER: _builtins.int
+    SEQUENCE_REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello_ack(self) -> Global___HelloAck: ...
     @_builtins.property
@@ -146,6 +184,8 @@ class SpeculateResponse(_message.Message):
     def group_key(self) -> Global___GroupKey: ...
     @_builtins.property
     def group_closed(self) -> Global___GroupClosed: ...
+    @_builtins.property
+    def sequence_refused(self) -> Global___SequenceRefused: ...
     def __init__(
         self,
         *,
@@ -158,12 +198,13 @@ class SpeculateResponse(_message.Message):
         go_away: Global___GoAway | None = ...,
         group_key: Global___GroupKey | None = ...,
         group_closed: Global___GroupClosed | None = ...,
+        sequence_refused: Global___SequenceRefused | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "group_closed", b"group_closed", "group_key", b"group_key", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "group_closed", b"group_closed", "group_key", b"group_key", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "sequence_refused", b"sequence_refused", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "group_closed", b"group_closed", "group_key", b"group_key", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_distributions", b"draft_distributions", "go_away", b"go_away", "group_closed", b"group_closed", "group_key", b"group_key", "hello_ack", b"hello_ack", "load", b"load", "message", b"message", "resync", b"resync", "sequence_refused", b"sequence_refused", "speculation", b"speculation", "tables", b"tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello_ack", "tables", "speculation", "draft_distributions", "resync", "load", "go_away", "group_key", "group_closed"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello_ack", "tables", "speculation", "draft_distributions", "resync", "load", "go_away", "group_key", "group_closed", "sequence_refused"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -215,16 +256,24 @@ class HelloAck(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     MAX_LOOKAHEAD_FIELD_NUMBER: _builtins.int
     ROW_BUDGET_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     transport: Global___DistributionTransport.ValueType
     max_lookahead: _builtins.int
     """The smaller of both sides' limits."""
     row_budget: _builtins.int
     """Branch rows per draft step, shared by all sequences."""
+    max_sequences: _builtins.int
+    """Sequences of all targets that it holds at once; more are refused."""
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
     @_builtins.property
     def model(self) -> _types_pb2.ModelInfo: ...
+    @_builtins.property
+    def load(self) -> _types_pb2.Load:
+        """As of now; `load` messages follow."""
+
     def __init__(
         self,
         *,
@@ -234,10 +283,12 @@ class HelloAck(_message.Message):
         transport: Global___DistributionTransport.ValueType = ...,
         max_lookahead: _builtins.int = ...,
         row_budget: _builtins.int = ...,
+        max_sequences: _builtins.int = ...,
+        load: _types_pb2.Load | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "speculator", b"speculator"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "speculator", b"speculator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_lookahead", b"max_lookahead", "model", b"model", "protocol_version", b"protocol_version", "row_budget", b"row_budget", "speculator", b"speculator", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "max_lookahead", b"max_lookahead", "max_sequences", b"max_sequences", "model", b"model", "protocol_version", b"protocol_version", "row_budget", b"row_budget", "speculator", b"speculator", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,12 +314,14 @@ class OpenSequence(_message.Message):
     sequence_id: _builtins.str
     tenant: _builtins.str
     tenant_weight: _builtins.float
+    """Finite, 0 to 1,000,000; 0 is read as 1."""
     cache_salt: _builtins.bytes
     num_prompt_tokens: _builtins.int
     verification: _types_pb2.VerificationMode.ValueType
     mode: _types_pb2.SpeculationMode.ValueType
     max_lookahead: _builtins.int
     round: _builtins.int
+    """Below 2^31, as in every message."""
     traceparent: _builtins.str
     """W3C trace context of the request, empty when it is not traced."""
     @_builtins.property
@@ -380,6 +433,7 @@ class SpeculateNow(_message.Message):
     """The round whose outcome was just sent."""
     num_tokens: _builtins.int
     deadline_ms: _builtins.float
+    """Finite, at least 0; more than a minute is read as a minute."""
     def __init__(
         self,
         *,
@@ -743,6 +797,38 @@ class Resync(_message.Message):
 Global___Resync: _TypeAlias = Resync  # noqa: Y015
 
 @_typing.final
+class SequenceRefused(_message.Message):
+    """The speculator does not speculate for this sequence (any more)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    reason: Global___RefusalReason.ValueType
+    message: _builtins.str
+    """For people."""
+    retry_after_ms: _builtins.int
+    """Not to be tried here before; 0: whenever there is room."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        reason: Global___RefusalReason.ValueType = ...,
+        message: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceRefused: _TypeAlias = SequenceRefused  # noqa: Y015
+
+@_typing.final
 class LoadReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -812,6 +898,8 @@ class GetSpeculatorStatusResponse(_message.Message):
     FAN_OUT_POLICY_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     CONFIDENCE_SPREAD_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     row_budget: _builtins.int
     max_lookahead: _builtins.int
@@ -824,6 +912,8 @@ class GetSpeculatorStatusResponse(_message.Message):
     """How much surer the draft is in some places than in others: variance of its first token's calibrated probability p,
     over E[p] (1 - E[p]). Of greedy requests, as are acceptance_rate and miss_power_law.
     """
+    max_sequences: _builtins.int
+    """Sequences that it holds at once; more are refused."""
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
     @_builtins.property
@@ -836,6 +926,10 @@ class GetSpeculatorStatusResponse(_message.Message):
 
     @_builtins.property
     def miss_power_law(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusalCount]:
+        """Sequences refused since the start, by reason."""
+
     def __init__(
         self,
         *,
@@ -851,14 +945,38 @@ class GetSpeculatorStatusResponse(_message.Message):
         fan_out_policy: _builtins.str = ...,
         plan: _builtins.str = ...,
         confidence_spread: _builtins.float = ...,
+        max_sequences: _builtins.int = ...,
+        refusals: _abc.Iterable[Global___RefusalCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "speculator", b"speculator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "confidence_spread", b"confidence_spread", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "miss_power_law", b"miss_power_law", "model", b"model", "plan", b"plan", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "confidence_spread", b"confidence_spread", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "max_sequences", b"max_sequences", "miss_power_law", b"miss_power_law", "model", b"model", "plan", b"plan", "refusals", b"refusals", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetSpeculatorStatusResponse: _TypeAlias = GetSpeculatorStatusResponse  # noqa: Y015
+
+@_typing.final
+class RefusalCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    reason: Global___RefusalReason.ValueType
+    num_sequences: _builtins.int
+    def __init__(
+        self,
+        *,
+        reason: Global___RefusalReason.ValueType = ...,
+        num_sequences: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_sequences", b"num_sequences", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusalCount: _TypeAlias = RefusalCount  # noqa: Y015
 
 @_typing.final
 class DrainSpeculatorRequest(_message.Message):

@@ -63,9 +63,18 @@ class SpeculatorServiceStub:
         with a larger number. Numbers never repeat on a stream; what names another group than the last is dropped.
     10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
         another speculator or goes on without one, and half-closes the stream.
+    11. `sequence_refused`: the speculator does not hold this sequence, or holds it no longer, and speculates for it no
+        more: it has as many as it takes, no memory for it, or cannot make sense of it. Nothing else about the sequence
+        follows, and what the target still says of it is ignored. The target may give the sequence to another speculator,
+        or here again with `open_sequence`, not before `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A
+        refusal costs the sequences that are served nothing. What a chooser needs to avoid one is in `hello_ack`, in
+        `load` and in GetSpeculatorStatus.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
-    counted. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
+    counted. Every number is checked where it enters. A message about a sequence with a value outside its range ends that
+    sequence, with `sequence_refused` and REFUSAL_REASON_INVALID; any other ends the stream with INVALID_ARGUMENT, metadata
+    naming the field. No order of messages can bring a closed sequence back: `open_sequence` after `close_sequence` is a
+    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
     stream cleanly; any other end is a failure: the speculator frees all of the target's sequences, the target goes on
     alone, reconnects with exponential backoff and opens its sequences again.
     """
@@ -117,9 +126,18 @@ class SpeculatorServiceAsyncStub(SpeculatorServiceStub):
         with a larger number. Numbers never repeat on a stream; what names another group than the last is dropped.
     10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
         another speculator or goes on without one, and half-closes the stream.
+    11. `sequence_refused`: the speculator does not hold this sequence, or holds it no longer, and speculates for it no
+        more: it has as many as it takes, no memory for it, or cannot make sense of it. Nothing else about the sequence
+        follows, and what the target still says of it is ignored. The target may give the sequence to another speculator,
+        or here again with `open_sequence`, not before `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A
+        refusal costs the sequences that are served nothing. What a chooser needs to avoid one is in `hello_ack`, in
+        `load` and in GetSpeculatorStatus.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
-    counted. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
+    counted. Every number is checked where it enters. A message about a sequence with a value outside its range ends that
+    sequence, with `sequence_refused` and REFUSAL_REASON_INVALID; any other ends the stream with INVALID_ARGUMENT, metadata
+    naming the field. No order of messages can bring a closed sequence back: `open_sequence` after `close_sequence` is a
+    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
     stream cleanly; any other end is a failure: the speculator frees all of the target's sequences, the target goes on
     alone, reconnects with exponential backoff and opens its sequences again.
     """
@@ -167,9 +185,18 @@ class SpeculatorServiceServicer(metaclass=_abc_1.ABCMeta):
         with a larger number. Numbers never repeat on a stream; what names another group than the last is dropped.
     10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
         another speculator or goes on without one, and half-closes the stream.
+    11. `sequence_refused`: the speculator does not hold this sequence, or holds it no longer, and speculates for it no
+        more: it has as many as it takes, no memory for it, or cannot make sense of it. Nothing else about the sequence
+        follows, and what the target still says of it is ignored. The target may give the sequence to another speculator,
+        or here again with `open_sequence`, not before `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A
+        refusal costs the sequences that are served nothing. What a chooser needs to avoid one is in `hello_ack`, in
+        `load` and in GetSpeculatorStatus.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
-    counted. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
+    counted. Every number is checked where it enters. A message about a sequence with a value outside its range ends that
+    sequence, with `sequence_refused` and REFUSAL_REASON_INVALID; any other ends the stream with INVALID_ARGUMENT, metadata
+    naming the field. No order of messages can bring a closed sequence back: `open_sequence` after `close_sequence` is a
+    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
     stream cleanly; any other end is a failure: the speculator frees all of the target's sequences, the target goes on
     alone, reconnects with exponential backoff and opens its sequences again.
     """

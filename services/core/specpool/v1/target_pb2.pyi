@@ -31,6 +31,7 @@ class RunSequenceRequest(_message.Message):
     SPECULATOR_ENDPOINT_FIELD_NUMBER: _builtins.int
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_TEXT_CHARS_SENT_FIELD_NUMBER: _builtins.int
+    SPECULATORS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """From verified credentials, by the router."""
     tenant_weight: _builtins.float
@@ -38,7 +39,7 @@ class RunSequenceRequest(_message.Message):
     cache_salt: _builtins.bytes
     """Salt of this tenant's prefix cache."""
     speculator_endpoint: _builtins.str
-    """Endpoint of the speculator this sequence was given; empty: none."""
+    """DEPRECATED, ignored by targets that choose for themselves: endpoint of the speculator this sequence was given."""
     num_text_chars_sent: _builtins.int
     """Characters (Unicode code points) of the completion's text that the client already has."""
     @_builtins.property
@@ -50,6 +51,10 @@ class RunSequenceRequest(_message.Message):
         Usage counts the committed tokens as completion tokens.
         """
 
+    @_builtins.property
+    def speculators(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.SpeculatorEndpoint]:
+        """All speculators that the router knows."""
+
     def __init__(
         self,
         *,
@@ -60,14 +65,43 @@ class RunSequenceRequest(_message.Message):
         speculator_endpoint: _builtins.str = ...,
         committed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_text_chars_sent: _builtins.int = ...,
+        speculators: _abc.Iterable[_types_pb2.SpeculatorEndpoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "speculators", b"speculators", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSequenceRequest: _TypeAlias = RunSequenceRequest  # noqa: Y015
+
+@_typing.final
+class Paired(_message.Message):
+    """Which speculator serves the sequence from now on. Sent whenever that changes, before `started` or after it; the router
+    records it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    SPECULATOR_ID_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """host:port as the directory names it; empty: none."""
+    speculator_id: _builtins.str
+    """Identity of the speculator; empty: none, or not known yet."""
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        speculator_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "speculator_id", b"speculator_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Paired: _TypeAlias = Paired  # noqa: Y015
 
 @_typing.final
 class RunSequenceResponse(_message.Message):
@@ -76,24 +110,28 @@ class RunSequenceResponse(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PAIRED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> _inference_pb2.GenerationStarted: ...
     @_builtins.property
     def delta(self) -> _inference_pb2.GenerationDelta: ...
     @_builtins.property
     def finished(self) -> _inference_pb2.GenerationFinished: ...
+    @_builtins.property
+    def paired(self) -> Global___Paired: ...
     def __init__(
         self,
         *,
         started: _inference_pb2.GenerationStarted | None = ...,
         delta: _inference_pb2.GenerationDelta | None = ...,
         finished: _inference_pb2.GenerationFinished | None = ...,
+        paired: Global___Paired | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "paired", b"paired", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "paired", b"paired", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "paired"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -103,12 +141,19 @@ Global___RunSequenceResponse: _TypeAlias = RunSequenceResponse  # noqa: Y015
 class GetTargetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SPECULATORS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def speculators(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.SpeculatorEndpoint]:
+        """All speculators that the asking router knows; others leave it empty."""
+
     def __init__(
         self,
+        *,
+        speculators: _abc.Iterable[_types_pb2.SpeculatorEndpoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["speculators", b"speculators"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,13 @@ if _version_not_supported:
 
 
 class TargetServiceStub:
-    """A target owns sequences: it verifies, commits and streams tokens.
+    """A target owns sequences: it verifies, commits and streams tokens. It also chooses the speculator of each sequence and
+    moves running sequences to another one; routers only tell it which speculators there are.
+
+    Routers name all speculators that they know in every GetTargetStatus and RunSequence. A target whose directory is the
+    routers knows what any of them named lately: what no router names any more is forgotten after a bounded time, and an
+    empty list says nothing. A router asks for the status at once, rather than at its next interval, when the list
+    changes. A target with a directory of its own ignores the lists.
     """
 
     def __init__(self, channel):
@@ -53,12 +59,18 @@ class TargetServiceStub:
 
 
 class TargetServiceServicer:
-    """A target owns sequences: it verifies, commits and streams tokens.
+    """A target owns sequences: it verifies, commits and streams tokens. It also chooses the speculator of each sequence and
+    moves running sequences to another one; routers only tell it which speculators there are.
+
+    Routers name all speculators that they know in every GetTargetStatus and RunSequence. A target whose directory is the
+    routers knows what any of them named lately: what no router names any more is forgotten after a bounded time, and an
+    empty list says nothing. A router asks for the status at once, rather than at its next interval, when the list
+    changes. A target with a directory of its own ignores the lists.
     """
 
     def RunSequence(self, request, context):
-        """Runs one sequence. The events are those of InferenceService.Generate. Cancellation or a lost connection frees the
-        sequence here and at its speculator at once.
+        """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
+        Cancellation or a lost connection frees the sequence here and at its speculator at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +116,13 @@ def add_TargetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TargetService:
-    """A target owns sequences: it verifies, commits and streams tokens.
+    """A target owns sequences: it verifies, commits and streams tokens. It also chooses the speculator of each sequence and
+    moves running sequences to another one; routers only tell it which speculators there are.
+
+    Routers name all speculators that they know in every GetTargetStatus and RunSequence. A target whose directory is the
+    routers knows what any of them named lately: what no router names any more is forgotten after a bounded time, and an
+    empty list says nothing. A router asks for the status at once, rather than at its next interval, when the list
+    changes. A target with a directory of its own ignores the lists.
     """
 
     @staticmethod

@@ -27,15 +27,22 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TargetServiceStub:
-    """A target owns sequences: it verifies, commits and streams tokens."""
+    """A target owns sequences: it verifies, commits and streams tokens. It also chooses the speculator of each sequence and
+    moves running sequences to another one; routers only tell it which speculators there are.
+
+    Routers name all speculators that they know in every GetTargetStatus and RunSequence. A target whose directory is the
+    routers knows what any of them named lately: what no router names any more is forgotten after a bounded time, and an
+    empty list says nothing. A router asks for the status at once, rather than at its next interval, when the list
+    changes. A target with a directory of its own ignores the lists.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TargetServiceAsyncStub: ...
     RunSequence: _grpc.UnaryStreamMultiCallable[_target_pb2.RunSequenceRequest, _target_pb2.RunSequenceResponse]
-    """Runs one sequence. The events are those of InferenceService.Generate. Cancellation or a lost connection frees the
-    sequence here and at its speculator at once.
+    """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
+    Cancellation or a lost connection frees the sequence here and at its speculator at once.
     """
     GetTargetStatus: _grpc.UnaryUnaryMultiCallable[_target_pb2.GetTargetStatusRequest, _target_pb2.GetTargetStatusResponse]
     DrainTarget: _grpc.UnaryUnaryMultiCallable[_target_pb2.DrainTargetRequest, _target_pb2.DrainTargetResponse]
@@ -43,19 +50,33 @@ class TargetServiceStub:
 
 @_typing.type_check_only
 class TargetServiceAsyncStub(TargetServiceStub):
-    """A target owns sequences: it verifies, commits and streams tokens."""
+    """A target owns sequences: it verifies, commits and streams tokens. It also chooses the speculator of each sequence and
+    moves running sequences to another one; routers only tell it which speculators there are.
+
+    Routers name all speculators that they know in every GetTargetStatus and RunSequence. A target whose directory is the
+    routers knows what any of them named lately: what no router names any more is forgotten after a bounded time, and an
+    empty list says nothing. A router asks for the status at once, rather than at its next interval, when the list
+    changes. A target with a directory of its own ignores the lists.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RunSequence: _aio.UnaryStreamMultiCallable[_target_pb2.RunSequenceRequest, _target_pb2.RunSequenceResponse]  # type: ignore[assignment]
-    """Runs one sequence. The events are those of InferenceService.Generate. Cancellation or a lost connection frees the
-    sequence here and at its speculator at once.
+    """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
+    Cancellation or a lost connection frees the sequence here and at its speculator at once.
     """
     GetTargetStatus: _aio.UnaryUnaryMultiCallable[_target_pb2.GetTargetStatusRequest, _target_pb2.GetTargetStatusResponse]  # type: ignore[assignment]
     DrainTarget: _aio.UnaryUnaryMultiCallable[_target_pb2.DrainTargetRequest, _target_pb2.DrainTargetResponse]  # type: ignore[assignment]
     """Stops admitting; running sequences go on until they end or `grace` passes."""
 
 class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
-    """A target owns sequences: it verifies, commits and streams tokens."""
+    """A target owns sequences: it verifies, commits and streams tokens. It also chooses the speculator of each sequence and
+    moves running sequences to another one; routers only tell it which speculators there are.
+
+    Routers name all speculators that they know in every GetTargetStatus and RunSequence. A target whose directory is the
+    routers knows what any of them named lately: what no router names any more is forgotten after a bounded time, and an
+    empty list says nothing. A router asks for the status at once, rather than at its next interval, when the list
+    changes. A target with a directory of its own ignores the lists.
+    """
 
     @_abc_1.abstractmethod
     def RunSequence(
@@ -63,8 +84,8 @@ class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _target_pb2.RunSequenceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_target_pb2.RunSequenceResponse], _abc.AsyncIterator[_target_pb2.RunSequenceResponse]]:
-        """Runs one sequence. The events are those of InferenceService.Generate. Cancellation or a lost connection frees the
-        sequence here and at its speculator at once.
+        """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
+        Cancellation or a lost connection frees the sequence here and at its speculator at once.
         """
 
     @_abc_1.abstractmethod
