@@ -90,6 +90,9 @@ class TargetConfig:
     speculator that does not have what is named here is not used."""
     distribution_deadline_ms: float = 20.0
     """Longest wait, after the forward, for draft distributions of rejection verification."""
+    speculators: str = "router"
+    """Where speculators are found: `router` (what routers tell), `static:HOST:PORT,...`, `dns:NAME:PORT` (all addresses
+    of a name) or `kubernetes:NAMESPACE/LABELS`."""
     connect_deadline_ms: float = 250.0
     """Longest wait of a request for the first connection to a speculator nobody used before."""
     fallback: Fallback = "auto"

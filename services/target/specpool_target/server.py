@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
 
+from specpool.discovery import directory
 from specpool.process import freeze_loaded_objects, set_cpu_affinity, set_num_threads
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.telemetry import tracing
@@ -54,6 +55,7 @@ async def serve(
         stop: another way to end it.
     """
     stopping = stop or asyncio.Event()
+    speculators = directory.parse(config.speculators, field="speculators")
     offered(config.distribution_transport, config.device)  # refuses what cannot be had, before the model is loaded
     set_cpu_affinity(config.cpu_affinity)
     set_num_threads(config.num_threads)
@@ -93,6 +95,7 @@ async def serve(
         peer=lambda: peer,
         model=info,
         connect_deadline_s=config.connect_deadline_ms / 1e3,
+        directory=speculators,
     )
     target_pb2_grpc.add_TargetServiceServicer_to_server(service, server)
     health = add_standard_services(server, target_pb2.DESCRIPTOR)
@@ -101,6 +104,7 @@ async def serve(
     freeze_loaded_objects()
     engine.start()
     try:
+        await speculators.start()
         await asyncio.to_thread(engine.wait_ready)
         if config.metrics_port is not None:
             _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
@@ -111,6 +115,7 @@ async def serve(
             on_ready(bound)
         await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
     finally:
+        await speculators.close()
         await links.close()
         engine.stop()
         await asyncio.to_thread(engine.join, 10.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -11,6 +11,9 @@ import grpc.aio
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 
+from specpool.discovery.discovery import Discovery
+from specpool.discovery.messages import from_messages
+from specpool.discovery.told import ToldDiscovery
 from specpool.errors import Draining, EngineFailed
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
@@ -36,6 +39,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         peer: Callable[[], types_pb2.Peer],
         model: types_pb2.ModelInfo,
         connect_deadline_s: float,
+        directory: Discovery,
     ) -> None:
         self._engine = engine
         self._links = links
@@ -43,6 +47,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         self._peer = peer
         self._model = model
         self._connect_deadline_s = connect_deadline_s
+        self._told = directory if isinstance(directory, ToldDiscovery) else None
         self._is_draining = False
         self._num_streams = 0
         self._drained = asyncio.Event()
@@ -54,6 +59,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         """See the protocol."""
         if self._is_draining:
             raise Draining("this target is draining and takes no new sequences")
+        self._hear_of(request.speculators)
         span = tracing.tracer().start_span(f"run_sequence {self._model.name}", kind=SpanKind.INTERNAL)
         self._num_streams += 1
         try:
@@ -111,6 +117,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         """See the protocol."""
         if self._engine.failure is not None:
             raise EngineFailed(self._engine.failure.message)
+        self._hear_of(request.speculators)
         draining = self._is_draining
         return target_pb2.GetTargetStatusResponse(
             target=self._peer(),
@@ -122,6 +129,10 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             fallback_batch_size=self._engine.policy.batch_size_threshold,
             plan=self._engine.lookahead_planner.explain(),
         )
+
+    def _hear_of(self, speculators: Sequence[types_pb2.SpeculatorEndpoint]) -> None:
+        if self._told is not None and speculators:
+            self._told.tell(from_messages(speculators))
 
     async def DrainTarget(
         self, request: target_pb2.DrainTargetRequest, context: Context

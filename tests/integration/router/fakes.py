@@ -42,6 +42,8 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         self.requests: list[target_pb2.RunSequenceRequest] = []
         self.num_running = 0
         self.num_reported = 0
+        self.told: list[list[types_pb2.SpeculatorEndpoint]] = []
+        self.pairs_with: str | None = None
         self.endpoint = ""
         self.server: Any = None
         self.fail_at: int | None = None
@@ -66,6 +68,8 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
             request_id=request.request.request_id, model=self.model, seed=sampling.seed, num_prompt_tokens=5
         )
         yield target_pb2.RunSequenceResponse(started=started)
+        if self.pairs_with is not None:
+            yield target_pb2.RunSequenceResponse(paired=target_pb2.Paired(endpoint=self.pairs_with))
         num_done, num_chars = len(request.committed_token_ids), request.num_text_chars_sent
         assert list(request.committed_token_ids) == tokens[:num_done]
         for position in range(num_done, num_tokens):
@@ -90,6 +94,7 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
             await self._stopping
 
     async def GetTargetStatus(self, request: Any, context: Any) -> target_pb2.GetTargetStatusResponse:
+        self.told.append(list(request.speculators))
         return target_pb2.GetTargetStatusResponse(
             state=self.state,
             model=types_pb2.ModelInfo(name=self.model, tokenizer_fingerprint="f"),

@@ -224,3 +224,16 @@ async def test_metrics_are_exported(target_for, speculator_for, unused_tcp_port)
     assert float(values['vllm:generation_tokens_total{model_name="toy"}']) == 80
     assert float(values['specpool_round_duration_seconds_count{phase="forward"}']) > 0
     assert float(values['vllm:num_requests_running{model_name="toy"}']) == 0
+
+
+async def test_told_speculators_are_checked_where_they_enter(target_for):
+    client = await target_for()
+    good, bad = types_pb2.SpeculatorEndpoint(address="a:1"), types_pb2.SpeculatorEndpoint(address="nowhere")
+    await client.stub.GetTargetStatus(target_pb2.GetTargetStatusRequest(speculators=[good]))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.stub.GetTargetStatus(target_pb2.GetTargetStatusRequest(speculators=[good, bad]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    message = client.message()
+    message.speculators.append(bad)
+    with pytest.raises(grpc.aio.AioRpcError, match=r"speculators\.address must be HOST:PORT"):
+        await client.run(message)

@@ -14,8 +14,10 @@ import pytest
 from specpool.discovery import directory
 from specpool.discovery.discovery import Discovery, Endpoint, StaticDiscovery
 from specpool.discovery.dns import DnsDiscovery, addresses_of
+from specpool.discovery.messages import from_messages, to_messages
 from specpool.discovery.told import ToldDiscovery
-from specpool.errors import ConfigError
+from specpool.errors import ConfigError, InvalidArgument
+from specpool.v1.types_pb2 import SpeculatorEndpoint
 
 A, B = Endpoint("a:1"), Endpoint("b:2")
 
@@ -142,6 +144,28 @@ def test_told_is_bounded() -> None:
         return len(found.endpoints)
 
     assert asyncio.run(tell()) == 4096
+
+
+def test_messages_say_what_targets_need() -> None:
+    leaving = Endpoint("a:1", labels={"zone": "z"}, terminating=True)
+    assert from_messages(to_messages({leaving, B})) == [leaving, B]
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([SpeculatorEndpoint(address="nowhere")], "speculators.address"),
+        ([SpeculatorEndpoint(address="a:" + "1" * 10_000)], "speculators.address"),
+        ([SpeculatorEndpoint(address="a:1", labels={str(i): "" for i in range(100)})], "speculators.labels"),
+        ([SpeculatorEndpoint(address="a:1", labels={"zone": "z" * 10_000})], "speculators.labels"),
+        ([SpeculatorEndpoint(address="a:1")] * 5_000, "speculators"),
+    ],
+)
+def test_messages_are_checked_where_they_enter(messages: list[SpeculatorEndpoint], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        from_messages(messages)
+    assert caught.value.metadata["field"] == field
+    assert len(caught.value.message) < 1_000
 
 
 async def test_text_forms() -> None:

@@ -212,6 +212,7 @@ class Stream:
             tenant_weight=tenant.weight,
             cache_salt=tenant.cache_salt,
             speculator_endpoint=speculator,
+            speculators=self._cluster.speculator_endpoints,
             committed_token_ids=self._progress.token_ids,
             num_text_chars_sent=self._progress.num_chars,
         )
@@ -226,6 +227,8 @@ class Stream:
                 self._sessions.count_tokens(self.lease, progress.num_prompt_tokens)
                 progress.started = True
                 yield event
+        elif event.HasField("paired"):
+            self._sessions.pair(self.lease, self.lease.session.target, event.paired.endpoint)
         elif event.HasField("delta"):
             progress.add(event.delta)
             # Text without tokens travels with the next token, so that a count of tokens says what text a client has.

@@ -12,7 +12,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from specpool.discovery.discovery import Discovery, Endpoint
+from specpool.discovery.discovery import Discovery, Endpoint, Endpoints
+from specpool.discovery.messages import to_messages
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
@@ -38,6 +39,8 @@ class Pod(Generic[_Status]):
     """Streams of this router that run there: newer than any status."""
     task: asyncio.Task[None] | None = None
     polled: asyncio.Event = field(default_factory=asyncio.Event)
+    poll_now: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: the next status call does not wait for its time."""
 
     def candidate(self) -> Candidate:
         """As routing sees it."""
@@ -103,6 +106,11 @@ class Pods(Generic[_Status]):
         pod.reachable, pod.error = False, error
         self._notify()
 
+    def poll_soon(self) -> None:
+        """Have all of them asked without waiting for the interval."""
+        for pod in self._pods.values():
+            pod.poll_now.set()
+
     async def refresh(self) -> None:
         """Ask all of them now."""
         await asyncio.gather(*(self._poll(pod) for pod in self.all()))
@@ -113,7 +121,7 @@ class Pods(Generic[_Status]):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(changed.wait(), timeout_s)
 
-    def _on_endpoints(self, endpoints: frozenset[Endpoint]) -> None:
+    def _on_endpoints(self, endpoints: Endpoints) -> None:
         now = {endpoint.address: endpoint for endpoint in endpoints}
         for address, pod in list(self._pods.items()):
             endpoint = now.get(address)
@@ -141,9 +149,11 @@ class Pods(Generic[_Status]):
 
     async def _poll_forever(self, pod: Pod[_Status]) -> None:
         while True:
+            pod.poll_now.clear()
             await self._poll(pod)
             pod.polled.set()
-            await asyncio.sleep(self._interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(pod.poll_now.wait(), self._interval_s)
 
     async def _poll(self, pod: Pod[_Status]) -> None:
         try:
@@ -162,17 +172,20 @@ class Pods(Generic[_Status]):
 
 
 class Cluster:
-    """Targets and speculators."""
+    """Targets and speculators. Every status call tells a target which speculators there are."""
 
     def __init__(
         self, targets: Discovery, speculators: Discovery, metrics: RouterMetrics, *, poll_interval_s: float = 1.0
     ) -> None:
         self.targets: Pods[target_pb2.GetTargetStatusResponse] = Pods(
-            "target", targets, _target_status, metrics, poll_interval_s
+            "target", targets, self._target_status, metrics, poll_interval_s
         )
         self.speculators: Pods[speculator_pb2.GetSpeculatorStatusResponse] = Pods(
             "speculator", speculators, _speculator_status, metrics, poll_interval_s
         )
+        self.speculator_endpoints: list[types_pb2.SpeculatorEndpoint] = []
+        """What targets are told."""
+        speculators.on_change(self._on_speculators)
 
     async def start(self) -> None:
         """Begin to look and to poll."""
@@ -182,13 +195,15 @@ class Cluster:
         """Stop both."""
         await asyncio.gather(self.targets.close(), self.speculators.close())
 
+    def _on_speculators(self, endpoints: Endpoints) -> None:
+        self.speculator_endpoints = to_messages(endpoints)
+        self.targets.poll_soon()  # running sequences are to find the newcomers, and leave those that go, at once
 
-async def _target_status(to: grpc.aio.Channel) -> target_pb2.GetTargetStatusResponse:
-    stub: Any = target_pb2_grpc.TargetServiceStub(to)
-    status: target_pb2.GetTargetStatusResponse = await stub.GetTargetStatus(
-        target_pb2.GetTargetStatusRequest(), timeout=_STATUS_TIMEOUT_S
-    )
-    return status
+    async def _target_status(self, to: grpc.aio.Channel) -> target_pb2.GetTargetStatusResponse:
+        stub: Any = target_pb2_grpc.TargetServiceStub(to)
+        request = target_pb2.GetTargetStatusRequest(speculators=self.speculator_endpoints)
+        status: target_pb2.GetTargetStatusResponse = await stub.GetTargetStatus(request, timeout=_STATUS_TIMEOUT_S)
+        return status
 
 
 async def _speculator_status(to: grpc.aio.Channel) -> speculator_pb2.GetSpeculatorStatusResponse:

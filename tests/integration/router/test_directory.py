@@ -1,0 +1,72 @@
+"""Routers tell targets which speculators there are, and record what targets chose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from router_fakes import NUM_TOKENS, FakeSpeculator, FakeTarget, running
+
+from specpool.client import Client
+from specpool.discovery.discovery import Discovery, Endpoint, StaticDiscovery
+from specpool.v1 import inference_pb2, types_pb2
+from specpool_router.metrics import RouterMetrics
+from specpool_router.placement.cluster import Cluster
+from specpool_router.sessions.sessions import Sessions
+
+Told = types_pb2.SpeculatorEndpoint
+
+
+class Settable(Discovery):
+    async def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    def set(self, endpoints: Iterable[Endpoint]) -> None:
+        self._publish(endpoints)
+
+
+async def told(target: FakeTarget, *wanted: Told) -> None:
+    async with asyncio.timeout(30):
+        while not target.told or target.told[-1] != list(wanted):
+            await asyncio.sleep(0.005)
+
+
+async def test_targets_hear_of_a_change_at_once() -> None:
+    """Not at the next poll: a running sequence is to find its new speculator."""
+    target, speculators = FakeTarget(), Settable()
+    async with running(target) as (endpoint,):
+        cluster = Cluster(StaticDiscovery([endpoint]), speculators, RouterMetrics(), poll_interval_s=3600)
+        await cluster.start()
+        try:
+            await told(target)
+            speculators.set([Endpoint("b:2", "uid", labels={"zone": "z"}), Endpoint("a:1")])
+            await told(target, Told(address="a:1"), Told(address="b:2", labels={"zone": "z"}))
+            speculators.set([Endpoint("b:2", "uid", labels={"zone": "z"}, terminating=True)])
+            await told(target, Told(address="b:2", labels={"zone": "z"}, terminating=True))
+        finally:
+            await cluster.close()
+
+
+async def test_requests_carry_the_directory_and_the_pairing_is_recorded(start_router: Any, monkeypatch: Any) -> None:
+    target = FakeTarget()
+    target.pairs_with = "chosen:7"
+    pairings = []
+    pair = Sessions.pair
+
+    def recorded(self: Any, lease: Any, target: str, speculator: str) -> None:
+        pairings.append((target, speculator))
+        pair(self, lease, target, speculator)
+
+    monkeypatch.setattr(Sessions, "pair", recorded)
+    async with running(target, FakeSpeculator()) as (endpoint, speculator):
+        router = await start_router(targets=(endpoint,), speculators=(speculator, "127.0.0.1:1"))
+        async with Client(router) as client:
+            request = inference_pb2.GenerateRequest(text="x", sampling=types_pb2.SamplingParams(seed=1))
+            completion = await client.complete(request)
+    assert len(completion.token_ids) == NUM_TOKENS
+    assert {each.address for each in target.requests[0].speculators} == {speculator, "127.0.0.1:1"}
+    assert pairings[-1] == (endpoint, "chosen:7")
