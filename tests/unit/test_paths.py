@@ -11,12 +11,12 @@ import pytest
 
 from specpool.paths import making_directory, replacing, write_atomically
 
-# A compiler that begins only once another one has begun, too: both have chosen the name of their output by then.
+# A compiler that ends only once another one is at its end, too: both have written their output by then.
 COMPILER = """#!/bin/sh
+c++ "$@" || exit 1
 touch "$MEETING/$$"
 tries=0
 while [ "$(ls "$MEETING" | wc -l)" -lt 2 ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries + 1)); done
-exec c++ "$@"
 """
 PROCESS = """
 import os
