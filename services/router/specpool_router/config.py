@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field
+from typing import Self
 
-from specpool.errors import ConfigError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from specpool.config import Settings, invalid
 
 
 def _default_id() -> str:
     return f"{socket.gethostname()}-router"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterConfig:
+class RouterConfig(Settings):
     """One router process."""
 
-    id: str = field(default_factory=_default_id)
+    id: str = Field(default_factory=_default_id)
     """Stable name of this process; default: host name and role."""
     listen: str = "127.0.0.1:0"
     """host:port to listen on; port 0 takes any free one."""
     advertise: str = ""
     """Endpoint that others dial; empty for the bound one."""
-    metrics_port: int | None = None
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the Prometheus endpoint; 0 takes any free one, unset is off."""
     otlp_endpoint: str = ""
     """OTLP collector for traces; empty is off."""
-    trace_sampling_ratio: float = 1.0
+    trace_sampling_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of traces started here that are recorded; a parent's decision wins."""
-    drain_grace_s: float = 30.0
+    drain_grace_s: NonNegativeFloat = 30.0
     """How long a graceful stop waits for running streams."""
     log_level: str = "info"
     """debug, info, warning or error."""
@@ -44,30 +45,23 @@ class RouterConfig:
     """Label selector of speculator pods."""
     session_store: str = "memory://"
     """redis://..., rediss://..., unix://SOCKET or memory:// (one router only)."""
-    session_ttl_s: float = 600.0
+    session_ttl_s: PositiveFloat = 600.0
     """How long an ended or abandoned session can be resumed."""
     tenants_file: str = ""
     """YAML file of tenants by hash of their key; empty: one tenant, "default", without credentials."""
-    poll_interval_s: float = 1.0
+    poll_interval_s: PositiveFloat = 1.0
     """Time between status calls to each target and speculator."""
-    failover_wait_s: float = 15.0
+    failover_wait_s: NonNegativeFloat = 15.0
     """How long a stream that lost its target waits for another."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_discovery(self) -> Self:
         if self.kubernetes_namespace and (self.targets or self.speculators):
-            raise _invalid(
+            raise invalid(
                 "kubernetes_namespace", self.kubernetes_namespace, "empty when targets or speculators are set"
             )
         if self.kubernetes_namespace and not self.target_selector:
-            raise _invalid("target_selector", "", "a label selector, because kubernetes_namespace is set")
+            raise invalid("target_selector", "", "a label selector, because kubernetes_namespace is set")
         if not self.kubernetes_namespace and (self.target_selector or self.speculator_selector):
-            raise _invalid("kubernetes_namespace", "", "a namespace, because a selector is set")
-        for name in ("session_ttl_s", "poll_interval_s"):
-            if not getattr(self, name) > 0:
-                raise _invalid(name, getattr(self, name), "more than 0")
-
-
-def _invalid(name: str, value: object, accepted: str) -> ConfigError:
-    return ConfigError(
-        f"{name} is {value!r}; accepted: {accepted}", metadata={"field": name, "value": value, "accepted": accepted}
-    )
+            raise invalid("kubernetes_namespace", "", "a namespace, because a selector is set")
+        return self

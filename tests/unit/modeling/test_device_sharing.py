@@ -181,9 +181,9 @@ def test_status_says_how_a_device_is_shared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"device_memory_share": 0.0}, "device_memory_share must be more than 0 and at most 1, got 0.0"),
-        ({"sm_share": 1.5}, "sm_share must be more than 0 and at most 1, got 1.5"),
-        ({"stream_priority": "low"}, "stream_priority must be normal or high, got low"),
+        ({"device_memory_share": 0.0}, "device_memory_share must be more than 0, got 0.0"),
+        ({"sm_share": 1.5}, "sm_share must be at most 1, got 1.5"),
+        ({"stream_priority": "low"}, "stream_priority must be 'normal' or 'high', got 'low'"),
         ({"sm_share": 0.5, "stream_priority": "high"}, "sm_share must be 1 where stream_priority is high"),
         ({"sm_share": 0.5, "tensor_parallel": 2}, "sm_share must be 1 where tensor_parallel is not 1"),
         ({"stream_priority": "high", "tensor_parallel": 2}, "stream_priority must be normal where tensor_parallel"),

@@ -1,6 +1,9 @@
-"""Settings: flags over environment over YAML file over defaults; unknown keys are refused by name."""
+"""Settings: flags over environment over YAML file over defaults; unknown keys are refused by name.
 
-from specpool.config.describe import FieldDoc, describe
-from specpool.config.loading import SECTIONS, flag_name, load_config, variable_name
+`Settings` is what the classes of settings derive from, and needs pydantic only. `loading` reads the sources; services
+are handed what it makes and never import it. Any package may import this one. Start reading in `settings`.
+"""
 
-__all__ = ["SECTIONS", "FieldDoc", "describe", "flag_name", "load_config", "variable_name"]
+from specpool.config.settings import Settings, Share, invalid
+
+__all__ = ["Settings", "Share", "invalid"]

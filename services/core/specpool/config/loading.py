@@ -1,4 +1,4 @@
-"""Settings from flags, environment and file, in this precedence, over the defaults of a frozen dataclass.
+"""Settings from flags, environment and file, in this precedence, over the defaults of a class of settings.
 
 =============  ==============================================================
 flag           ``--max-lookahead 4``
@@ -6,29 +6,28 @@ environment    ``SPECPOOL_TARGET_MAX_LOOKAHEAD=4``
 file (YAML)    ``target:`` / ``  max_lookahead: 4``
 =============  ==============================================================
 
-Unknown keys are refused by name, with the nearest accepted spelling.
+Flags, variables and help are those of pydantic-settings. Ours is what it does not promise: a file that is not there,
+an unknown section and an unknown variable are errors, and every error says where its value came from.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, get_type_hints
+from typing import Any, Final, NoReturn, TypeVar
 
 import yaml
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
-from specpool.config.conversion import accepted, convert
+from specpool.config.settings import Settings
 from specpool.errors import ConfigError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 SECTIONS: Final = ("target", "speculator", "router", "up")
-_Config = TypeVar("_Config", bound="DataclassInstance")
+_Config = TypeVar("_Config", bound=Settings)
 
 # Kubernetes gives every container variables about the services of its namespace. For a service named
 # "specpool-target" they look like settings: SPECPOOL_TARGET_SERVICE_HOST, SPECPOOL_TARGET_PORT=tcp://...
@@ -38,47 +37,66 @@ _SERVICE_LINK_NAME: Final = re.compile(
 _SERVICE_LINK_VALUE: Final = re.compile(r"(tcp|udp|sctp)://")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Setting:
-    """One value and where it was found."""
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, like everything else here."""
 
-    value: object
-    origin: str
+    def __init__(self, **options: Any) -> None:
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of usage and exit."""
+        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
+
+
+def parse_flags(
+    cls: type[Settings], section: str, arguments: Sequence[str], parser: Parser
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Values by the names of fields, as they were written, and the options that `parser` had before."""
+    source: CliSettingsSource[Parser] = CliSettingsSource(_sources(cls, section), root_parser=parser)
+    options = parser.parse_args(list(arguments))
+    given = {name: value for name, value in vars(options).items() if name in cls.model_fields}
+    source(parsed_args=given)
+    return source(), options
 
 
 def load_config(
-    cls: type[_Config],
-    *,
-    section: str,
-    file: Path | None = None,
-    flags: Mapping[str, object] | None = None,
-    environ: Mapping[str, str] | None = None,
+    cls: type[_Config], *, section: str, file: Path | None = None, flags: Mapping[str, Any] | None = None
 ) -> _Config:
-    """Build ``cls`` from all sources.
+    """Settings from all sources.
 
     Args:
-        cls: a frozen dataclass.
-        section: of the file and of the variables' prefix.
+        cls: the class of settings.
+        section: of the file, and of the variables' prefix.
         file: YAML; None: no file.
-        flags: by field name; None values were not given.
-        environ: default: the process's.
+        flags: values by the names of fields.
 
     Raises:
-        ConfigError: naming the field or key, the value, and what is accepted.
+        ConfigError: naming the field or key, the value, what is accepted, and where the value came from.
     """
-    names = [field.name for field in dataclasses.fields(cls) if field.init]
-    settings = _from_file(file, section, names)
-    settings |= _from_environment(os.environ if environ is None else environ, section, names)
-    settings |= _from_flags(flags or {}, names)
-    types = get_type_hints(cls)
-    values = {name: _convert(name, setting, types[name]) for name, setting in settings.items()}
-    _require(cls, section, values)
+    _refuse_unknown_variables(cls, section)
+    in_file = _from_file(file, section, cls.model_fields)
+    in_environment = EnvSettingsSource(_sources(cls, section))()
+    values = {**in_file, **in_environment, **(flags or {})}
     try:
         return cls(**values)
-    except ConfigError:
+    except ConfigError as error:
+        name = error.metadata.get("field", "")
+        flag, variable = flag_name(name), variable_name(section, name)
+        if name in cls.model_fields and name not in values and cls.model_fields[name].is_required():
+            raise _explained(
+                error, f"{name} is required: give {flag}, {variable} or {section}.{name} in the settings file"
+            ) from None
+        if name in (flags or {}):
+            raise _explained(error, f"{error.message} (flag {flag})") from None
+        if name in in_environment:
+            raise _explained(error, f"{error.message} (environment variable {variable})") from None
+        if name in in_file:
+            raise _explained(error, f"{error.message} ({file}: {section}.{name})") from None
         raise
-    except ValueError as error:
-        raise ConfigError(f"{section}: {error}") from error
+
+
+def _explained(error: ConfigError, message: str) -> ConfigError:
+    return ConfigError(message, reason=error.reason, metadata=error.metadata)
 
 
 def flag_name(field: str) -> str:
@@ -91,34 +109,52 @@ def variable_name(section: str, field: str) -> str:
     return _prefix(section) + field.upper()
 
 
-def _from_flags(flags: Mapping[str, object], names: Iterable[str]) -> dict[str, _Setting]:
-    given = {name: value for name, value in flags.items() if value is not None}
-    _refuse_unknown(given, names, "flag", flag_name)
-    return {name: _Setting(value, f"flag {flag_name(name)}") for name, value in given.items()}
+def _sources(cls: type[Settings], section: str) -> type[BaseSettings]:
+    """The same fields, for pydantic-settings: what it reads stays text, which `cls` converts."""
+
+    class Sources(cls, BaseSettings):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(
+            env_prefix=_prefix(section),
+            enable_decoding=False,
+            cli_kebab_case=True,
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str="unset",
+            cli_show_env_vars=True,
+        )
+
+    return Sources
 
 
-def _from_environment(environ: Mapping[str, str], section: str, names: Iterable[str]) -> dict[str, _Setting]:
+def _prefix(section: str) -> str:
+    return f"SPECPOOL_{section.upper()}_"
+
+
+def _refuse_unknown_variables(cls: type[Settings], section: str) -> None:
     prefix = _prefix(section)
-    by_variable = {variable_name(section, name): name for name in names}
-    given = {
-        variable: value
-        for variable, value in environ.items()
+    given = [
+        variable
+        for variable, value in os.environ.items()
         if variable.startswith(prefix) and not _is_service_link(variable.removeprefix(prefix), value)
-    }
-    _refuse_unknown(given, by_variable, "environment variable", str)
-    return {
-        by_variable[variable]: _Setting(value, f"environment variable {variable}") for variable, value in given.items()
-    }
+    ]
+    known = [variable_name(section, name) for name in cls.model_fields]
+    _refuse_unknown(given, known, "environment variable", str)
 
 
-def _from_file(file: Path | None, section: str, names: Iterable[str]) -> dict[str, _Setting]:
+def _is_service_link(name: str, value: str) -> bool:
+    if _SERVICE_LINK_NAME.fullmatch(name):
+        return True
+    return (name == "PORT" or name.endswith("_PORT")) and _SERVICE_LINK_VALUE.match(value) is not None
+
+
+def _from_file(file: Path | None, section: str, names: Iterable[str]) -> dict[str, Any]:
     if file is None:
         return {}
     document = _mapping(_read_yaml(file), str(file))
     _refuse_unknown(document, SECTIONS, f"{file}: section", str)
     values = _mapping(document.get(section), f"{file}: {section}")
     _refuse_unknown(values, names, f"{file}: key", lambda name: f"{section}.{name}")
-    return {name: _Setting(value, f"{file}: {section}.{name}") for name, value in values.items()}
+    return values
 
 
 def _read_yaml(file: Path) -> object:
@@ -130,7 +166,7 @@ def _read_yaml(file: Path) -> object:
         raise ConfigError(f"{file} is not valid YAML: {error}", metadata={"file": file}) from error
 
 
-def _mapping(value: object, origin: str) -> dict[str, object]:
+def _mapping(value: object, origin: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -138,18 +174,7 @@ def _mapping(value: object, origin: str) -> dict[str, object]:
     return {str(key): entry for key, entry in value.items()}
 
 
-def _convert(name: str, setting: _Setting, kind: Any) -> object:
-    try:
-        return convert(setting.value, kind)
-    except ValueError as error:
-        expected = accepted(kind)
-        raise ConfigError(
-            f"{name} must be {expected}, got {setting.value!r} ({setting.origin})",
-            metadata={"field": name, "value": setting.value, "accepted": expected, "origin": setting.origin},
-        ) from error
-
-
-def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str, spell: Any) -> None:
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str, spell: Callable[[str], str]) -> None:
     candidates = list(known)
     for key in given:
         if key not in candidates:
@@ -159,24 +184,3 @@ def _refuse_unknown(given: Iterable[str], known: Iterable[str], what: str, spell
                 f"unknown {what} {spell(key)}{hint}",
                 metadata={"field": key, "accepted": spell(nearest[0]) if nearest else ""},
             )
-
-
-def _require(cls: type[_Config], section: str, values: Mapping[str, object]) -> None:
-    for field in dataclasses.fields(cls):
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if field.init and not has_default and field.name not in values:
-            raise ConfigError(
-                f"{field.name} is required: give {flag_name(field.name)}, {variable_name(section, field.name)} "
-                f"or {section}.{field.name} in the settings file",
-                metadata={"field": field.name, "accepted": accepted(get_type_hints(cls)[field.name])},
-            )
-
-
-def _prefix(section: str) -> str:
-    return f"SPECPOOL_{section.upper()}_"
-
-
-def _is_service_link(name: str, value: str) -> bool:
-    if _SERVICE_LINK_NAME.fullmatch(name):
-        return True
-    return (name == "PORT" or name.endswith("_PORT")) and _SERVICE_LINK_VALUE.match(value) is not None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from specpool.config import FieldDoc, describe, load_config
+from specpool.config.loading import Parser, load_config, parse_flags
 from specpool.errors import ConfigError
 from specpool.paths import write_atomically
 from specpool_tools.models.resolve import resolve_model
@@ -40,91 +39,60 @@ def _module(role: str, name: str) -> Any:
         ) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line, like everything else here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
-
-
-def build_parser(role: str, fields: Sequence[FieldDoc], what: str = "") -> argparse.ArgumentParser:
-    """One flag per setting. Values stay text: `load_config` converts them like those of every other source."""
-    parser = _Parser(
+def build_parser(role: str, what: str = "") -> Parser:
+    """The options that are no settings."""
+    parser = Parser(
         prog=f"specpool {role}",
         description=f"{what or f'Run a {role}'}. Precedence of settings: flag, environment, --config file, default.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
-    if not any(field.name == "ready_file" for field in fields):
-        parser.add_argument("--ready-file", metavar="FILE", help="write the endpoint there once this serves")
-    for field in fields:
-        default = "required" if field.required else f"default {_shown(field.default)}"
-        text = f"{field.doc} [{default}; {field.variable(role)}]".replace("%", "%%")
-        parser.add_argument(field.flag, dest=field.name, metavar=field.type_name.upper()[:24], help=text)
+    parser.add_argument("--config", type=Path, metavar="FILE", default=None, help="YAML file with settings")
+    parser.add_argument(
+        "--print-config", action="store_true", default=False, help="show the resolved settings and exit"
+    )
     return parser
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return "''" if value == "" else str(value)
 
 
 def resolve_config(role: str, arguments: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     """The settings from all sources, and the options that are not settings."""
-    cls = config_class(role)
-    fields = describe(cls)
-    options = build_parser(role, fields).parse_args(list(arguments))
-    given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
-    config = load_config(cls, section=role, file=getattr(options, "config", None), flags=given)
+    parser = build_parser(role)
+    parser.add_argument("--ready-file", metavar="FILE", default="", help="write the endpoint there once this serves")
+    flags, options = parse_flags(config_class(role), role, arguments, parser)
+    config = load_config(config_class(role), section=role, file=options.config, flags=flags)
     if getattr(config, "model", ""):
-        config = dataclasses.replace(config, model=resolve_model(config.model))
+        config = config.model_copy(update={"model": resolve_model(config.model)})
     return config, options
 
 
 def run_service(role: str, arguments: Sequence[str]) -> None:
     """Serve until SIGTERM or SIGINT."""
     config, options = resolve_config(role, arguments)
-    if getattr(options, "print_config", False):
+    if options.print_config:
         print_config(role, config)
         return
     _prepare_process(role, config)
     serve = _module(role, "server").serve
     with _progress(serve) as extra:
-        asyncio.run(serve(config, on_ready=_announcer(role, getattr(options, "ready_file", "")), **extra))
+        asyncio.run(serve(config, on_ready=_announcer(role, options.ready_file), **extra))
 
 
 def resolve_up(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     """Options of `specpool up` from all sources, and the settings file, which its processes read too."""
     from specpool_tools.local.processes import UpConfig
 
-    fields = describe(UpConfig)
-    options = build_parser("up", fields, "Start router, targets, speculator and session store").parse_args(
-        list(arguments)
-    )
-    given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
-    file = getattr(options, "config", None)
-    config = load_config(UpConfig, section="up", file=file, flags=given)
-    if getattr(options, "print_config", False):
+    parser = build_parser("up", "Start router, targets, speculator and session store")
+    flags, options = parse_flags(UpConfig, "up", arguments, parser)
+    config = load_config(UpConfig, section="up", file=options.config, flags=flags)
+    if options.print_config:
         print_config("up", config)
         raise SystemExit(0)
-    return config, file.resolve() if file else None
+    return config, options.config.resolve() if options.config else None
 
 
 def print_config(role: str, config: Any) -> None:
     """As YAML that --config would accept."""
     import yaml
 
-    plain = {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
-    yaml.safe_dump({role: plain}, sys.stdout, sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    yaml.safe_dump({role: config.model_dump(mode="json")}, sys.stdout, sort_keys=False)
 
 
 def _prepare_process(role: str, config: Any) -> None:

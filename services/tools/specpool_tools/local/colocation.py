@@ -27,10 +27,6 @@ def check_colocation(config: UpConfig) -> None:
         ("draft_sm_share", 1.0),
     ):
         value = getattr(config, name)
-        if not 0 < value <= 1:
-            raise ConfigError(
-                f"{name} must be more than 0 and at most 1, got {value:g}", metadata={"field": name, "value": value}
-            )
         if value != default and not config.colocated:
             raise ConfigError(f"{name} is {value:g}, which only colocated uses", metadata={"field": name})
     if config.colocated:

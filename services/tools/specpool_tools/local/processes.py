@@ -9,9 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from specpool.config import Settings, Share
 from specpool.errors import ConfigError, InvalidArgument
-from specpool_engine.distributions.choices import check_transport_choice
+from specpool_engine.distributions.choices import TransportChoice
 from specpool_tools.local.awake import awake_command, can_keep_awake
 from specpool_tools.local.colocation import (
     DRAFT_MEMORY_SHARE,
@@ -28,15 +32,14 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 spends a few hundredths less of its time on page tables."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpConfig:
+class UpConfig(Settings):
     """Options of `specpool up` (section `up` of the settings file)."""
 
     target: str = ""
     """Target model: catalogue name, hub id, directory, or GGUF file."""
     draft: str = ""
     """Draft model; empty or `none` runs without a speculator."""
-    targets: int = 1
+    targets: PositiveInt = 1
     """Number of target processes."""
     dtype: str = ""
     """Data type of the target and, unless `draft_dtype` is given, of the draft; empty for the services' default."""
@@ -46,16 +49,16 @@ class UpConfig:
     """Torch device of the targets; empty for the services' default."""
     draft_device: str = ""
     """Torch device of the draft; empty: as `device`, or the one after those of the targets if they are several."""
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     """Devices that each target is split over: those from `device` on, the next target's behind them."""
     colocated: bool = False
     """Target and draft on one GPU, which must be given as `device`: each has its share of the memory, and the target's
     kernels go first. Start `nvidia-cuda-mps-control -d` before, or they compute in turns."""
-    memory_share: float = MEMORY_SHARE
+    memory_share: Share = MEMORY_SHARE
     """`colocated`: the target's share of the GPU's memory, weights and KV cache."""
-    draft_memory_share: float = DRAFT_MEMORY_SHARE
+    draft_memory_share: Share = DRAFT_MEMORY_SHARE
     """`colocated`: the draft's share of the GPU's memory."""
-    draft_sm_share: float = 1.0
+    draft_sm_share: Share = 1.0
     """`colocated`: share of the GPU's multiprocessors that draft steps use; below 1 it needs green contexts and MPS."""
     weights: str = ""
     """Weight format of the targets: plain, prepacked or streamed."""
@@ -67,15 +70,15 @@ class UpConfig:
     """Attention of the draft; empty for the services' default."""
     compile: bool = False
     """Compile target and draft: faster steps, a start that takes minutes longer the first time."""
-    draft_vocab_size: int = 0
+    draft_vocab_size: NonNegativeInt = 0
     """Tokens that are drafted, the first ones of the vocabulary; 0: all."""
-    lookahead: int = 0
+    lookahead: NonNegativeInt = 0
     """Largest K; 0 for the services' default."""
-    row_budget: int = 0
+    row_budget: NonNegativeInt = 0
     """Branch rows per draft step; 0 for the speculator's default."""
-    fan_out: int = 0
+    fan_out: NonNegativeInt = 0
     """Guesses per round (B); 0 for the speculator's default."""
-    distribution_transport: str = ""
+    distribution_transport: TransportChoice | Literal[""] = ""
     """How the targets want draft distributions of rejection verification: grpc, gloo, nccl or auto; empty for the
     services' default."""
     listen: str = "127.0.0.1:0"
@@ -95,30 +98,18 @@ class UpConfig:
     """Folder of the processes' logs; empty for `logs` in the cache directory."""
     ready_file: str = ""
     """File that gets the router's endpoint once everything is up."""
-    ready_timeout_s: float = 1800.0
+    ready_timeout_s: PositiveFloat = 1800.0
     """Give up when not everything is up by then."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if not self.target:
             raise ConfigError("target is required: give --target MODEL", metadata={"field": "target"})
-        for name, least in (
-            ("targets", 1),
-            ("tensor_parallel", 1),
-            ("lookahead", 0),
-            ("row_budget", 0),
-            ("fan_out", 0),
-            ("draft_vocab_size", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}", metadata={"field": name}
-                )
-        if self.distribution_transport:
-            check_transport_choice(self.distribution_transport)
         parse_affinity(self.affinity, self.targets)
         if self.keep_awake and not can_keep_awake():
             raise ConfigError("keep_awake needs Linux", metadata={"field": "keep_awake"})
         check_colocation(self)
+        return self
 
     @property
     def has_speculator(self) -> bool:

@@ -1,0 +1,69 @@
+"""What all classes of settings have in common: frozen, by keyword only, help from the docstring under each field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from specpool.errors import ConfigError
+
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A part of a whole that is never nothing."""
+
+_WORDS: Final = {
+    "missing": "given",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+"""For pydantic's kinds of errors: what is accepted."""
+
+
+class Settings(BaseModel):
+    """Settings of one component. Whatever contradicts the types or another setting is a `ConfigError`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _in_words(cls, value: object, info: ValidationInfo) -> object:
+        """What pydantic does not know of text: lists with commas, none; and that a boolean is no number."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind is not bool:
+            if get_origin(kind) is not Literal:
+                raise ValueError("no boolean")
+            return "on" if value else "off"  # YAML reads these bare words as booleans
+        if not isinstance(value, str):
+            return value
+        if get_origin(kind) is tuple:
+            return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
+        is_optional = type(None) in get_args(kind)
+        return None if is_optional and value.strip().lower() in ("", "none", "null") else value
+
+
+def invalid(name: str, value: object, accepted: str) -> ConfigError:
+    """A setting whose value is not accepted, alone or beside another one."""
+    return ConfigError(
+        f"{name} must be {accepted}, got {value!r}", metadata={"field": name, "value": value, "accepted": accepted}
+    )
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    """The first of what is wrong, in our words."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown setting {name}", metadata={"field": name})
+    accepted = _WORDS.get(first["type"], "").format(**first.get("ctx", {}))
+    accepted = accepted or first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return invalid(name, None if first["type"] == "missing" else first["input"], accepted)
