@@ -23,6 +23,7 @@ from specpool_engine.modeling.interface import CausalModel, close_model, watch_m
 from specpool_engine.modeling.load_model import load_model, parse_device
 from specpool_engine.modeling.spec import ModelKind, ModelSpec
 from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism, describe_device
+from specpool_engine.modeling.text_codec import TextCodec
 from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import EngineThread
@@ -84,7 +85,7 @@ async def serve(
     reader = RequestReader(
         model_name=info.name,
         vocab_size=model.vocab_size,
-        tokenizer=tokenizer,
+        codec=TextCodec(tokenizer),
         eos_token_ids=end_token_ids(model, tokenizer),
         max_lookahead=config.max_lookahead,
     )

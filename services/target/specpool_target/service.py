@@ -79,7 +79,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
     ) -> AsyncGenerator[Response, None]:
         stream = ResponseStream(
             sequence,
-            self._reader.tokenizer,
+            self._reader.codec,
             span,
             num_text_chars_sent=request.num_text_chars_sent,
             model_name=self._model.name,

@@ -10,6 +10,7 @@ import torch
 
 from specpool_engine.modeling import Segment, SequenceKV, load_model, load_tokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling.text_codec import TextCodec
 
 pytestmark = pytest.mark.models
 
@@ -50,6 +51,6 @@ def test_streamed_text_equals_decoded_text(directory: Path) -> None:
     tokenizer = load_tokenizer(str(directory))
     text = "Naïve café, 東京 😀 and 1\u00a0000 spaces.\n"
     tokens = tokenizer.encode(text)
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer = IncrementalDetokenizer(TextCodec(tokenizer).decode)
     pieces = [detokenizer.push([token]).text for token in tokens]
     assert "".join(pieces) + detokenizer.finish().text == text

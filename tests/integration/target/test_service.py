@@ -156,6 +156,16 @@ async def test_continuation_repeats_nothing_but_unsent_text(target_for, stop):
     assert rest.finished.usage.num_completion_tokens == 30
 
 
+@pytest.mark.parametrize("stop", [[], ["zz!"]])
+async def test_continuation_leaves_out_text_that_the_client_has_of_later_tokens(target_for, stop):
+    target = await target_for()
+    options = {"temperature": 0.8, "frequency_penalty": 0.5, "max_tokens": 30, "stop": stop}
+    whole = await target.generate(**options)
+    rest = await target.generate(committed=whole.tokens[:6], num_text_chars_sent=17, **options)
+    assert rest.tokens == whole.tokens[6:]
+    assert rest.text == whole.text[17:]
+
+
 async def test_continuation_of_a_complete_output_only_finishes(target_for):
     target = await target_for()
     whole = await target.generate(max_tokens=10)

@@ -13,6 +13,7 @@ from specpool.algorithm.noise import Stream, gumbel_argmax
 from specpool.algorithm.sampling import SamplingParams, process_logits
 from specpool_engine.modeling import BlockPool, ToyModel, ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling.text_codec import TextCodec
 from specpool_engine.modeling.toy import ToyTable
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import EngineThread
@@ -60,7 +61,7 @@ class Bench:
         updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
         detokenizer = None
         if request.sampling.stop:
-            detokenizer = IncrementalDetokenizer(ToyTokenizer(VOCAB), stop=request.sampling.stop)
+            detokenizer = IncrementalDetokenizer(TextCodec(ToyTokenizer(VOCAB)).decode, stop=request.sampling.stop)
         self.engine.submit(request, updates.put_nowait, detokenizer=detokenizer)
         return updates
 

@@ -11,6 +11,7 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, ModelNotFound
 from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
+from specpool_engine.modeling.text_codec import TextCodec
 from specpool_target.engine.sequence import SequenceRequest, SpeculationMode, draw_seed
 
 _MODES: Final = {
@@ -33,7 +34,7 @@ class RequestReader:
 
     model_name: str
     vocab_size: int
-    tokenizer: Any
+    codec: TextCodec
     eos_token_ids: frozenset[int]
     max_lookahead: int
 
@@ -77,7 +78,7 @@ class RequestReader:
         elif kind == "chat":
             tokens = self._render_chat(request.chat)
         else:
-            tokens = list(self.tokenizer.encode(request.text))
+            tokens = list(self.codec.encode(request.text))
         if not tokens:
             raise InvalidArgument(
                 "the prompt is empty: give text, chat messages or token ids with at least one token",
@@ -94,7 +95,7 @@ class RequestReader:
             return []
         conversation = [{"role": m.role, "content": m.content} for m in chat.messages]
         try:
-            text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            text = self.codec.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may refuse a conversation in any way it likes
             raise InvalidArgument(
                 f"the chat template of {self.model_name} refused the messages: {error}",
@@ -102,7 +103,7 @@ class RequestReader:
                 metadata={"field": "chat"},
             ) from error
         # The template writes the special tokens itself.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.codec.encode(text, add_special_tokens=False)
 
     def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
         for token in tokens:

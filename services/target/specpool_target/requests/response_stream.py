@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
 
 from opentelemetry.trace import Span
 
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling.text_codec import TextCodec
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, TokenLogprobs
 
 Response = target_pb2.RunSequenceResponse
@@ -22,7 +22,7 @@ class ResponseStream:
     def __init__(
         self,
         request: SequenceRequest,
-        tokenizer: Any,
+        codec: TextCodec,
         span: Span,
         *,
         num_text_chars_sent: int,
@@ -37,10 +37,12 @@ class ResponseStream:
         self._max_length = max_length
         self._num_tokens = len(request.committed_tokens)
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, prompt_tokens=request.prompt_tokens, stop=request.sampling.stop
+            codec.decode, prompt_tokens=request.prompt_tokens, stop=request.sampling.stop
         )
         self._committed_stop: FinishReason | None = None
-        self.pending_text = self._replay(request.committed_tokens)[num_text_chars_sent:]
+        self._num_known_chars = num_text_chars_sent
+        """Characters that the client has and this stream has not come to yet."""
+        self.pending_text = self._unknown(self._replay(request.committed_tokens))
         """Of committed tokens, not with the client yet."""
 
     @property
@@ -69,6 +71,12 @@ class ResponseStream:
         if self.is_complete is not None:
             return delta.text + self._detokenizer.finish().text
         return delta.text
+
+    def _unknown(self, text: str) -> str:
+        """What the client lacks of the next text of the output."""
+        new = text[self._num_known_chars :]
+        self._num_known_chars -= len(text) - len(new)
+        return new
 
     def started(self, request_id: str) -> Response:
         """The first message."""
@@ -107,7 +115,7 @@ class ResponseStream:
         if text is None:
             text = self._detokenizer.push(update.tokens).text
             text += self._detokenizer.finish().text if update.finish else ""
-        text, self.pending_text = self.pending_text + text, ""
+        text, self.pending_text = self.pending_text + self._unknown(text), ""
         delta = inference_pb2.GenerationDelta(
             token_ids=update.tokens, text=text, logprobs=[_to_proto(position) for position in update.logprobs]
         )

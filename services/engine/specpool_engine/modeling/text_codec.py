@@ -1,0 +1,45 @@
+"""From text to tokens and back, whatever kind of tokenizer a model has; safe to call from several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+
+class TextCodec:
+    """The two directions of a tokenizer.
+
+    The wrapper of `transformers` sets truncation and padding in the shared Rust tokenizer on every `encode`, which
+    raises `Already borrowed` while another thread decodes. Its Rust tokenizer is therefore called directly; it also
+    releases the interpreter. Tokenizers without one are called under a lock.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._rust = getattr(tokenizer, "backend_tokenizer", None)
+        if self._rust is not None:
+            self._rust.no_truncation()
+            self._rust.no_padding()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text, all of them; `add_special_tokens` puts those around it that the model wants."""
+        if self._rust is not None:
+            return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text that the tokens spell, without special tokens and without the clean-up of spaces.
+
+        The clean-up of `transformers` takes spaces away that were there a token ago: no stream could follow it.
+        """
+        if self._rust is not None:
+            return str(self._rust.decode(tokens, skip_special_tokens=True))
+        with self._lock:
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def max_chars_per_token(self) -> int:
+        """Characters of the longest token: n tokens can stand for at most n times as many."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
