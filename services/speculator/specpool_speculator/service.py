@@ -14,14 +14,14 @@ import grpc.aio
 
 from specpool.errors import Draining, ProtocolMismatch
 from specpool.rpc.server import host_of_peer
+from specpool.speculation.handshake import acknowledge, check_hello
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
-from specpool_engine.distributions.transport import Transport, offered
+from specpool_engine.distributions.transport import Transport, choose, offered
 from specpool_engine.modeling.load_model import parse_device
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.connection import Connection
 from specpool_speculator.dense.sending_group import Channel, SendingGroup
-from specpool_speculator.engine.engine import EngineThread
-from specpool_speculator.handshake import acknowledge, check_hello
+from specpool_speculator.engine.engine import SpeculatorEngine
 from specpool_speculator.metrics import SpeculatorMetrics
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
 
     def __init__(
         self,
-        engine: EngineThread,
+        engine: SpeculatorEngine,
         identity: SpeculatorIdentity,
         config: SpeculatorConfig,
         metrics: SpeculatorMetrics,
@@ -76,15 +76,15 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None:
             return
-        transport = check_hello(first, self._identity.model, self._identity.num_tokens, self._transports)
+        transport = self._greet(first)
         number, connection = next(self._numbers), Connection(first.hello.target)
         yield acknowledge(
             first.hello,
-            self._identity.peer,
-            self._identity.model,
-            transport,
-            self._config.max_lookahead,
-            self._config.row_budget,
+            peer=self._identity.peer,
+            own=self._identity.model,
+            transport=transport.value,
+            max_lookahead=self._config.max_lookahead,
+            row_budget=self._config.row_budget,
         )
         self._open(number, connection, first.hello.model.vocab_size)
         self._groups[number] = self._group(number, connection, transport, host_of_peer(context.peer()))
@@ -146,6 +146,13 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         await self._no_streams.wait()
 
     # ---- streams --------------------------------------------------------------------------------------------
+
+    def _greet(self, first: speculator_pb2.SpeculateRequest) -> Transport:
+        """Check the first message of a stream; returns the transport to use."""
+        if first.WhichOneof("message") != "hello":
+            raise ProtocolMismatch(f"the first message must be hello, got {first.WhichOneof('message')}")
+        check_hello(first.hello, self._identity.model, self._identity.num_tokens)
+        return choose(first.hello.transports, self._transports)
 
     def _open(self, number: int, connection: Connection, vocab_size: int) -> None:
         self._connections[number] = connection

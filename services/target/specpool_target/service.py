@@ -17,7 +17,7 @@ from specpool.discovery.told import ToldDiscovery
 from specpool.errors import Draining, EngineFailed
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
-from specpool_target.engine.engine import EngineThread
+from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
 from specpool_target.links.inbox import SpeculationInbox
 from specpool_target.links.link import LinkRegistry
@@ -32,7 +32,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
 
     def __init__(
         self,
-        engine: EngineThread,
+        engine: TargetEngine,
         links: LinkRegistry,
         reader: RequestReader,
         *,

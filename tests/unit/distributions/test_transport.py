@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from specpool.errors import ConfigError, TransportUnavailable
-from specpool_engine.distributions.transport import Transport, choose, labels, offered
+from specpool.speculation.handshake import transport_labels
+from specpool_engine.distributions.transport import Transport, choose, offered
 
 
 def test_auto_offers_what_there_is() -> None:
@@ -33,7 +34,7 @@ def test_other_words_are_refused() -> None:
 
 
 def test_labels_name_unknown_transports_too() -> None:
-    assert labels([1, 3, 9]) == "grpc, nccl, 9"
+    assert transport_labels([1, 3, 9]) == "grpc, nccl, 9"
 
 
 def test_the_targets_preference_decides() -> None:

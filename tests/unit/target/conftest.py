@@ -16,7 +16,7 @@ from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.text_codec import TextCodec
 from specpool_engine.modeling.toy import ToyTable
 from specpool_target.config import TargetConfig
-from specpool_target.engine.engine import EngineThread
+from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, SpeculationMode
 from specpool_target.metrics import TargetMetrics
 
@@ -46,7 +46,7 @@ class Bench:
         self.table = ToyTable(VOCAB, seed=3, sharpness=2.0)
         self.pool = BlockPool(num_blocks, block_size)
         self.model = ToyModel(self.table, self.pool, max_context=context)
-        self.engine = EngineThread(
+        self.engine = TargetEngine(
             self.model,
             TargetConfig(model="toy", block_size=block_size, **config),
             loop=asyncio.get_running_loop(),
@@ -54,8 +54,8 @@ class Bench:
         )
 
     def start(self) -> None:
-        self.engine.start()
-        self.engine.wait_ready()
+        self.engine.thread.start()
+        self.engine.thread.wait_ready(10)
 
     def submit(self, request: SequenceRequest, *, tokenizer: object = None) -> asyncio.Queue[SequenceUpdate]:
         updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
@@ -98,7 +98,7 @@ class Bench:
         """Until the engine has dealt with everything sent so far."""
         done = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self.engine._commands.put(lambda: loop.call_soon_threadsafe(done.set))
+        self.engine.thread.call(lambda: loop.call_soon_threadsafe(done.set))
         await asyncio.wait_for(done.wait(), 10)
 
 
@@ -133,6 +133,5 @@ async def bench_for() -> AsyncIterator[Callable[..., Bench]]:
 
     yield make
     for bench in benches:
-        bench.engine.stop()
-        if bench.engine.is_alive():
-            await asyncio.to_thread(bench.engine.join, 10)
+        bench.engine.thread.stop()
+        await asyncio.to_thread(bench.engine.thread.join, 10)

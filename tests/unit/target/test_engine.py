@@ -213,8 +213,8 @@ async def test_failure_of_the_model_ends_every_sequence_with_a_typed_error(bench
 async def test_an_idle_engine_ends_when_its_model_is_lost(bench_for, request_for):
     bench = bench_for()
     await bench.run(request_for("a", [1, 2, 3]))
-    bench.engine.abort(FollowerLost("rank 1 is gone"))
-    await asyncio.to_thread(bench.engine.join, 10)
+    bench.engine.thread.abort(FollowerLost("rank 1 is gone"))
+    await asyncio.to_thread(bench.engine.thread.join, 10)
     assert isinstance(bench.engine.failure, FollowerLost)
     with pytest.raises(FollowerLost, match="rank 1 is gone"):
         bench.submit(request_for("b", [1, 2, 3]))

@@ -22,7 +22,7 @@ def scheduler_for(request_for):
 def sequence_for(request_for):
     def make(name, num_tokens, max_length=64):
         request = request_for(name, [ord(name) % 17] * num_tokens, max_tokens=60)
-        return TargetSequence(request, emit=lambda update: None, max_length=max_length)
+        return TargetSequence(request, max_length=max_length)
 
     return make
 

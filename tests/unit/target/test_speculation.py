@@ -9,8 +9,9 @@ import pytest
 
 from specpool.algorithm.verification import VerificationOutcome
 from specpool.v1 import speculator_pb2
-from specpool_target.engine.outbox import Outbox
+from specpool_target.engine.outbox import TargetOutbox
 from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
+from specpool_target.engine.streams import Streams
 from specpool_target.links.inbox import SpeculationInbox
 from specpool_target.links.link import LinkMeasurements
 from specpool_target.links.live_links import LiveLinks
@@ -46,7 +47,7 @@ def next_draft(request_for):
         )
         policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
         speculation = Speculation(
-            Outbox(asyncio.get_running_loop()),
+            TargetOutbox(asyncio.get_running_loop(), Streams()),
             LiveLinks(),
             policy,
             LookaheadPlanner(policy, max_lookahead=LOOKAHEAD),
@@ -54,9 +55,7 @@ def next_draft(request_for):
             deadline_s=1.0,
         )
         link, inbox = ConnectedLink(), SpeculationInbox(LOOKAHEAD)
-        sequence = TargetSequence(
-            request, emit=lambda update: None, link=link, inbox=inbox, max_length=100, backup_ngram=3
-        )
+        sequence = TargetSequence(request, link=link, inbox=inbox, max_length=100, backup_ngram=3)
         sequence.was_admitted = True
         speculation.link_up(link, 1, [sequence])
         table = speculator_pb2.Table(round=0)
@@ -112,12 +111,12 @@ class Planned:
 
     def __init__(self, request, mode) -> None:
         request = replace(request, mode=mode, plans_lookahead=True)
-        self.plan, self.outbox = Plan(), Outbox(asyncio.get_running_loop())
+        self.plan, self.outbox = Plan(), TargetOutbox(asyncio.get_running_loop(), Streams())
         policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
         self.speculation = Speculation(self.outbox, LiveLinks(), policy, self.plan, vocab_size=24, deadline_s=1.0)
         self.link = ConnectedLink()
         inbox = SpeculationInbox(LOOKAHEAD)
-        self.sequence = TargetSequence(request, emit=print, link=self.link, inbox=inbox, max_length=100, backup_ngram=3)
+        self.sequence = TargetSequence(request, link=self.link, inbox=inbox, max_length=100, backup_ngram=3)
         self.speculation.link_up(self.link, 1, [])
 
     async def told(self, act=None):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from specpool.errors import TransportUnavailable
+from specpool.speculation.handshake import transport_labels
 from specpool.v1 import speculator_pb2
 from specpool_engine.distributions.choices import BodyType, check_transport_choice
 
@@ -72,11 +73,6 @@ def missing_for(transport: Transport, device: str) -> str | None:
     return None if torch.distributed.is_nccl_available() else "this torch is built without nccl"
 
 
-def labels(transports: Iterable[int]) -> str:
-    """For messages."""
-    return ", ".join(Transport(t).label if t in list(Transport) else str(t) for t in transports)
-
-
 def choose(theirs: Iterable[int], ours: Iterable[Transport]) -> Transport:
     """The first of `theirs`, in their order of preference, that is among `ours`; raises `TransportUnavailable`.
 
@@ -88,6 +84,6 @@ def choose(theirs: Iterable[int], ours: Iterable[Transport]) -> Transport:
         if transport in own:
             return Transport(transport)
     raise TransportUnavailable(
-        f"the target offers {labels(wanted)}, this speculator {labels(own)}",
-        metadata={"target_transports": labels(wanted), "speculator_transports": labels(own)},
+        f"the target offers {transport_labels(wanted)}, this speculator {transport_labels(own)}",
+        metadata={"target_transports": transport_labels(wanted), "speculator_transports": transport_labels(own)},
     )

@@ -1,40 +1,38 @@
-"""The engine thread: owns the draft model and runs the loop.
+"""The speculator's engine: owns the draft model and runs the loop.
 
     receive -> apply outcomes -> plan rows -> forward -> extend branches -> push tables
 
-There is at most one forward between receiving an outcome and acting on it. With nothing to draft the thread blocks
-on its queue.
+There is at most one forward between receiving an outcome and acting on it. With nothing to draft the thread waits for
+commands.
 """
 
 from __future__ import annotations
 
-import logging
-import queue
-import threading
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from specpool.algorithm.verification import VerificationMode
-from specpool.errors import EngineFailed, SpecPoolError
+from specpool.errors import EngineFailed
 from specpool.v1 import speculator_pb2
+from specpool_engine.modeling.paged_kv import BlockPool
+from specpool_engine.runtime.engine_thread import EngineThread
+from specpool_engine.runtime.outbox import Outbox
 from specpool_speculator.dense.sending_group import Channel
 from specpool_speculator.engine.drafter import Drafter
 from specpool_speculator.metrics import SpeculatorMetrics
 
-_logger = logging.getLogger(__name__)
 _SMOOTHING = 0.1
 """Weight of the newest step in the averages that are reported as load."""
 
-Command = Callable[[], None]
-
 
 class Receiver(Protocol):
-    """Where the responses of one stream go; called from the engine thread."""
+    """Where the responses of one stream go; called on the event loop."""
 
-    def deliver(self, responses: Sequence[speculator_pb2.SpeculateResponse]) -> None:
-        """Must not block."""
+    def send(self, *responses: speculator_pb2.SpeculateResponse) -> None:
+        """Queue them."""
         ...
 
 
@@ -57,127 +55,104 @@ class EngineSnapshot:
     """What the rows of a step are planned from, in words."""
 
 
-class EngineThread:
-    """Runs a `Drafter` on its own thread."""
+class SpeculatorEngine:
+    """Runs a `Drafter` on an `EngineThread`, and keeps what others may know of it."""
 
     def __init__(
         self,
         make_drafter: Callable[[], Drafter],
         metrics: SpeculatorMetrics,
+        pool: BlockPool,
         *,
-        num_kv_blocks: int,
-        num_free_kv_blocks: Callable[[], int],
-        on_failure: Callable[[BaseException], None],
+        loop: asyncio.AbstractEventLoop,
+        on_failed: Callable[[EngineFailed], None],
+        warm_up: Callable[[], None] = lambda: None,
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before_start` is called on the engine's thread."""
-        self.snapshot = EngineSnapshot(num_kv_blocks=num_kv_blocks, num_free_kv_blocks=num_kv_blocks)
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._receivers: dict[int, Receiver] = {}
+        """Not started yet.
+
+        Args:
+            make_drafter: of what the engine runs.
+            metrics: told of every step.
+            pool: of the draft model.
+            loop: of the wire; `on_failed` is called on it.
+            on_failed: told once that the engine cannot go on.
+            warm_up: the first forwards.
+            before_start: what the thread needs before that.
+        """
+        self.snapshot = EngineSnapshot(num_kv_blocks=pool.num_blocks, num_free_kv_blocks=pool.num_free)
+        self.thread = EngineThread(
+            self, name="speculator engine", loop=loop, on_failed=on_failed, before_start=before_start
+        )
+        self._receivers: dict[int, Receiver] = {}  # touched by the event loop alone
+        self._to_loop = Outbox(loop, self._deliver)
         self._metrics = metrics
         self._drafter = make_drafter()
-        self._num_free_kv_blocks = num_free_kv_blocks
-        self._on_failure = on_failure
-        self._before_start = before_start
+        self._pool = pool
+        self._warm_up = warm_up
         self._averages = (0.0, 0.0)
         self._seen_counters = (0, 0, 0, 0)
-        self._thread = threading.Thread(target=self._main, name="speculator-engine", daemon=True)
 
-    # ---- from any thread ------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop after the running step and wait for it."""
-        self._commands.put(None)
-        self._thread.join()
-
-    def abort(self, error: SpecPoolError) -> None:
-        """End the thread as if a step had failed with `error`."""
-
-        def command() -> None:
-            raise error
-
-        self._commands.put(command)
+    # ---- called by the wire ---------------------------------------------------------------------------------
 
     def connect(self, connection: int, vocab_size: int, receiver: Receiver) -> None:
-        """A target's stream was acknowledged."""
-
-        def command() -> None:
-            self._receivers[connection] = receiver
-            self._drafter.connect(connection, vocab_size)
-
-        self._commands.put(command)
+        """A target's stream was acknowledged; responses to it go to `receiver`, on the event loop."""
+        self._receivers[connection] = receiver
+        self.thread.call(lambda: self._drafter.connect(connection, vocab_size))
 
     def submit(self, connection: int, request: speculator_pb2.SpeculateRequest) -> None:
         """A target said something."""
         received_s = time.monotonic()
-        self._commands.put(lambda: self._drafter.apply(connection, request, received_s))
+        self.thread.call(lambda: self._drafter.apply(connection, request, received_s))
 
     def set_channel(self, connection: int, channel: Channel) -> None:
         """A process group with a target is there."""
-        self._commands.put(lambda: self._drafter.set_channel(connection, channel))
+        self.thread.call(lambda: self._drafter.set_channel(connection, channel))
 
     def drop_channel(self, connection: int, channel: Channel) -> None:
         """It is gone."""
-        self._commands.put(lambda: self._drafter.drop_channel(connection, channel))
+        self.thread.call(lambda: self._drafter.drop_channel(connection, channel))
 
     def disconnect(self, connection: int) -> None:
         """A target's stream ended."""
+        self._receivers.pop(connection, None)
+        self.thread.call(lambda: self._drafter.disconnect(connection))
 
-        def command() -> None:
-            self._receivers.pop(connection, None)
-            self._drafter.disconnect(connection)
+    def _deliver(self, items: list[tuple[int, list[speculator_pb2.SpeculateResponse]]]) -> None:
+        for connection, responses in items:
+            receiver = self._receivers.get(connection)
+            if receiver is not None:
+                receiver.send(*responses)
 
-        self._commands.put(command)
+    # ---- the loop, see `Engine` -----------------------------------------------------------------------------
 
-    # ---- the thread -----------------------------------------------------------------------------------------
-
-    def _main(self) -> None:
-        try:
-            self._before_start()
-            self._loop()
-        except BaseException as error:
-            _logger.critical("the engine failed", exc_info=error)
-            is_typed = isinstance(error, EngineFailed)
-            self._on_failure(error if is_typed else EngineFailed(f"the speculator's engine failed: {error!r}"))
-
-    def _loop(self) -> None:
-        worked = False
+    def warm_up(self) -> None:
+        """The first forwards; and what status says before the first step."""
+        self._warm_up()
         self._update_snapshot()
-        while self._receive(wait=not worked):
+
+    def step(self) -> bool:
+        """Answer what commands asked for, draft, and answer with what that brought."""
+        self._answer()
+        worked = self._drafter.step()
+        if worked:
             self._answer()
-            worked = self._drafter.step()
-            if worked:
-                self._answer()
-                self._report_step()
-            self._update_snapshot()
-            if not worked:
-                self._report_idle()
+            self._report_step()
+        self._update_snapshot()
+        if not worked:
+            self._report_idle()
+        return worked
 
-    def _receive(self, *, wait: bool) -> bool:
-        """Apply all commands there are; with `wait`, first block until there is one or a deadline passes."""
-        try:
-            command = self._commands.get(wait, self._timeout_s() if wait else None)
-            while command is not None:
-                command()
-                command = self._commands.get_nowait()
-        except queue.Empty:
-            return True
-        return False
-
-    def _timeout_s(self) -> float | None:
+    def seconds_to_deadline(self) -> float | None:
+        """Until a waiting target must have its answer."""
         deadline_s = self._drafter.next_deadline_s()
         return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
 
     def _answer(self) -> None:
         self._drafter.answer(time.monotonic())
-        for connection, responses in self._drafter.outbox.take().items():
-            receiver = self._receivers.get(connection)
-            if receiver is not None:
-                receiver.deliver(responses)
+        for item in self._drafter.outbox.take().items():
+            self._to_loop.put(item)
+        self._to_loop.flush()
 
     def _report_step(self) -> None:
         step, counters = self._drafter.last_step, self._drafter.counters
@@ -211,12 +186,11 @@ class EngineThread:
             fits = [(fitted.constant, fitted.exponent) for fitted in estimates.miss_laws]
             law = (*fits[0], *fits[1])
             self._metrics.set_estimates(estimates.acceptance, {"rejection": fits[0], "acceptance": fits[1]})
-        num_free = self._num_free_kv_blocks()
         self.snapshot = EngineSnapshot(
             num_sequences=self._drafter.num_sequences,
             num_targets=self._drafter.num_targets,
             num_kv_blocks=old.num_kv_blocks,
-            num_free_kv_blocks=num_free,
+            num_free_kv_blocks=self._pool.num_free,
             rows_per_step=self._averages[0],
             step_ms=self._averages[1],
             acceptance_rate=estimates.acceptance,

@@ -1,18 +1,14 @@
 """The target engine: one thread owns the model, its KV cache and every sequence.
 
 The loop: receive -> admit -> pick speculations -> forward -> verify -> commit -> report outcomes.
-Commands come in through a queue as calls to make on this thread; results leave through the `Outbox`.
+Commands come in as calls to make on that thread; what it finds out leaves through the outbox.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
@@ -25,8 +21,10 @@ from specpool.v1 import types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.interface import CausalModel, Segment
 from specpool_engine.modeling.paged_kv import SequenceKV
+from specpool_engine.runtime.engine_thread import EngineThread
 from specpool_target.config import TargetConfig
-from specpool_target.engine.outbox import Outbox
+from specpool_target.engine.outbox import TargetOutbox
+from specpool_target.engine.output_end import cut_at_end, push_text
 from specpool_target.engine.scheduler import ScheduledSegment, Scheduler, StepPlan
 from specpool_target.engine.sequence import (
     Finish,
@@ -37,6 +35,7 @@ from specpool_target.engine.sequence import (
 )
 from specpool_target.engine.statistics import Phases
 from specpool_target.engine.step_recorder import StepRecorder
+from specpool_target.engine.streams import Emit, Streams
 from specpool_target.links.inbox import SpeculationInbox
 from specpool_target.links.link import SpeculatorLink
 from specpool_target.links.live_links import LiveLinks
@@ -47,12 +46,8 @@ from specpool_target.next_round.next_round import Speculation
 from specpool_target.verify.draft_distributions import DraftDistributions
 from specpool_target.verify.verify_step import VerifyItem, logprobs_of, verify_step
 
-_logger = logging.getLogger(__name__)
 
-Command = Callable[[], None]
-
-
-class EngineThread(threading.Thread):
+class TargetEngine:
     """Every public method may be called from any thread, unless it says otherwise."""
 
     def __init__(
@@ -65,7 +60,7 @@ class EngineThread(threading.Thread):
         on_failed: Callable[[], None] = lambda: None,
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(name="target engine", daemon=True)
+        """Not started yet; `on_failed` is called on `loop`, after every stream was ended."""
         self.model = model
         self.metrics = metrics
         self._transports: dict[str, str] = {}  # of the connected links; touched by the event loop alone
@@ -80,8 +75,13 @@ class EngineThread(threading.Thread):
             max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
         )
+        self.thread = EngineThread(
+            self, name="target engine", loop=loop, on_failed=self._failed, before_start=before_start
+        )
+        self._on_failed = on_failed
         self._config = config
-        self._outbox = Outbox(loop)
+        self._streams = Streams()
+        self._outbox = TargetOutbox(loop, self._streams)
         self.lookahead_planner = LookaheadPlanner(self.policy, max_lookahead=config.max_lookahead)
         self._links = LiveLinks()
         self._speculation = Speculation(
@@ -97,31 +97,21 @@ class EngineThread(threading.Thread):
             deadline_s=config.distribution_deadline_ms / 1e3,
             vocab_size=model.vocab_size,
             device=model.device,
-            wait_for_news=self._defer_a_command,
+            wait_for_news=self.thread.defer_a_command,
             on_late=self._count_late_distributions,
         )
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._submitting = threading.Lock()
-        """Guards `failure` and the next: whatever was submitted before a failure hears of it."""
         self._num_submitted = 0
-        """Sequences in the queue of commands."""
-        self._deferred: list[Command] = []
-        """Taken from the queue in the middle of a step; run after it."""
+        self._num_added = 0
+        """Of the sequences submitted; the others are still in the queue of commands."""
         self._sequences: dict[str, TargetSequence] = {}
-        self._stopping = False
-        self._is_idle = True
-        self._on_failed = on_failed
-        self._before_start = before_start
         self._recorder = StepRecorder(metrics, self.scheduler, self._speculation, self.policy, self.lookahead_planner)
-        self._ready = threading.Event()
-        self.failure: SpecPoolError | None = None
 
-    # ---- called from other threads ----------------------------------------------------------------------------
+    # ---- called by the wire -----------------------------------------------------------------------------------
 
     def submit(
         self,
         request: SequenceRequest,
-        emit: Callable[[SequenceUpdate], None],
+        emit: Emit,
         *,
         detokenizer: IncrementalDetokenizer | None = None,
         link: SpeculatorLink | None = None,
@@ -131,7 +121,6 @@ class EngineThread(threading.Thread):
         num_tokens = len(request.prompt_tokens) + len(request.committed_tokens)
         sequence = TargetSequence(
             request,
-            emit=emit,
             detokenizer=detokenizer,
             link=link,
             inbox=inbox,
@@ -139,38 +128,27 @@ class EngineThread(threading.Thread):
             backup_ngram=self._config.backup_ngram,
             arrived_s=time.perf_counter(),
         )
-        with self._submitting:
-            if self.failure is not None:
-                raise self.failure
-            self.scheduler.check_admissible(num_tokens, num_submitted=self._num_submitted)
+
+        def accept() -> None:
+            self.scheduler.check_admissible(num_tokens, num_submitted=self._num_submitted - self._num_added)
             self._num_submitted += 1
-            self._commands.put(partial(self._add, sequence))
+            self._streams.open(request.id, emit)
+
+        self.thread.submit(partial(self._add, sequence), accept)
 
     def cancel(self, sequence_id: str) -> None:
-        """Free a sequence without another update. Unknown ids are ignored."""
-        self._commands.put(partial(self._cancel, sequence_id))
+        """Free a sequence without another update. Unknown ids are ignored. Called on the event loop."""
+        self._streams.close(sequence_id)
+        self.thread.call(partial(self._cancel, sequence_id))
 
     def fail_all(self, error: SpecPoolError) -> None:
         """End every sequence with `error`."""
-        self._commands.put(partial(self._fail_all, error))
+        self.thread.call(partial(self._fail_all, error))
 
-    def abort(self, error: SpecPoolError) -> None:
-        """End the thread as if a step had failed with `error`."""
-
-        def command() -> None:
-            raise error
-
-        self._commands.put(command)
-
-    def stop(self) -> None:
-        """End the thread after the running step."""
-        self._commands.put(self._stop)
-
-    def wait_ready(self) -> None:
-        """Until the warm-up is through; raises if it failed."""
-        self._ready.wait()
-        if self.failure is not None:
-            raise self.failure
+    @property
+    def failure(self) -> EngineFailed | None:
+        """Why the engine cannot go on."""
+        return self.thread.failure
 
     def load(self) -> types_pb2.Load:
         """For status."""
@@ -186,12 +164,12 @@ class EngineThread(threading.Thread):
     def link_up(self, link: SpeculatorLink, epoch: int) -> None:
         """See `LinkListener`."""
         self._show_link(link, up=True)
-        self._commands.put(lambda: self._speculation.link_up(link, epoch, self._sequences.values()))
+        self.thread.call(lambda: self._speculation.link_up(link, epoch, self._sequences.values()))
 
     def link_down(self, link: SpeculatorLink, epoch: int) -> None:
         """See `LinkListener`."""
         self._show_link(link, up=False)
-        self._commands.put(lambda: self._speculation.link_down(link, epoch, self._sequences.values()))
+        self.thread.call(lambda: self._speculation.link_down(link, epoch, self._sequences.values()))
 
     def transport_changed(self, link: SpeculatorLink) -> None:
         """See `LinkListener`."""
@@ -208,44 +186,40 @@ class EngineThread(threading.Thread):
 
     def resync(self, sequence_id: str) -> None:
         """See `LinkListener`."""
-        self._commands.put(lambda: self._with(sequence_id, self._speculation.resync))
+        self.thread.call(lambda: self._with(sequence_id, self._speculation.resync))
 
     def speculation(self, sequence_id: str, round_: int, tokens: Sequence[int]) -> None:
         """See `LinkListener`."""
-        self._commands.put(partial(self._reply, sequence_id, round_, tokens))
+        self.thread.call(partial(self._reply, sequence_id, round_, tokens))
 
     def distributions_arrived(self) -> None:
         """See `LinkListener`."""
-        self._commands.put(_nothing)
+        self.thread.call(_nothing)
 
     def stale_message(self) -> None:
         """See `LinkListener`."""
         self.metrics.stale_message()
 
-    # ---- the loop ---------------------------------------------------------------------------------------------
+    # ---- the loop, see `Engine` -------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Until `stop`; a failure ends every sequence with `EngineFailed`."""
-        try:
-            with torch.inference_mode():
-                self._before_start()
-                self._warm_up()
-                self._ready.set()
-                while not self._stopping:
-                    self._receive()
-                    self._step()
-        except Exception as error:
-            self._fail(error)
-        finally:
-            self._ready.set()
+    def warm_up(self) -> None:
+        """One round and one token, as far as the context goes."""
+        num_tokens = min(self._config.max_lookahead + 1, self.scheduler.max_length - 1)
+        kv = SequenceKV(self.model.pool)
+        for tokens in ([0] * num_tokens, [0]):
+            if kv.length + len(tokens) <= self.scheduler.max_length:
+                self.model.forward([Segment(kv=kv, tokens=tokens, num_logits=len(tokens))])
+        kv.free()
 
-    def _step(self) -> None:
+    def step(self) -> bool:
+        """One forward and the rounds that end with it."""
+        self._speculation.release_expired(self.scheduler.running, time.perf_counter())
         started_s = time.perf_counter()
         plan = self._admit(self.scheduler.plan())
         self._outbox.flush()  # the speculators start while the forward runs
-        self._is_idle = not plan.segments
-        if self._is_idle:
-            return self._recorder.idle()
+        if not plan.segments:
+            self._recorder.idle()
+            return False
         marks = [time.perf_counter()]
         logits = self._forward(plan)
         marks.append(time.perf_counter())
@@ -260,21 +234,10 @@ class EngineThread(threading.Thread):
             self._commit(item, outcome, logits, phases, batch_size)
         self._outbox.flush()
         self._recorder.step_ended(plan, items, phases, batch_size, time.perf_counter() - started_s)
-        return None
+        return True
 
-    def _receive(self) -> None:
-        """Run the commands that are there; when there is nothing to compute, wait for one or for a deadline."""
-        deferred, self._deferred = self._deferred, []
-        for command in deferred:
-            command()
-        may_block = self._is_idle and not deferred
-        with suppress(queue.Empty):
-            self._commands.get(may_block, self._seconds_to_deadline() if may_block else None)()
-            while True:
-                self._commands.get_nowait()()
-        self._speculation.release_expired(self.scheduler.running, time.perf_counter())
-
-    def _seconds_to_deadline(self) -> float | None:
+    def seconds_to_deadline(self) -> float | None:
+        """Until the next wait for a speculation ends."""
         deadlines = [s.await_deadline_s for s in self.scheduler.running if s.await_deadline_s is not None]
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
@@ -305,11 +268,6 @@ class EngineThread(threading.Thread):
             start = stop
         return items
 
-    def _defer_a_command(self, timeout_s: float) -> None:
-        """Wait for one, and keep it: in the middle of a step nothing may change."""
-        with suppress(queue.Empty):
-            self._deferred.append(self._commands.get(timeout=timeout_s))
-
     def _count_late_distributions(self) -> None:
         self._speculation.fallbacks["late_distributions"] += 1
 
@@ -321,10 +279,10 @@ class EngineThread(threading.Thread):
         sequence, draft = item.sequence, item.draft
         assert sequence.kv is not None, "it was just computed"
         sequence.kv.truncate(len(sequence.tokens) + outcome.num_accepted)
-        tokens, reason = self._cut(sequence, outcome.committed(draft.tokens))
+        tokens, reason = cut_at_end(sequence, outcome.committed(draft.tokens))
         text = None
         if sequence.detokenizer is not None:
-            tokens, reason, text = _push_text(sequence, tokens, reason)
+            tokens, reason, text = push_text(sequence, sequence.detokenizer, tokens, reason)
         num_top = sequence.request.sampling.num_logprobs
         logprobs = [] if num_top is None else logprobs_of(logits[item.rows], tokens, num_top)
         sequence.tokens += tokens
@@ -337,18 +295,9 @@ class EngineThread(threading.Thread):
         else:
             finish = self._finish(sequence, reason)
         self._outbox.emit(
-            sequence,
+            sequence.id,
             SequenceUpdate(tokens=tokens, text=text, logprobs=logprobs, round=round_info, finish=finish),
         )
-
-    def _cut(self, sequence: TargetSequence, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
-        """End the output at the first stop token, or at the longest length."""
-        tokens = tokens[: sequence.max_length - len(sequence.tokens)]
-        for index, token in enumerate(tokens):
-            if token in sequence.request.stop_token_ids:
-                return tokens[: index + 1], FinishReason.STOP
-        is_full = len(sequence.tokens) + len(tokens) >= sequence.max_length
-        return tokens, FinishReason.LENGTH if is_full else None
 
     def _finish(self, sequence: TargetSequence, reason: FinishReason) -> Finish:
         self._remove(sequence)
@@ -363,8 +312,7 @@ class EngineThread(threading.Thread):
     # ---- commands, on the engine thread -----------------------------------------------------------------------
 
     def _add(self, sequence: TargetSequence) -> None:
-        with self._submitting:
-            self._num_submitted -= 1
+        self._num_added += 1
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
 
@@ -383,7 +331,7 @@ class EngineThread(threading.Thread):
         for sequence in list(self._sequences.values()):
             self._remove(sequence)
             self._speculation.close(sequence)
-            self._outbox.emit(sequence, SequenceUpdate(error=error))
+            self._outbox.emit(sequence.id, SequenceUpdate(error=error))
             self.metrics.request_finished("error", time.perf_counter() - sequence.arrived_s)
 
     def _reply(self, sequence_id: str, round_: int, tokens: Sequence[int]) -> None:
@@ -396,61 +344,11 @@ class EngineThread(threading.Thread):
         if sequence is not None:
             action(sequence)
 
-    def _stop(self) -> None:
-        self._stopping = True
-
-    def _fail(self, error: Exception) -> None:
-        _logger.critical("the engine failed", exc_info=error)
-        with self._submitting:
-            self.failure = (
-                error
-                if isinstance(error, EngineFailed)
-                else EngineFailed(f"the target engine failed: {type(error).__name__}: {error}")
-            )
-        self._take_in_the_last()
-        for sequence in self._sequences.values():
-            self._outbox.emit(sequence, SequenceUpdate(error=self.failure))
-        self._outbox.flush()
-        self._outbox.call(self._on_failed)
-
-    def _take_in_the_last(self) -> None:
-        """Commands that nobody will run any more, for the sequences among them."""
-        commands = self._deferred
-        with suppress(queue.Empty):
-            while True:
-                commands.append(self._commands.get_nowait())
-        for command in commands:
-            with suppress(Exception):
-                command()
-
-    # ---- around the loop --------------------------------------------------------------------------------------
-
-    def _warm_up(self) -> None:
-        """The first forwards allocate, compile and page in; nobody should wait for that."""
-        num_tokens = min(self._config.max_lookahead + 1, self.scheduler.max_length - 1)
-        kv = SequenceKV(self.model.pool)
-        for tokens in ([0] * num_tokens, [0]):
-            if kv.length + len(tokens) <= self.scheduler.max_length:
-                self.model.forward([Segment(kv=kv, tokens=tokens, num_logits=len(tokens))])
-        kv.free()
+    def _failed(self, error: EngineFailed) -> None:
+        """On the event loop."""
+        self._streams.fail(error)
+        self._on_failed()
 
 
 def _nothing() -> None:
     """Wakes the engine."""
-
-
-def _push_text(
-    sequence: TargetSequence, tokens: list[int], reason: FinishReason | None
-) -> tuple[list[int], FinishReason | None, str]:
-    """Detokenize; a stop string that is completed ends the output with the token that completed it."""
-    detokenizer = sequence.detokenizer
-    assert detokenizer is not None, "only sequences with stop strings"
-    num_before = len(sequence.tokens) - sequence.num_prompt_tokens
-    delta = detokenizer.push(tokens)
-    text = delta.text
-    if not delta.stopped and reason is not None:
-        delta = detokenizer.finish()
-        text += delta.text
-    if delta.num_tokens is not None:
-        tokens, reason = tokens[: delta.num_tokens - num_before], FinishReason.STOP
-    return tokens, reason, text

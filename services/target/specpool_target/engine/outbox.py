@@ -1,26 +1,35 @@
-"""What the engine thread hands to the event loop, in one call per flush."""
+"""What the target's engine tells streams and speculators, in one hand-over per flush."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 from specpool.v1 import speculator_pb2
-from specpool_target.engine.sequence import SequenceUpdate, TargetSequence
+from specpool_engine.runtime.outbox import Outbox
+from specpool_target.engine.sequence import SequenceUpdate
+from specpool_target.engine.streams import Streams
 from specpool_target.links.link import Request, SpeculatorLink
 
-_Stream = tuple[SpeculatorLink, int]
+
+@dataclass(frozen=True, slots=True)
+class ToSpeculator:
+    """Messages for the stream of one connection."""
+
+    link: SpeculatorLink
+    epoch: int
+    requests: list[Request]
 
 
-class Outbox:
-    """Collects messages to speculators and updates of streams; waking the loop is the costly part."""
+class TargetOutbox:
+    """Used on the engine thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._requests: dict[_Stream, list[Request]] = {}
-        self._outcomes: dict[_Stream, speculator_pb2.Outcomes] = {}
-        self._updates: list[Callable[[], None]] = []
+    def __init__(self, loop: asyncio.AbstractEventLoop, streams: Streams) -> None:
+        self._streams = streams
+        self._to_loop = Outbox(loop, self._deliver)
+        self._requests: dict[tuple[SpeculatorLink, int], list[Request]] = {}
+        self._outcomes: dict[tuple[SpeculatorLink, int], speculator_pb2.Outcomes] = {}
+        self._updates: list[tuple[str, SequenceUpdate]] = []
 
     def send(self, link: SpeculatorLink, epoch: int, request: Request) -> None:
         """A message for one speculator, after this flush's outcomes."""
@@ -30,31 +39,25 @@ class Outbox:
         """All outcomes of a step travel in one message."""
         self._outcomes.setdefault((link, epoch), speculator_pb2.Outcomes()).outcomes.append(outcome)
 
-    def emit(self, sequence: TargetSequence, update: SequenceUpdate) -> None:
+    def emit(self, sequence_id: str, update: SequenceUpdate) -> None:
         """For the stream of a sequence."""
-        self._updates.append(partial(sequence.emit, update))
+        self._updates.append((sequence_id, update))
 
     def flush(self) -> None:
-        """Hand everything over."""
-        deliveries: list[Callable[[], None]] = []
+        """Hand everything over, to speculators first."""
         for (link, epoch), outcomes in self._outcomes.items():
             requests = [Request(outcomes=outcomes), *self._requests.pop((link, epoch), ())]
-            deliveries.append(partial(link.send, epoch, requests))
-        deliveries += [partial(link.send, epoch, requests) for (link, epoch), requests in self._requests.items()]
-        deliveries += self._updates
+            self._to_loop.put(ToSpeculator(link, epoch, requests))
+        for (link, epoch), requests in self._requests.items():
+            self._to_loop.put(ToSpeculator(link, epoch, requests))
+        for update in self._updates:
+            self._to_loop.put(update)
         self._outcomes, self._requests, self._updates = {}, {}, []
-        if deliveries:
-            self.call(partial(_run_all, deliveries))
+        self._to_loop.flush()
 
-    def call(self, callback: Callable[[], None]) -> None:
-        """Run on the event loop."""
-        try:
-            self._loop.call_soon_threadsafe(callback)
-        except RuntimeError:
-            if not self._loop.is_closed():  # nobody listens any more
-                raise
-
-
-def _run_all(callbacks: list[Callable[[], None]]) -> None:
-    for callback in callbacks:
-        callback()
+    def _deliver(self, items: list[ToSpeculator | tuple[str, SequenceUpdate]]) -> None:
+        for item in items:
+            if isinstance(item, ToSpeculator):
+                item.link.send(item.epoch, item.requests)
+            else:
+                self._streams.deliver(*item)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Final
@@ -139,7 +139,12 @@ class SequenceUpdate:
     round: RoundInfo | None = None
     finish: Finish | None = None
     error: SpecPoolError | None = None
-    """The sequence failed; the last update."""
+    """The sequence failed."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing follows."""
+        return self.finish is not None or self.error is not None
 
 
 @dataclass(slots=True)
@@ -162,7 +167,6 @@ class TargetSequence:
         self,
         request: SequenceRequest,
         *,
-        emit: Callable[[SequenceUpdate], None],
         detokenizer: IncrementalDetokenizer | None = None,
         link: SpeculatorLink | None = None,
         inbox: SpeculationInbox | None = None,
@@ -171,7 +175,6 @@ class TargetSequence:
         arrived_s: float = 0.0,
     ) -> None:
         self.request = request
-        self.emit = emit
         self.detokenizer = detokenizer
         self.link = link
         self.inbox = inbox

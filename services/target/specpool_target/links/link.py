@@ -29,9 +29,9 @@ from specpool.errors import (
 )
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
+from specpool.speculation.handshake import check_ack
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_pb2
 from specpool_engine.distributions.transport import Transport
-from specpool_target.links.handshake import check_ack
 from specpool_target.links.inbox import Distributions, SpeculationInbox
 from specpool_target.links.receiving_group import DenseReceiver, ReceivingGroup
 from specpool_target.verify.verify_step import ArrivedDistributions

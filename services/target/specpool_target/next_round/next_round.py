@@ -15,7 +15,7 @@ from specpool.algorithm.speculation_cache import LookupKind
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
 from specpool.rpc.convert import sampling_to_proto
 from specpool.v1 import speculator_pb2, types_pb2
-from specpool_target.engine.outbox import Outbox
+from specpool_target.engine.outbox import TargetOutbox
 from specpool_target.engine.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
 from specpool_target.links.link import Request, SpeculatorLink, close_request
 from specpool_target.links.live_links import LiveLinks
@@ -45,7 +45,7 @@ class Speculation:
 
     def __init__(
         self,
-        outbox: Outbox,
+        outbox: TargetOutbox,
         links: LiveLinks,
         policy: FallbackPolicy,
         planner: LookaheadPlanner,

@@ -1,0 +1,34 @@
+"""What an engine thread does, and since when: tells one that works from one that hangs."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+IDLE: Final = "waiting for work"
+"""The only thing that an engine may do for as long as it likes."""
+WARMING_UP: Final = "warming up"
+
+
+class Heartbeat:
+    """Written by the engine thread, read by any other."""
+
+    __slots__ = ("doing", "num_steps", "since_s")
+
+    def __init__(self) -> None:
+        self.doing = WARMING_UP
+        """What the thread does now."""
+        self.since_s = time.monotonic()
+        """When it began that (`time.monotonic`)."""
+        self.num_steps = 0
+        """Steps that ended."""
+
+    def begin(self, doing: str) -> None:
+        """The thread goes on to this."""
+        self.since_s = time.monotonic()
+        self.doing = doing
+
+    @property
+    def age_s(self) -> float:
+        """Seconds without progress; 0 for a thread that waits for work."""
+        return 0.0 if self.doing is IDLE else time.monotonic() - self.since_s
