@@ -32,7 +32,7 @@ class Service:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        inherited = {key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ}
+        inherited = {key: os.environ[key] for key in ("PATH", "LANG", "PYTHONPATH") if key in os.environ}
         self.environment = inherited | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(environment)
         with log.open("w") as output:
             self.process = subprocess.Popen(
