@@ -28,7 +28,8 @@ from specpool_tools.bench.machine import recommended_arguments
 from specpool_tools.bench.report import Summary, summarize
 from specpool_tools.bench.requests import Measurement, Setting, measure
 from specpool_tools.bench.system import running_service, running_system
-from specpool_tools.local.processes import UpConfig, make_plan
+from specpool_tools.local.processes import lay_out
+from specpool_tools.local.up_config import UpConfig
 from specpool_tools.models.prompts import Prompt, load_prompts
 
 _LINK_S: Final = 60.0
@@ -41,10 +42,10 @@ Key = tuple[str, int]
 def speculator(up: Sequence[str], policy: str, target: str) -> Iterator[str]:
     """The endpoint of a router between `target` and a fresh speculator, which is as `specpool up` would start it."""
     flags = {name[2:].replace("-", "_"): value for name, value in zip(up[::2], up[1::2], strict=True)}
-    plan = make_plan(load_config(UpConfig, section="up", flags=flags), settings_file=None, run_directory=Path())
-    assert plan.speculator is not None, "there is a draft"
-    environment = {**plan.speculator.environment, "SPECPOOL_SPECULATOR_FAN_OUT_POLICY": policy}
-    arguments = plan.speculator.command[plan.speculator.command.index("speculator") :]
+    processes = lay_out(load_config(UpConfig, section="up", flags=flags), settings_file=None, run_directory=Path())
+    assert processes.speculator is not None, "there is a draft"
+    environment = {**processes.speculator.environment, "SPECPOOL_SPECULATOR_FAN_OUT_POLICY": policy}
+    arguments = processes.speculator.command[processes.speculator.command.index("speculator") :]
     with (
         running_service(arguments, environment=environment) as endpoint,
         running_service(("router", f"--targets={target}", f"--speculators={endpoint}")) as router,

@@ -13,9 +13,10 @@ import pytest
 
 from specpool.errors import ConfigError
 from specpool_tools.bench import machine
-from specpool_tools.local import processes
+from specpool_tools.local import up_config
 from specpool_tools.local.awake import awake_command, can_keep_awake, cores_awake
-from specpool_tools.local.processes import UpConfig, make_plan
+from specpool_tools.local.processes import lay_out
+from specpool_tools.local.up_config import UpConfig
 
 pytestmark = pytest.mark.skipif(not can_keep_awake(), reason="needs Linux's idle scheduling class")
 CORE = min(os.sched_getaffinity(0)) if can_keep_awake() else 0
@@ -61,15 +62,15 @@ def test_a_spinner_ends_when_its_parent_is_killed() -> None:
 
 def test_up_keeps_the_cores_of_its_engines_awake_and_stops_that_last(tmp_path: Path) -> None:
     config = UpConfig(target="toy", draft="toy", affinity="target=0-1;speculator=3", keep_awake=True)
-    made = make_plan(config, settings_file=None, run_directory=tmp_path)
+    made = lay_out(config, settings_file=None, run_directory=tmp_path)
     assert [child.command[-1] for child in made.awake] == ["0", "1", "3"]
     assert made.children[-3:] == made.awake
     assert made.stop_stages[-1] == ("awake-0", "awake-1", "awake-3")
-    assert make_plan(UpConfig(target="toy"), settings_file=None, run_directory=tmp_path).awake == ()
+    assert lay_out(UpConfig(target="toy"), settings_file=None, run_directory=tmp_path).awake == ()
 
 
 def test_where_it_cannot_be_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "can_keep_awake", lambda: False)
+    monkeypatch.setattr(up_config, "can_keep_awake", lambda: False)
     with pytest.raises(ConfigError, match="keep_awake needs Linux"):
         UpConfig(target="toy", keep_awake=True)
 

@@ -1,4 +1,4 @@
-"""The command line without services: exit statuses, messages, settings, plans, JSON shapes."""
+"""The command line without services: exit statuses, messages, settings, layouts, JSON shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from specpool_tools.cli import formats, service
 from specpool_tools.cli.demo import summary
 from specpool_tools.cli.generate import GenerateOptions, build_request
 from specpool_tools.local import endpoint, processes
-from specpool_tools.local.processes import UpConfig, default_threads, make_plan, parse_affinity
+from specpool_tools.local.cores import default_threads, parse_affinity
+from specpool_tools.local.processes import lay_out
+from specpool_tools.local.up_config import UpConfig
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +138,9 @@ def flag(command: Sequence[str], name: str) -> str | None:
     return next((part.partition("=")[2] for part in command if part.startswith(f"--{name}=")), None)
 
 
-def test_a_plan_connects_the_processes(tmp_path: Path) -> None:
+def test_the_layout_connects_the_processes(tmp_path: Path) -> None:
     config = UpConfig(target="toy#vocab=32", draft="toy#vocab=32", targets=2, dtype="float32", lookahead=3)
-    made = make_plan(config, settings_file=tmp_path / "s.yaml", run_directory=tmp_path)
+    made = lay_out(config, settings_file=tmp_path / "s.yaml", run_directory=tmp_path)
     assert made.speculator is not None
     assert made.store is not None
     assert flag(made.router.command, "targets") == ",".join(t.endpoint for t in made.targets)
@@ -152,9 +154,9 @@ def test_a_plan_connects_the_processes(tmp_path: Path) -> None:
     assert made.stop_stages == (("router",), ("target-0", "target-1"), ("speculator",), ("store",))
 
 
-def test_a_plan_without_draft_and_with_a_store_of_its_own(tmp_path: Path) -> None:
+def test_a_layout_without_draft_and_with_a_store_of_its_own(tmp_path: Path) -> None:
     config = UpConfig(target="toy", draft="none", session_store="memory://", listen="0.0.0.0:7000")
-    made = make_plan(config, settings_file=None, run_directory=tmp_path)
+    made = lay_out(config, settings_file=None, run_directory=tmp_path)
     assert made.speculator is None
     assert made.store is None
     assert made.router.endpoint == "0.0.0.0:7000"
@@ -164,7 +166,7 @@ def test_a_plan_without_draft_and_with_a_store_of_its_own(tmp_path: Path) -> Non
 
 def test_affinity_sets_cores_and_threads(tmp_path: Path) -> None:
     config = UpConfig(target="toy", draft="toy", targets=2, affinity="target=0-1; target-1=2;speculator=3")
-    made = make_plan(config, settings_file=None, run_directory=tmp_path)
+    made = lay_out(config, settings_file=None, run_directory=tmp_path)
     assert made.speculator is not None
     found = [(flag(c.command, "cpu-affinity"), c.environment["OMP_NUM_THREADS"]) for c in made.targets]
     assert found == [("0,1", "2"), ("2", "1")]
@@ -175,18 +177,18 @@ def test_affinity_sets_cores_and_threads(tmp_path: Path) -> None:
 
 def test_target_and_draft_have_attention_backends_of_their_own(tmp_path: Path) -> None:
     config = UpConfig(target="toy", draft="toy", draft_attention_backend="native")
-    made = make_plan(config, settings_file=None, run_directory=tmp_path)
+    made = lay_out(config, settings_file=None, run_directory=tmp_path)
     assert made.speculator is not None
     assert flag(made.targets[0].command, "attention-backend") is None
     assert flag(made.speculator.command, "attention-backend") == "native"
     both = UpConfig(target="toy", draft="none", attention_backend="flex")
-    made = make_plan(both, settings_file=None, run_directory=tmp_path)
+    made = lay_out(both, settings_file=None, run_directory=tmp_path)
     assert flag(made.targets[0].command, "attention-backend") == "flex"
 
 
 def devices(config: UpConfig, run_directory: Path) -> list[str | None]:
     """Of every target, and of the speculator."""
-    made = make_plan(config, settings_file=None, run_directory=run_directory)
+    made = lay_out(config, settings_file=None, run_directory=run_directory)
     assert made.speculator is not None
     return [flag(child.command, "device") for child in (*made.targets, made.speculator)]
 
@@ -199,7 +201,7 @@ def test_split_targets_have_devices_of_their_own(tmp_path: Path) -> None:
     assert devices(UpConfig(**pair), tmp_path) == [None] * 3
     whole = UpConfig(target="toy", draft="toy", targets=2, device="cuda")
     assert devices(whole, tmp_path) == ["cuda"] * 3
-    target = make_plan(UpConfig(**pair), settings_file=None, run_directory=tmp_path).targets[0]
+    target = lay_out(UpConfig(**pair), settings_file=None, run_directory=tmp_path).targets[0]
     assert flag(target.command, "tensor-parallel") == "2"
     with pytest.raises(InvalidArgument, match="unknown device 'cuda:x'"):
         devices(UpConfig(**pair, device="cuda:x"), tmp_path)
@@ -209,7 +211,7 @@ COLOCATED: dict[str, Any] = {"target": "toy", "draft": "toy", "colocated": True,
 
 
 def test_colocated_engines_have_their_shares_of_one_gpu(tmp_path: Path) -> None:
-    made = make_plan(UpConfig(**COLOCATED, draft_sm_share=0.25), settings_file=None, run_directory=tmp_path)
+    made = lay_out(UpConfig(**COLOCATED, draft_sm_share=0.25), settings_file=None, run_directory=tmp_path)
     assert made.speculator is not None
     target, draft = made.targets[0].command, made.speculator.command
     assert [flag(command, "device") for command in (target, draft)] == ["cuda", "cuda"]
@@ -218,7 +220,7 @@ def test_colocated_engines_have_their_shares_of_one_gpu(tmp_path: Path) -> None:
     assert flag(draft, "sm-share") == "0.25"
     assert service.resolve_config("target", target[4:])[0].stream_priority == "high"
     assert service.resolve_config("speculator", draft[4:])[0].sm_share == 0.25
-    apart = make_plan(UpConfig(target="toy", draft="toy"), settings_file=None, run_directory=tmp_path)
+    apart = lay_out(UpConfig(target="toy", draft="toy"), settings_file=None, run_directory=tmp_path)
     assert apart.speculator is not None
     for command in (apart.targets[0].command, apart.speculator.command):
         assert not [part for part in command if "share" in part or "priority" in part]
@@ -249,9 +251,11 @@ def test_what_contradicts_one_gpu_is_refused(settings: dict[str, Any], words: st
 
 @pytest.mark.parametrize(("cores", "targets", "expected"), [(2, 1, (1, 1)), (16, 1, (12, 4)), (16, 3, (4, 4))])
 def test_cores_are_shared_out_by_default(cores: int, targets: int, expected: tuple[int, int]) -> None:
-    config = UpConfig(target="toy", draft="toy", targets=targets)
-    assert (default_threads("target", config, cores), default_threads("speculator", config, cores)) == expected
-    assert default_threads("target", UpConfig(target="toy"), cores) == cores
+    found = [
+        default_threads(role, cores, num_targets=targets, has_speculator=True) for role in ("target", "speculator")
+    ]
+    assert tuple(found) == expected
+    assert default_threads("target", cores, num_targets=1, has_speculator=False) == cores
 
 
 def test_free_ports_are_different() -> None:

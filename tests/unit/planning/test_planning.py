@@ -17,7 +17,8 @@ from specpool_target.config import Fallback
 from specpool_tools.cli.plan import PlanOptions, profile_names, read_profile, run_plan
 from specpool_tools.planning.answers import best_settings, fit_acceptance, smallest_pool, targets_per_speculator
 from specpool_tools.planning.profile import Profile
-from specpool_tools.planning.simulator import Scenario, simulate
+from specpool_tools.planning.scenario import Scenario
+from specpool_tools.planning.simulator import simulate
 from specpool_tools.planning.text import SimulatedText
 
 BENCH = Path(__file__).parents[3] / "docs" / "benchmarks" / "cpu-2-cores" / "bench.json"

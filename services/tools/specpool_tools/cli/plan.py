@@ -22,7 +22,8 @@ from specpool_tools.planning.answers import (
     targets_per_speculator,
 )
 from specpool_tools.planning.profile import Profile
-from specpool_tools.planning.simulator import MODES, Figures, Scenario, simulate
+from specpool_tools.planning.scenario import MODES, Figures, Scenario
+from specpool_tools.planning.simulator import simulate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,7 +77,7 @@ def run_service(role: str, arguments: Sequence[str]) -> None:
 
 def resolve_up(arguments: Sequence[str]) -> tuple[Any, Path | None]:
     """Options of `specpool up` from all sources, and the settings file, which its processes read too."""
-    from specpool_tools.local.processes import UpConfig
+    from specpool_tools.local.up_config import UpConfig
 
     parser = build_parser("up", "Start router, targets, speculator and session store")
     flags, options = parse_flags(UpConfig, "up", arguments, parser)

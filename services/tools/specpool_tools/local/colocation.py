@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from specpool.errors import ConfigError
 
 if TYPE_CHECKING:
-    from specpool_tools.local.processes import UpConfig
+    from specpool_tools.local.up_config import UpConfig
 
 MEMORY_SHARE: Final = 0.75
 """Of a target and its KV cache, which are the larger ones."""

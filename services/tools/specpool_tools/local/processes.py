@@ -5,26 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-
-from specpool.config import Settings, Share
-from specpool.errors import ConfigError, InvalidArgument
-from specpool_engine.distributions.choices import TransportChoice
-from specpool_tools.local.awake import awake_command, can_keep_awake
-from specpool_tools.local.colocation import (
-    DRAFT_MEMORY_SHARE,
-    MEMORY_SHARE,
-    check_colocation,
-    speculator_share,
-    target_share,
-)
+from specpool.addresses import parse_address
+from specpool.errors import InvalidArgument
+from specpool_tools.local.awake import awake_command
+from specpool_tools.local.colocation import speculator_share, target_share
+from specpool_tools.local.cores import default_threads, num_cores, parse_affinity
 from specpool_tools.local.supervisor import ChildSpec
+from specpool_tools.local.up_config import UpConfig
 from specpool_tools.models.resolve import resolve_model
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -32,93 +24,8 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 spends a few hundredths less of its time on page tables."""
 
 
-class UpConfig(Settings):
-    """Options of `specpool up` (section `up` of the settings file)."""
-
-    target: str = ""
-    """Target model: catalogue name, hub id, directory, or GGUF file."""
-    draft: str = ""
-    """Draft model; empty or `none` runs without a speculator."""
-    targets: PositiveInt = 1
-    """Number of target processes."""
-    dtype: str = ""
-    """Data type of the target and, unless `draft_dtype` is given, of the draft; empty for the services' default."""
-    draft_dtype: str = ""
-    """Data type of the draft."""
-    device: str = ""
-    """Torch device of the targets; empty for the services' default."""
-    draft_device: str = ""
-    """Torch device of the draft; empty: as `device`, or the one after those of the targets if they are several."""
-    tensor_parallel: PositiveInt = 1
-    """Devices that each target is split over: those from `device` on, the next target's behind them."""
-    colocated: bool = False
-    """Target and draft on one GPU, which must be given as `device`: each has its share of the memory, and the target's
-    kernels go first. Start `nvidia-cuda-mps-control -d` before, or they compute in turns."""
-    memory_share: Share = MEMORY_SHARE
-    """`colocated`: the target's share of the GPU's memory, weights and KV cache."""
-    draft_memory_share: Share = DRAFT_MEMORY_SHARE
-    """`colocated`: the draft's share of the GPU's memory."""
-    draft_sm_share: Share = 1.0
-    """`colocated`: share of the GPU's multiprocessors that draft steps use; below 1 it needs green contexts and MPS."""
-    weights: str = ""
-    """Weight format of the targets: plain, prepacked or streamed."""
-    draft_weights: str = ""
-    """Weight format of the draft: plain, prepacked, streamed, int8 or int4."""
-    attention_backend: str = ""
-    """Attention of the targets: sdpa, native, flex or flash; empty for the services' default."""
-    draft_attention_backend: str = ""
-    """Attention of the draft; empty for the services' default."""
-    compile: bool = False
-    """Compile target and draft: faster steps, a start that takes minutes longer the first time."""
-    draft_vocab_size: NonNegativeInt = 0
-    """Tokens that are drafted, the first ones of the vocabulary; 0: all."""
-    lookahead: NonNegativeInt = 0
-    """Largest K; 0 for the services' default."""
-    row_budget: NonNegativeInt = 0
-    """Branch rows per draft step; 0 for the speculator's default."""
-    fan_out: NonNegativeInt = 0
-    """Guesses per round (B); 0 for the speculator's default."""
-    distribution_transport: TransportChoice | Literal[""] = ""
-    """How the targets want draft distributions of rejection verification: grpc, gloo, nccl or auto; empty for the
-    services' default."""
-    listen: str = "127.0.0.1:0"
-    """Address of the router; port 0 takes any free one."""
-    affinity: str = ""
-    """Cores per role, such as `target=0;speculator=1` or `target-0=0,1;target-1=2,3`; empty shares all cores."""
-    keep_awake: bool = False
-    """Let none of these cores sleep: in a virtual machine the host may otherwise move target and draft together, where
-    they share their way to memory. Whatever else runs on them goes first. Linux."""
-    session_store: str = ""
-    """redis://..., or memory://; empty starts an embedded Valkey."""
-    tenants_file: str = ""
-    """YAML file of tenants; empty: one tenant, without credentials."""
-    otlp_endpoint: str = ""
-    """OTLP collector for traces of all processes; empty is off."""
-    log_dir: str = ""
-    """Folder of the processes' logs; empty for `logs` in the cache directory."""
-    ready_file: str = ""
-    """File that gets the router's endpoint once everything is up."""
-    ready_timeout_s: PositiveFloat = 1800.0
-    """Give up when not everything is up by then."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.target:
-            raise ConfigError("target is required: give --target MODEL", metadata={"field": "target"})
-        parse_affinity(self.affinity, self.targets)
-        if self.keep_awake and not can_keep_awake():
-            raise ConfigError("keep_awake needs Linux", metadata={"field": "keep_awake"})
-        check_colocation(self)
-        return self
-
-    @property
-    def has_speculator(self) -> bool:
-        """Whether a draft was given."""
-        return self.draft.strip().lower() not in ("", "none")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Processes:
     """All processes, in the order in which they start; they stop in the reverse order."""
 
     store: ChildSpec | None
@@ -142,7 +49,7 @@ class Plan:
         return (*others, *self.targets, self.router, *self.awake)
 
 
-def make_plan(config: UpConfig, *, settings_file: Path | None, run_directory: Path) -> Plan:
+def lay_out(config: UpConfig, *, settings_file: Path | None, run_directory: Path) -> Processes:
     """Decide ports, cores and threads, and write down every command."""
     ports = free_ports(config.targets + 2)
     affinity = parse_affinity(config.affinity, config.targets)
@@ -167,7 +74,7 @@ def make_plan(config: UpConfig, *, settings_file: Path | None, run_directory: Pa
     }
     router = ChildSpec(name="router", command=_command("router", flags, settings_file), endpoint=listen)
     awake = _awake(sorted({core for cores in affinity.values() for core in cores})) if config.keep_awake else ()
-    return Plan(store=store, speculator=speculator, targets=targets, router=router, awake=awake)
+    return Processes(store=store, speculator=speculator, targets=targets, router=router, awake=awake)
 
 
 def _awake(cores: Sequence[int]) -> tuple[ChildSpec, ...]:
@@ -185,7 +92,11 @@ def _engine(
     index: int = 0,
 ) -> ChildSpec:
     cores = affinity.get(name) or affinity.get(role)
-    threads = len(cores) if cores else default_threads(role, config, num_cores())
+    threads = (
+        len(cores)
+        if cores
+        else default_threads(role, num_cores(), num_targets=config.targets, has_speculator=config.has_speculator)
+    )
     endpoint = f"127.0.0.1:{port}"
     flags = {
         "id": name,
@@ -258,48 +169,8 @@ def _command(role: str, flags: Mapping[str, str | None], settings_file: Path | N
     return [*command, *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_threads(role: str, config: UpConfig, cores: int) -> int:
-    """A quarter of the cores, at least one, for the speculator; the targets share the rest."""
-    for_speculator = max(1, cores // 4) if config.has_speculator else 0
-    if role == "speculator":
-        return for_speculator
-    return max(1, (cores - for_speculator) // config.targets)
-
-
-def parse_affinity(text: str, num_targets: int) -> dict[str, tuple[int, ...]]:
-    """Cores by role or process name; ranges such as 0-3 are allowed."""
-    known = ["target", "speculator", *(f"target-{index}" for index in range(num_targets))]
-    result: dict[str, tuple[int, ...]] = {}
-    for item in filter(None, (part.strip() for part in text.split(";"))):
-        name, _, cores = item.partition("=")
-        if name not in known:
-            raise InvalidArgument(f"affinity names {name!r}; known: {', '.join(known)}", metadata={"field": "affinity"})
-        try:
-            result[name] = tuple(core for part in cores.split(",") for core in _cores(part))
-        except ValueError:
-            raise InvalidArgument(
-                f"affinity of {name} must be cores such as 0,1 or 0-3, got {cores!r}", metadata={"field": "affinity"}
-            ) from None
-    return result
-
-
-def _cores(text: str) -> Iterable[int]:
-    first, dash, last = text.partition("-")
-    cores = range(int(first), int(last if dash else first) + 1)
-    if not cores:
-        raise ValueError(text)
-    return cores
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Host as written, and port."""
-    from specpool.addresses import parse_address
-
     _, port = parse_address(address)
     return address.rpartition(":")[0], port
 

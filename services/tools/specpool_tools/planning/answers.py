@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from specpool.errors import InvalidArgument
 from specpool_tools.planning.profile import Profile
-from specpool_tools.planning.simulator import Figures, Scenario, simulate
+from specpool_tools.planning.scenario import Figures, Scenario
+from specpool_tools.planning.simulator import simulate
 
 _NUM_BISECTIONS = 12
 
