@@ -76,6 +76,12 @@ class SessionNotFound(SpecPoolError):
     default_reason = "SESSION_NOT_FOUND"
 
 
+class ResumeImpossible(SpecPoolError):
+    """What would follow cannot be guaranteed to continue the answer that the client has."""
+
+    default_reason = "RESUME_IMPOSSIBLE"
+
+
 class KVCacheFull(SpecPoolError):
     """No free KV cache block is left."""
 
@@ -160,6 +166,12 @@ class Internal(SpecPoolError):
     default_reason = "INTERNAL"
 
 
+class RequestCostTargets(Internal):
+    """The request was lost with every target that ran it, so it is not given to another."""
+
+    default_reason = "REQUEST_COST_TARGETS"
+
+
 class EngineFailed(Internal):
     """An engine thread died; the process cannot serve until it restarts."""
 
@@ -179,6 +191,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     ContextLengthExceeded: "INVALID_ARGUMENT",
     ModelNotFound: "NOT_FOUND",
     SessionNotFound: "NOT_FOUND",
+    ResumeImpossible: "FAILED_PRECONDITION",
     DataCorrupt: "DATA_LOSS",
     KVCacheFull: "RESOURCE_EXHAUSTED",
     QuotaExceeded: "RESOURCE_EXHAUSTED",
@@ -194,6 +207,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     Cancelled: "CANCELLED",
     DeadlineExceeded: "DEADLINE_EXCEEDED",
     Internal: "INTERNAL",
+    RequestCostTargets: "INTERNAL",
     EngineFailed: "INTERNAL",
     FollowerLost: "INTERNAL",
 }

@@ -14,6 +14,9 @@ from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import load_tenants
 from specpool_router.config import RouterConfig
+from specpool_router.generation.admission import Admission
+from specpool_router.generation.generations import Generations
+from specpool_router.generation.stream import Patience
 from specpool_router.grpc.inference_service import InferenceService
 from specpool_router.grpc.router_service import RouterService
 from specpool_router.metrics import RouterMetrics
@@ -48,20 +51,18 @@ async def serve(
         await cluster.start()
         server = create_server()
         endpoint = bind(server, config.listen)
-        inference = InferenceService(
-            cluster=cluster,
-            sessions=sessions,
-            tenants=tenants,
-            metrics=metrics,
-            failover_wait_s=config.failover_wait_s,
+        admission = Admission(sessions, metrics)
+        generations = Generations(
+            admission=admission, cluster=cluster, sessions=sessions, metrics=metrics, patience=_patience(config)
         )
+        inference = InferenceService(generations, cluster=cluster, tenants=tenants)
         health = add_standard_services(server, inference_pb2.DESCRIPTOR, router_pb2.DESCRIPTOR)
 
-        async def drain() -> None:
+        async def drain(grace_s: float = config.drain_grace_s) -> None:
             readiness.cancel()
-            inference.start_draining()
+            admission.start_draining()
             await health.set_serving(False)
-            await inference.wait_until_idle()
+            await admission.drain(grace_s)
 
         peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(64), endpoint=config.advertise or endpoint)
         operations = RouterService(
@@ -69,7 +70,7 @@ async def serve(
             cluster=cluster,
             sessions=sessions,
             tenants=tenants,
-            inference=inference,
+            admission=admission,
             drain=drain,
             stop=stop,
         )
@@ -97,6 +98,14 @@ async def _report_readiness(health: Health, cluster: Cluster) -> None:
     while True:
         await health.set_service(_INFERENCE, any(target.available for target in cluster.targets.candidates()))
         await cluster.targets.wait_for_change(_READINESS_INTERVAL_S)
+
+
+def _patience(config: RouterConfig) -> Patience:
+    return Patience(
+        request_wait_s=config.request_wait_s,
+        failover_wait_s=config.failover_wait_s,
+        progress_timeout_s=config.progress_timeout_s,
+    )
 
 
 def make_store(config: RouterConfig) -> SessionStore:

@@ -32,7 +32,8 @@ StartRouter = Callable[..., Awaitable[str]]
 async def _router(**settings: Any) -> AsyncIterator[str]:
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
-    config = RouterConfig(**{"poll_interval_s": 0.1, "failover_wait_s": 5.0, "drain_grace_s": 1.0, **settings})
+    defaults = {"poll_interval_s": 0.1, "failover_wait_s": 10.0, "request_wait_s": 5.0, "drain_grace_s": 1.0}
+    config = RouterConfig(**{**defaults, **settings})
     task = asyncio.create_task(serve(config, on_ready=ready.set_result, stop=stop))
     await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
     if task.done():

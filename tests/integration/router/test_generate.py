@@ -69,7 +69,7 @@ async def test_unknown_model_names_the_served(start_router: Any) -> None:
 
 
 async def test_no_target(start_router: Any) -> None:
-    async with Client(await start_router(targets=("127.0.0.1:1",))) as client:
+    async with Client(await start_router(targets=("127.0.0.1:1",), request_wait_s=0.3)) as client:
         with pytest.raises(errors.TargetUnavailable):
             await client.complete(request_of())
 

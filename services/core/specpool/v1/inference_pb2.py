@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from specpool.v1 import types_pb2 as specpool_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspecpool/v1/inference.proto\x12\x0bspecpool.v1\x1a\x17specpool/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.specpool.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xf5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.specpool.v1.ChatPromptH\x00\x12*\n\x06tokens\x18\x05 \x01(\x0b\x32\x18.specpool.v1.TokenPromptH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.specpool.v1.SamplingParams\x12*\n\x04mode\x18\x07 \x01(\x0e\x32\x1c.specpool.v1.SpeculationMode\x12\x33\n\x0cverification\x18\x08 \x01(\x0e\x32\x1d.specpool.v1.VerificationMode\x12\x1a\n\rmax_lookahead\x18\t \x01(\rH\x01\x88\x01\x01\x12\x12\n\nsession_id\x18\n \x01(\tB\x08\n\x06promptB\x10\n\x0e_max_lookahead\"_\n\x11GenerationStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\"c\n\x0fGenerationDelta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.specpool.v1.PositionLogprobs\"\x96\x01\n\x12GenerationFinished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.specpool.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.specpool.v1.Usage\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1c.specpool.v1.GenerationStats\"\xb2\x01\n\x10GenerateResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.specpool.v1.GenerationStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.specpool.v1.GenerationDeltaH\x00\x12\x33\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1f.specpool.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"@\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1b\n\x13num_tokens_received\x18\x02 \x01(\r\"\xb0\x01\n\x0eResumeResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.specpool.v1.GenerationStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.specpool.v1.GenerationDeltaH\x00\x12\x33\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1f.specpool.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.specpool.v1.ModelInfo2\xb4\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.specpool.v1.GenerateRequest\x1a\x1d.specpool.v1.GenerateResponse0\x01\x12\x43\n\x06Resume\x12\x1a.specpool.v1.ResumeRequest\x1a\x1b.specpool.v1.ResumeResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.specpool.v1.CancelRequest\x1a\x1b.specpool.v1.CancelResponse\x12M\n\nListModels\x12\x1e.specpool.v1.ListModelsRequest\x1a\x1f.specpool.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspecpool/v1/inference.proto\x12\x0bspecpool.v1\x1a\x17specpool/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.specpool.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xf5\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.specpool.v1.ChatPromptH\x00\x12*\n\x06tokens\x18\x05 \x01(\x0b\x32\x18.specpool.v1.TokenPromptH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.specpool.v1.SamplingParams\x12*\n\x04mode\x18\x07 \x01(\x0e\x32\x1c.specpool.v1.SpeculationMode\x12\x33\n\x0cverification\x18\x08 \x01(\x0e\x32\x1d.specpool.v1.VerificationMode\x12\x1a\n\rmax_lookahead\x18\t \x01(\rH\x01\x88\x01\x01\x12\x12\n\nsession_id\x18\n \x01(\tB\x08\n\x06promptB\x10\n\x0e_max_lookahead\"\xa3\x01\n\x11GenerationStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12%\n\x18num_committed_text_chars\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x1b\n\x19_num_committed_text_chars\"c\n\x0fGenerationDelta\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.specpool.v1.PositionLogprobs\"\x96\x01\n\x12GenerationFinished\x12\x30\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x19.specpool.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.specpool.v1.Usage\x12+\n\x05stats\x18\x03 \x01(\x0b\x32\x1c.specpool.v1.GenerationStats\"\xb2\x01\n\x10GenerateResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.specpool.v1.GenerationStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.specpool.v1.GenerationDeltaH\x00\x12\x33\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1f.specpool.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"\xc3\x01\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1b\n\x13num_tokens_received\x18\x02 \x01(\r\x12\x1f\n\x12num_chars_received\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\x12received_token_ids\x18\x04 \x03(\r\x12-\n\x07request\x18\x05 \x01(\x0b\x32\x1c.specpool.v1.GenerateRequestB\x15\n\x13_num_chars_received\"\xb0\x01\n\x0eResumeResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.specpool.v1.GenerationStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.specpool.v1.GenerationDeltaH\x00\x12\x33\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1f.specpool.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.specpool.v1.ModelInfo2\xb4\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.specpool.v1.GenerateRequest\x1a\x1d.specpool.v1.GenerateResponse0\x01\x12\x43\n\x06Resume\x12\x1a.specpool.v1.ResumeRequest\x1a\x1b.specpool.v1.ResumeResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.specpool.v1.CancelRequest\x1a\x1b.specpool.v1.CancelResponse\x12M\n\nListModels\x12\x1e.specpool.v1.ListModelsRequest\x1a\x1f.specpool.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,26 +40,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENPROMPT']._serialized_end=205
   _globals['_GENERATEREQUEST']._serialized_start=208
   _globals['_GENERATEREQUEST']._serialized_end=581
-  _globals['_GENERATIONSTARTED']._serialized_start=583
-  _globals['_GENERATIONSTARTED']._serialized_end=678
-  _globals['_GENERATIONDELTA']._serialized_start=680
-  _globals['_GENERATIONDELTA']._serialized_end=779
-  _globals['_GENERATIONFINISHED']._serialized_start=782
-  _globals['_GENERATIONFINISHED']._serialized_end=932
-  _globals['_GENERATERESPONSE']._serialized_start=935
-  _globals['_GENERATERESPONSE']._serialized_end=1113
-  _globals['_RESUMEREQUEST']._serialized_start=1115
-  _globals['_RESUMEREQUEST']._serialized_end=1179
-  _globals['_RESUMERESPONSE']._serialized_start=1182
-  _globals['_RESUMERESPONSE']._serialized_end=1358
-  _globals['_CANCELREQUEST']._serialized_start=1360
-  _globals['_CANCELREQUEST']._serialized_end=1395
-  _globals['_CANCELRESPONSE']._serialized_start=1397
-  _globals['_CANCELRESPONSE']._serialized_end=1432
-  _globals['_LISTMODELSREQUEST']._serialized_start=1434
-  _globals['_LISTMODELSREQUEST']._serialized_end=1453
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1455
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1515
-  _globals['_INFERENCESERVICE']._serialized_start=1518
-  _globals['_INFERENCESERVICE']._serialized_end=1826
+  _globals['_GENERATIONSTARTED']._serialized_start=584
+  _globals['_GENERATIONSTARTED']._serialized_end=747
+  _globals['_GENERATIONDELTA']._serialized_start=749
+  _globals['_GENERATIONDELTA']._serialized_end=848
+  _globals['_GENERATIONFINISHED']._serialized_start=851
+  _globals['_GENERATIONFINISHED']._serialized_end=1001
+  _globals['_GENERATERESPONSE']._serialized_start=1004
+  _globals['_GENERATERESPONSE']._serialized_end=1182
+  _globals['_RESUMEREQUEST']._serialized_start=1185
+  _globals['_RESUMEREQUEST']._serialized_end=1380
+  _globals['_RESUMERESPONSE']._serialized_start=1383
+  _globals['_RESUMERESPONSE']._serialized_end=1559
+  _globals['_CANCELREQUEST']._serialized_start=1561
+  _globals['_CANCELREQUEST']._serialized_end=1596
+  _globals['_CANCELRESPONSE']._serialized_start=1598
+  _globals['_CANCELRESPONSE']._serialized_end=1633
+  _globals['_LISTMODELSREQUEST']._serialized_start=1635
+  _globals['_LISTMODELSREQUEST']._serialized_end=1654
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1656
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1716
+  _globals['_INFERENCESERVICE']._serialized_start=1719
+  _globals['_INFERENCESERVICE']._serialized_end=2027
 # @@protoc_insertion_point(module_scope)

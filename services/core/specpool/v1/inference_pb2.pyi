@@ -157,10 +157,15 @@ class GenerationStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_COMMITTED_TEXT_CHARS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     seed: _builtins.int
     num_prompt_tokens: _builtins.int
+    num_committed_text_chars: _builtins.int
+    """From a target that continues a stream: characters of the completion's text that are final with the tokens it
+    continues from. For routers.
+    """
     def __init__(
         self,
         *,
@@ -168,12 +173,15 @@ class GenerationStarted(_message.Message):
         model: _builtins.str = ...,
         seed: _builtins.int = ...,
         num_prompt_tokens: _builtins.int = ...,
+        num_committed_text_chars: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_committed_text_chars", b"_num_committed_text_chars", "num_committed_text_chars", b"num_committed_text_chars"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_committed_text_chars", b"_num_committed_text_chars", "model", b"model", "num_committed_text_chars", b"num_committed_text_chars", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_committed_text_chars: _TypeAlias = _typing.Literal["num_committed_text_chars"]  # noqa: Y015
+    _WhichOneofArgType__num_committed_text_chars: _TypeAlias = _typing.Literal["_num_committed_text_chars", b"_num_committed_text_chars"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_committed_text_chars) -> _WhichOneofReturnType__num_committed_text_chars | None: ...
 
 Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
 
@@ -270,20 +278,42 @@ class ResumeRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_RECEIVED_FIELD_NUMBER: _builtins.int
+    NUM_CHARS_RECEIVED_FIELD_NUMBER: _builtins.int
+    RECEIVED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     num_tokens_received: _builtins.int
-    """Completion tokens the client already has."""
+    """Completion tokens the client already has. Need not be set beside `received_token_ids`."""
+    num_chars_received: _builtins.int
+    """Characters (Unicode code points) of the completion's text that the client already has. Unset: all text that came
+    with its tokens, which must then be those of whole deltas.
+    """
+    @_builtins.property
+    def received_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All completion tokens that the client has, in order. Empty: it only counted them."""
+
+    @_builtins.property
+    def request(self) -> Global___GenerateRequest:
+        """The original request, with the model and the seed that `started` named. Used where the session is lost; a request
+        that never began is begun.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         num_tokens_received: _builtins.int = ...,
+        num_chars_received: _builtins.int | None = ...,
+        received_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        request: Global___GenerateRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_chars_received", b"_num_chars_received", "num_chars_received", b"num_chars_received", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens_received", b"num_tokens_received", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_chars_received", b"_num_chars_received", "num_chars_received", b"num_chars_received", "num_tokens_received", b"num_tokens_received", "received_token_ids", b"received_token_ids", "request", b"request", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_chars_received: _TypeAlias = _typing.Literal["num_chars_received"]  # noqa: Y015
+    _WhichOneofArgType__num_chars_received: _TypeAlias = _typing.Literal["_num_chars_received", b"_num_chars_received"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_chars_received) -> _WhichOneofReturnType__num_chars_received | None: ...
 
 Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
 

@@ -78,8 +78,14 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Continues the stream of a request whose connection was lost: replays the tokens after `num_tokens_received`, then
-        goes on. NOT_FOUND once the session has expired.
+        """Continues the stream of a request whose connection was lost, on any router: sends what the client lacks, then goes
+        on. What the client says it has is the truth: no token and no character of it is sent again, none is left out.
+        1. The first message is `started`, `delta` and `finished` follow as in Generate.
+        2. A client that gives `received_token_ids` and `request` can always go on, even where the session is lost.
+        3. One that only counts needs the session: NOT_FOUND once it has expired. Tokens that the session lacks are
+        generated again, which gives the same ones under greedy and coupled verification. Under rejection it would be
+        another answer: FAILED_PRECONDITION, reason RESUME_IMPOSSIBLE.
+        A stream that a router ends because it stops ends UNAVAILABLE, reason DRAINING, metadata retriable "true".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,8 +44,14 @@ class InferenceServiceStub:
      3. The last message is `finished`.
     """
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeResponse]
-    """Continues the stream of a request whose connection was lost: replays the tokens after `num_tokens_received`, then
-    goes on. NOT_FOUND once the session has expired.
+    """Continues the stream of a request whose connection was lost, on any router: sends what the client lacks, then goes
+    on. What the client says it has is the truth: no token and no character of it is sent again, none is left out.
+     1. The first message is `started`, `delta` and `finished` follow as in Generate.
+     2. A client that gives `received_token_ids` and `request` can always go on, even where the session is lost.
+     3. One that only counts needs the session: NOT_FOUND once it has expired. Tokens that the session lacks are
+        generated again, which gives the same ones under greedy and coupled verification. Under rejection it would be
+        another answer: FAILED_PRECONDITION, reason RESUME_IMPOSSIBLE.
+    A stream that a router ends because it stops ends UNAVAILABLE, reason DRAINING, metadata retriable "true".
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
     """Cancels a running request of the same tenant by id. Cancelling a finished request is not an error."""
@@ -68,8 +74,14 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
      3. The last message is `finished`.
     """
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeResponse]  # type: ignore[assignment]
-    """Continues the stream of a request whose connection was lost: replays the tokens after `num_tokens_received`, then
-    goes on. NOT_FOUND once the session has expired.
+    """Continues the stream of a request whose connection was lost, on any router: sends what the client lacks, then goes
+    on. What the client says it has is the truth: no token and no character of it is sent again, none is left out.
+     1. The first message is `started`, `delta` and `finished` follow as in Generate.
+     2. A client that gives `received_token_ids` and `request` can always go on, even where the session is lost.
+     3. One that only counts needs the session: NOT_FOUND once it has expired. Tokens that the session lacks are
+        generated again, which gives the same ones under greedy and coupled verification. Under rejection it would be
+        another answer: FAILED_PRECONDITION, reason RESUME_IMPOSSIBLE.
+    A stream that a router ends because it stops ends UNAVAILABLE, reason DRAINING, metadata retriable "true".
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a running request of the same tenant by id. Cancelling a finished request is not an error."""
@@ -101,8 +113,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.ResumeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ResumeResponse], _abc.AsyncIterator[_inference_pb2.ResumeResponse]]:
-        """Continues the stream of a request whose connection was lost: replays the tokens after `num_tokens_received`, then
-        goes on. NOT_FOUND once the session has expired.
+        """Continues the stream of a request whose connection was lost, on any router: sends what the client lacks, then goes
+        on. What the client says it has is the truth: no token and no character of it is sent again, none is left out.
+         1. The first message is `started`, `delta` and `finished` follow as in Generate.
+         2. A client that gives `received_token_ids` and `request` can always go on, even where the session is lost.
+         3. One that only counts needs the session: NOT_FOUND once it has expired. Tokens that the session lacks are
+            generated again, which gives the same ones under greedy and coupled verification. Under rejection it would be
+            another answer: FAILED_PRECONDITION, reason RESUME_IMPOSSIBLE.
+        A stream that a router ends because it stops ends UNAVAILABLE, reason DRAINING, metadata retriable "true".
         """
 
     @_abc_1.abstractmethod

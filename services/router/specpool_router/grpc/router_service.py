@@ -9,7 +9,7 @@ from typing import Any
 from specpool.errors import PermissionDenied
 from specpool.v1 import router_pb2, router_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import Tenants
-from specpool_router.grpc.inference_service import InferenceService
+from specpool_router.generation.admission import Admission
 from specpool_router.placement.cluster import Cluster
 from specpool_router.sessions.sessions import Sessions
 
@@ -24,15 +24,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         cluster: Cluster,
         sessions: Sessions,
         tenants: Tenants,
-        inference: InferenceService,
-        drain: Callable[[], Awaitable[None]],
+        admission: Admission,
+        drain: Callable[[float], Awaitable[None]],
         stop: asyncio.Event,
     ) -> None:
         self._peer = peer
         self._cluster = cluster
         self._sessions = sessions
         self._tenants = tenants
-        self._inference = inference
+        self._admission = admission
         self._drain = drain
         self._stop = stop
         self._stopping: asyncio.Task[None] | None = None
@@ -43,7 +43,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         """See the proto."""
         self._tenants.authenticate(context.invocation_metadata() or ())
         await asyncio.gather(self._cluster.targets.refresh(), self._cluster.speculators.refresh())
-        draining = self._inference.draining
+        draining = self._admission.is_draining
         return router_pb2.GetClusterStatusResponse(
             router=self._peer,
             state=types_pb2.SERVING_STATE_DRAINING if draining else types_pb2.SERVING_STATE_SERVING,
@@ -65,7 +65,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
             ],
             session_store=self._sessions.store.kind,
             session_store_reachable=self._sessions.reachable,
-            num_streams_running=self._inference.num_streams,
+            num_streams_running=self._admission.num_streams,
         )
 
     async def DrainRouter(self, request: router_pb2.DrainRouterRequest, context: Any) -> router_pb2.DrainRouterResponse:
@@ -73,15 +73,15 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
         if not tenant.operator:
             raise PermissionDenied(f"tenant {tenant.name!r} is no operator; only operators may drain the router")
-        self._inference.start_draining()
+        self._admission.start_draining()
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._finish(request.grace_seconds))
-        return router_pb2.DrainRouterResponse(num_streams_running=self._inference.num_streams)
+        return router_pb2.DrainRouterResponse(num_streams_running=self._admission.num_streams)
 
     async def _finish(self, grace_s: float) -> None:
         try:
             async with asyncio.timeout(grace_s):
-                await self._drain()
+                await self._drain(grace_s)
         except TimeoutError:
             pass
         self._stop.set()

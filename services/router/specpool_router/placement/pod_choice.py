@@ -25,6 +25,8 @@ class Candidate:
     """Reachable, serving, not draining."""
     is_leaving: bool = False
     """Its pod is terminating, or its node is out of reach: better than none, and chosen only then."""
+    is_late: bool = False
+    """It did not answer when it was asked last: one that did is better."""
 
 
 def choose_target(
@@ -44,8 +46,8 @@ def choose_target(
         raise TargetUnavailable(
             f"no target for model {model!r} can be reached now", metadata={"model": model, "num_known": len(candidates)}
         )
-    staying = _staying(usable)
-    return _preferred(staying, session_id) if session_id else _least_busy(staying)
+    soundest = _soundest(usable)
+    return _preferred(soundest, session_id) if session_id else _least_busy(soundest)
 
 
 def choose_speculator(
@@ -60,7 +62,7 @@ def choose_speculator(
         for c in candidates
         if c.available and c.endpoint not in exclude and c.tokenizer_fingerprint == target.tokenizer_fingerprint
     ]
-    return _preferred(_staying(usable), target.endpoint) if usable else None
+    return _preferred(_soundest(usable), target.endpoint) if usable else None
 
 
 def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
@@ -79,8 +81,10 @@ def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
     )
 
 
-def _staying(usable: Sequence[Candidate]) -> Sequence[Candidate]:
-    return [c for c in usable if not c.is_leaving] or usable
+def _soundest(usable: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Those that stay and answer, if there are any; else those that stay; else all."""
+    best = min((c.is_leaving, c.is_late) for c in usable)
+    return [c for c in usable if (c.is_leaving, c.is_late) == best]
 
 
 def _preferred(usable: Sequence[Candidate], key: str) -> Candidate:

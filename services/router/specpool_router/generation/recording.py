@@ -1,0 +1,69 @@
+"""What a session remembers of its stream, and what the request's span says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opentelemetry import trace
+
+from specpool.errors import Draining, SpecPoolError
+from specpool.telemetry import tracing
+from specpool.v1 import inference_pb2, types_pb2
+from specpool_router.auth.tenants import Tenant
+from specpool_router.generation.target_run import Event
+from specpool_router.sessions.session_store import SessionState
+from specpool_router.sessions.sessions import Lease, Sessions
+
+
+class Recording:
+    """Journals the events of one stream."""
+
+    def __init__(self, sessions: Sessions, lease: Lease) -> None:
+        self.state = SessionState.DETACHED
+        self.ending = b""
+        self._sessions = sessions
+        self._lease = lease
+
+    def add(self, event: Event) -> None:
+        """The next event."""
+        if event.HasField("delta"):
+            self._sessions.append(self._lease, event.delta.SerializeToString(), len(event.delta.token_ids))
+        elif event.HasField("finished"):
+            self.state, self.ending = SessionState.FINISHED, event.finished.SerializeToString()
+            annotate_end(event.finished)
+
+
+@contextmanager
+def recording(sessions: Sessions, lease: Lease) -> Iterator[Recording]:
+    """Whatever way the stream ends, the session knows."""
+    record = Recording(sessions, lease)
+    try:
+        yield record
+    except Draining:  # it may go on elsewhere
+        raise
+    except SpecPoolError:
+        record.state = SessionState.FAILED
+        raise
+    finally:
+        sessions.finish(lease, record.state, record.ending)
+
+
+def annotate(request: inference_pb2.GenerateRequest, tenant: Tenant) -> None:
+    """Tell the current span what is asked for."""
+    span = trace.get_current_span()
+    span.set_attribute(tracing.GEN_AI_OPERATION_NAME, "chat" if request.HasField("chat") else "text_completion")
+    span.set_attribute(tracing.GEN_AI_PROVIDER_NAME, "specpool")
+    span.set_attribute(tracing.GEN_AI_REQUEST_MODEL, request.model)
+    span.set_attribute(tracing.GEN_AI_RESPONSE_ID, request.request_id)
+    span.set_attribute(tracing.GEN_AI_REQUEST_SEED, request.sampling.seed)
+    span.set_attribute(tracing.TENANT, tenant.name)
+
+
+def annotate_end(finished: inference_pb2.GenerationFinished) -> None:
+    """Tell the current span how it ended."""
+    span, usage = trace.get_current_span(), finished.usage
+    reason = types_pb2.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
+    span.set_attribute(tracing.GEN_AI_RESPONSE_FINISH_REASONS, [reason])
+    span.set_attribute(tracing.GEN_AI_USAGE_INPUT_TOKENS, usage.num_prompt_tokens)
+    span.set_attribute(tracing.GEN_AI_USAGE_OUTPUT_TOKENS, usage.num_completion_tokens)
