@@ -130,7 +130,11 @@ class TargetEngine:
         )
 
         def accept() -> None:
-            self.scheduler.check_admissible(num_tokens, num_submitted=self._num_submitted - self._num_added)
+            self.scheduler.check_admissible(
+                num_tokens,
+                num_submitted=self._num_submitted - self._num_added,
+                is_continuation=bool(request.committed_tokens),
+            )
             self._num_submitted += 1
             self._streams.open(request.id, emit)
 

@@ -69,10 +69,11 @@ class Scheduler:
         """Longest sequence: what the context and the whole KV cache can hold (the last token needs no KV)."""
         return min(self._max_context, self.pool.num_blocks * self.pool.block_size)
 
-    def check_admissible(self, num_tokens: int, num_submitted: int = 0) -> None:
+    def check_admissible(self, num_tokens: int, num_submitted: int = 0, *, is_continuation: bool = False) -> None:
         """Refuse a prompt that can never run, or that would wait too long. Callable from any thread.
 
         `num_submitted` sequences are on their way here; those that find a place in the batch will not wait.
+        Continuations of streams that another target began have as many places more as a target like this one can lose.
         """
         if num_tokens + 1 > self._max_context:
             raise ContextLengthExceeded(
@@ -89,16 +90,20 @@ class Scheduler:
             )
         num_places = 0 if self.waiting else self._max_batch_size - len(self.running)
         num_waiting = len(self.waiting) + max(0, num_submitted - num_places)
-        if num_waiting >= self._max_waiting > 0:
+        most = self._max_waiting + (self._max_waiting + self._max_batch_size if is_continuation else 0)
+        if num_waiting >= most and self._max_waiting > 0:
             raise TargetUnavailable(
-                f"{num_waiting} sequences are waiting already, at most {self._max_waiting} may",
+                f"{num_waiting} sequences are waiting already, at most {most} may",
                 reason="TARGET_OVERLOADED",
-                metadata={"num_waiting": num_waiting, "max_waiting": self._max_waiting},
+                metadata={"num_waiting": num_waiting, "max_waiting": most},
             )
 
     def add(self, sequence: TargetSequence) -> None:
-        """Put a sequence into the queue."""
-        self.waiting.append(sequence)
+        """Put a sequence into the queue: what has begun, here or elsewhere, goes before what has not."""
+        position = len(self.waiting)
+        if sequence.request.committed_tokens:
+            position = next((i for i, other in enumerate(self.waiting) if not other.has_output), position)
+        self.waiting.insert(position, sequence)
 
     def sequences(self) -> Iterator[TargetSequence]:
         """All of them."""

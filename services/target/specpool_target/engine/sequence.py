@@ -230,6 +230,11 @@ class TargetSequence:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
+    def has_output(self) -> bool:
+        """Whether its client has tokens already, from here or from an earlier target."""
+        return len(self.tokens) > self.num_prompt_tokens
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens whose KV is missing, drafts not counted: 1 between rounds, more before the prefill is through."""
         return len(self.tokens) - (self.kv.length if self.kv else 0)

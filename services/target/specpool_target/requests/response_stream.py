@@ -42,7 +42,9 @@ class ResponseStream:
         self._committed_stop: FinishReason | None = None
         self._num_known_chars = num_text_chars_sent
         """Characters that the client has and this stream has not come to yet."""
-        self.pending_text = self._unknown(self._replay(request.committed_tokens))
+        committed_text = self._replay(request.committed_tokens)
+        self._num_committed_chars = len(committed_text) if request.committed_tokens else None
+        self.pending_text = self._unknown(committed_text)
         """Of committed tokens, not with the client yet."""
 
     @property
@@ -87,6 +89,7 @@ class ResponseStream:
             model=self._model_name,
             seed=seed,
             num_prompt_tokens=len(self.request.prompt_tokens),
+            num_committed_text_chars=self._num_committed_chars,
         )
         return Response(started=started)
 
