@@ -136,6 +136,12 @@ class Draining(SpecPoolError):
     default_reason = "DRAINING"
 
 
+class Overloaded(SpecPoolError):
+    """The server has as much to do as it takes; the same call may be accepted a moment later, or by another."""
+
+    default_reason = "OVERLOADED"
+
+
 class Unauthenticated(SpecPoolError):
     """Credentials are missing or invalid."""
 
@@ -202,6 +208,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     SpeculatorUnavailable: "UNAVAILABLE",
     TargetUnavailable: "UNAVAILABLE",
     Draining: "UNAVAILABLE",
+    Overloaded: "UNAVAILABLE",
     Unauthenticated: "UNAUTHENTICATED",
     PermissionDenied: "PERMISSION_DENIED",
     Cancelled: "CANCELLED",

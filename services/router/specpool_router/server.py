@@ -9,6 +9,7 @@ from collections.abc import Callable
 from specpool.addresses import parse_address
 from specpool.discovery.discovery import Discovery, StaticDiscovery
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
+from specpool.shutdown import close_within
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
@@ -27,6 +28,7 @@ from specpool_router.sessions.sessions import Sessions
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _OPERATIONS = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+_CLOSE_S = 5.0
 _READINESS_INTERVAL_S = 1.0
 """At least this often; changes are seen at once."""
 
@@ -58,11 +60,9 @@ async def serve(
         inference = InferenceService(generations, cluster=cluster, tenants=tenants)
         health = add_standard_services(server, inference_pb2.DESCRIPTOR, router_pb2.DESCRIPTOR)
 
-        async def drain(grace_s: float = config.drain_grace_s) -> None:
+        async def drain(grace_s: float) -> None:
             readiness.cancel()
-            admission.start_draining()
-            await health.set_serving(False)
-            await admission.drain(grace_s)
+            await admission.drain(min(grace_s, operations.grace_s))
 
         peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(64), endpoint=config.advertise or endpoint)
         operations = RouterService(
@@ -71,7 +71,6 @@ async def serve(
             sessions=sessions,
             tenants=tenants,
             admission=admission,
-            drain=drain,
             stop=stop,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
@@ -88,9 +87,7 @@ async def serve(
     finally:
         if server is not None:
             await server.stop(None)
-        await cluster.close()
-        await sessions.close()
-        await traces.aclose()
+        await close_within(_CLOSE_S, cluster=cluster.close(), sessions=sessions.close(), traces=traces.aclose())
 
 
 async def _report_readiness(health: Health, cluster: Cluster) -> None:

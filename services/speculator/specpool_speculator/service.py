@@ -140,8 +140,8 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         for connection in self._connections.values():
             connection.send(_go_away(reason))
 
-    async def drain(self) -> None:
-        """Start draining and wait until every target has ended its stream."""
+    async def drain(self, grace_s: float) -> None:
+        """Start draining and wait until every target has ended its stream; the server ends what is left."""
         self.start_draining("shutting down")
         await self._no_streams.wait()
 

@@ -143,8 +143,8 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             self._grace_task = asyncio.create_task(self._end_after(request.grace_seconds))
         return target_pb2.DrainTargetResponse(num_sequences_running=self._num_streams)
 
-    async def drain(self) -> None:
-        """Take nothing new; returns when nothing runs."""
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing new; returns when nothing runs. What still does after ``grace_s`` is ended by the server."""
         self._start_draining()
         await self._drained.wait()
 

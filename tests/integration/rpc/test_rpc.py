@@ -278,18 +278,19 @@ async def _spans(exporter: InMemorySpanExporter, count: int) -> Any:
 
 async def test_sigterm_drains_then_stops(served: _Served, connection: grpc.aio.Channel) -> None:
     await served.health.set_serving()
-    health = health_pb2_grpc.HealthStub(connection)
-    seen: list[int] = []
+    watch = health_pb2_grpc.HealthStub(connection).Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    seen: list[tuple[int, float]] = []
 
-    async def drain() -> None:
-        seen.append((await health.Check(health_pb2.HealthCheckRequest())).status)
+    async def drain(grace_s: float) -> None:
+        seen.append(((await watch.read()).status, grace_s))
 
     running = asyncio.create_task(run_until_stopped(served.server, drain, health=served.health, grace_s=5))
     await asyncio.sleep(0.05)
     assert not running.done()
     os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(running, 3)
-    assert seen == [health_pb2.HealthCheckResponse.NOT_SERVING]
+    await asyncio.wait_for(running, 10)
+    assert seen == [(health_pb2.HealthCheckResponse.NOT_SERVING, 5)]
 
 
 async def test_second_signal_ends_the_wait(served: _Served, connection: grpc.aio.Channel) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import grpc.aio
 
-from specpool.addresses import format_address, parse_address
-from specpool.rpc.options import channel_options
+from specpool.addresses import channel_target
+from specpool.rpc.options import KEEPALIVE_MS, channel_options
 from specpool.rpc.tracing import ClientStreamTracing, ClientTracing
 
 
-def channel(endpoint: str, *, use_http_proxy: bool = False) -> grpc.aio.Channel:
-    """A channel to ``endpoint`` ("host:port"): keepalive, fast reconnection, trace propagation.
+def channel(endpoint: str, *, use_http_proxy: bool = False, keepalive_ms: int = KEEPALIVE_MS) -> grpc.aio.Channel:
+    """A channel to ``endpoint``: keepalive, fast reconnection, trace propagation.
 
     Use as an asynchronous context manager, or close it.
+
+    Args:
+        endpoint: "host:port"; or several IP addresses with their ports, separated by commas, of which one is used as
+            long as it answers.
+        use_http_proxy: whether a proxy that the environment names is used.
+        keepalive_ms: interval of pings, also while nothing runs.
     """
     return grpc.aio.insecure_channel(
-        format_address(*parse_address(endpoint)),
-        options=channel_options(use_http_proxy=use_http_proxy),
+        channel_target(endpoint),
+        options=channel_options(use_http_proxy=use_http_proxy, keepalive_ms=keepalive_ms),
         interceptors=[ClientTracing(), ClientStreamTracing()],
     )

@@ -46,7 +46,7 @@ class ScopeInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        return _wrap(handler, lambda context: self.scope(handler_call_details, handler, context))
+        return wrap(handler, lambda context: self.scope(handler_call_details, handler, context))
 
 
 class ErrorInterceptor(ScopeInterceptor):
@@ -83,18 +83,31 @@ async def _errors_as_status(method: str, context: Context) -> AsyncIterator[None
         await abort(context, Internal(f"internal error {error_id}; see the log", metadata={"error_id": error_id}))
 
 
-def _wrap(handler: Handler, scope: Scope) -> Handler:
+def wrap(handler: Handler, scope: Scope, read: Callable[[Any], Any] | None = None) -> Handler:
+    """The handler, run inside ``scope``.
+
+    Args:
+        handler: with a coroutine function or an asynchronous generator function.
+        scope: entered before the handler is called.
+        read: what the handler gets, made of what gRPC received (one message, or the iterator of a stream); the handler
+            then gets bytes from gRPC. It runs inside ``scope``.
+    """
     attribute = _attribute(handler)
     behavior = getattr(handler, attribute)
     if inspect.isasyncgenfunction(behavior):
-        wrapped = _scoped_generator(behavior, scope)
+        wrapped = _scoped_generator(behavior, scope, read or _as_it_is)
     elif inspect.iscoroutinefunction(behavior):
-        wrapped = _scoped_coroutine(behavior, scope)
+        wrapped = _scoped_coroutine(behavior, scope, read or _as_it_is)
     else:
         raise TypeError(f"handler {behavior!r} must be a coroutine function or an asynchronous generator function")
     make = getattr(grpc, f"{attribute}_rpc_method_handler")
-    wrapped_handler: Handler = make(wrapped, handler.request_deserializer, handler.response_serializer)
+    deserializer = handler.request_deserializer if read is None else None
+    wrapped_handler: Handler = make(wrapped, deserializer, handler.response_serializer)
     return wrapped_handler
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
 
 
 def _attribute(handler: Handler) -> str:
@@ -104,17 +117,17 @@ def _attribute(handler: Handler) -> str:
     return f"{request}_{response}"
 
 
-def _scoped_coroutine(behavior: Behavior, scope: Scope) -> Behavior:
+def _scoped_coroutine(behavior: Behavior, scope: Scope, read: Callable[[Any], Any]) -> Behavior:
     async def call(request: Any, context: Context) -> Any:
         async with scope(context):
-            return await behavior(request, context)
+            return await behavior(read(request), context)
 
     return call
 
 
-def _scoped_generator(behavior: Behavior, scope: Scope) -> Behavior:
+def _scoped_generator(behavior: Behavior, scope: Scope, read: Callable[[Any], Any]) -> Behavior:
     async def call(request: Any, context: Context) -> None:
-        async with scope(context), aclosing(behavior(request, context)) as responses:
+        async with scope(context), aclosing(behavior(read(request), context)) as responses:
             async for response in responses:
                 await context.write(response)
 

@@ -30,18 +30,99 @@ from grpc_reflection.v1alpha import reflection
 
 from specpool.addresses import format_address, parse_address
 from specpool.errors import ConfigError
+from specpool.rpc.calls import MAX_RUNNING_CALLS, RunningCalls
 from specpool.rpc.interceptors import ErrorInterceptor
-from specpool.rpc.options import server_options
+from specpool.rpc.options import MAX_MESSAGE_BYTES, server_options
+from specpool.rpc.parsing import Parsing
 from specpool.rpc.tracing import ServerTracing
 
 _logger = logging.getLogger(__name__)
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-_CLOSE_S: Final = 1.0  # for calls that outlive the drain, health watchers for one
+_CLOSE_S: Final = 1.0
+"""For calls that outlive the drain (health watchers for one), and again for those that outlive being ended."""
+_ADMISSION_S: Final = 0.1
+_QUIET_LIMIT_S: Final = 1.0
+_NEVER_S: Final = 1e6
+_TAKEN_IN: Final = 4
+"""Times the size of a legal request: what gRPC still takes in, so that it can be refused with a reason."""
+
+Drain = Callable[[float], Awaitable[object]]
 
 
-def create_server(*interceptors: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
-    """A server whose calls are traced and whose errors are typed; ``interceptors`` run inside both."""
-    return grpc.aio.server(interceptors=(ServerTracing(), ErrorInterceptor(), *interceptors), options=server_options())
+class Server(grpc.aio.Server):
+    """A gRPC server whose calls end with a reason when it stops, and whose stop always ends."""
+
+    def __init__(self, inner: grpc.aio.Server, calls: RunningCalls) -> None:
+        self._inner = inner
+        self._calls = calls
+        self._closing: asyncio.Task[None] | None = None
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Any) -> None:
+        """See the base class; generated code calls it."""
+        self._inner.add_generic_rpc_handlers(generic_rpc_handlers)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """See the base class; generated code calls it."""
+        self._inner.add_registered_method_handlers(service_name, method_handlers)
+
+    def add_insecure_port(self, address: str) -> int:
+        """Listen on an address."""
+        return self._inner.add_insecure_port(address)
+
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
+        """Listen on an address, with TLS."""
+        return self._inner.add_secure_port(address, server_credentials)
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        await self._inner.start()
+
+    async def wait_for_termination(self, timeout: float | None = None) -> bool:
+        """Wait until it has stopped; False if it has."""
+        return await self._inner.wait_for_termination(timeout)
+
+    async def stop(self, grace: float | None) -> None:
+        """Take nothing new, let running calls go on for ``grace`` seconds, end what is left with `Draining`.
+
+        It may be called again with another grace: the shorter one counts. Returns within a few seconds after the grace,
+        whatever handlers do.
+        """
+        if self._closing is None:
+            await self._calls.wait_until_quiet(_QUIET_LIMIT_S)
+            # What begins here: no new connections, and GOAWAY on all there are.
+            self._closing = self._closing or asyncio.create_task(self._inner.stop(_NEVER_S))
+        closing = self._closing
+        await asyncio.wait({closing}, timeout=grace or 0.0)
+        if not closing.done():
+            self._calls.end("this server stops; the same call may go on at another")
+            await asyncio.wait({closing}, timeout=_CLOSE_S)
+        if not closing.done():
+            await asyncio.wait({closing, asyncio.create_task(self._inner.stop(None))}, timeout=_CLOSE_S)
+            self._calls.abandon()
+            await asyncio.wait({closing}, timeout=_CLOSE_S)
+        if not closing.done():
+            _logger.error("the server did not close; going on without")
+
+
+def create_server(
+    *interceptors: grpc.aio.ServerInterceptor,
+    max_request_bytes: int = MAX_MESSAGE_BYTES,
+    max_calls: int = MAX_RUNNING_CALLS,
+) -> Server:
+    """A server whose calls are traced and bounded in number and size, and whose errors are typed.
+
+    Args:
+        interceptors: run inside of that, and before requests are parsed.
+        max_request_bytes: larger requests are refused with a typed error; several times larger ones by gRPC itself,
+            which does not take them in.
+        max_calls: more calls than these at once are refused.
+    """
+    calls = RunningCalls(max_calls)
+    inner = grpc.aio.server(
+        interceptors=(ServerTracing(), ErrorInterceptor(), calls, *interceptors, Parsing(max_request_bytes)),
+        options=server_options(max_message_bytes=min(MAX_MESSAGE_BYTES, _TAKEN_IN * max_request_bytes)),
+    )
+    return Server(inner, calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +149,7 @@ class Health:
         await self.servicer.enter_graceful_shutdown()
 
 
-def add_standard_services(server: grpc.aio.Server, *files: FileDescriptor) -> Health:
+def add_standard_services(server: Server, *files: FileDescriptor) -> Health:
     """Add health and reflection for every service in ``files``. NOT_SERVING until `Health.set_serving`."""
     names = tuple(service.full_name for file in files for service in file.services_by_name.values())
     health = Health(names, grpc_health.aio.HealthServicer())
@@ -101,21 +182,23 @@ def host_of_peer(peer: str) -> str:
 
 
 async def run_until_stopped(
-    server: grpc.aio.Server,
-    drain: Callable[[], Awaitable[object]] | None = None,
+    server: Server,
+    drain: Drain | None = None,
     *,
     health: Health | None = None,
     grace_s: float = 30.0,
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or ``stop``, then stop gracefully.
+    """Serve until SIGTERM, SIGINT or ``stop``, then stop gracefully, within ``grace_s`` and a few seconds.
 
-    In order: health says NOT_SERVING; ``drain`` gets up to ``grace_s`` to let running work end; what still runs is
-    cancelled. Without ``drain``, running calls get ``grace_s``. A second signal ends the wait.
+    In order: health says NOT_SERVING; clients are told to connect elsewhere (GOAWAY), which refuses nothing: calls that
+    run go on; ``drain`` lets running work end; what still runs after ``grace_s`` ends with `Draining`. A second signal
+    ends the wait.
 
     Args:
         server: started.
-        drain: refuses new work and returns when nothing runs any more.
+        drain: refuses new work and returns when nothing runs any more. It is told how many seconds it has, and may end
+            what runs in its own way shortly before. Without it, the work is the running calls.
         health: of this server.
         grace_s: longest wait for running work.
         stop: another way to be stopped (a failed engine, a test).
@@ -127,14 +210,12 @@ async def run_until_stopped(
         _logger.info("stopping (up to %g s for running work)", grace_s)
         if health is not None:
             await health.stop_serving()
-        if drain is not None:
-            await _first_of(drain(), hurry.wait(), timeout_s=grace_s)
-        grace_left_s = _CLOSE_S if drain is not None else grace_s
-        stopped = asyncio.ensure_future(server.stop(grace_left_s))
-        await _first_of(asyncio.shield(stopped), hurry.wait(), timeout_s=None)
-        if not stopped.done():
-            await server.stop(None)
-            await stopped
+        stopped = asyncio.create_task(server.stop(grace_s))
+        # Calls that were taken before clients were told are served like those that run.
+        await asyncio.wait({stopped}, timeout=_ADMISSION_S)
+        running = asyncio.shield(stopped) if drain is None else drain(grace_s)
+        await _first_of(running, hurry.wait(), timeout_s=grace_s)
+        await server.stop(None if hurry.is_set() else _CLOSE_S)
     _logger.info("stopped")
 
 

@@ -59,7 +59,8 @@ class RouterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DrainRouter(self, request, context):
-        """Stops taking new requests; running streams go on until they end or `grace` passes.
+        """Stops the router: clients are told to connect elsewhere; running streams go on until they end, or `grace_seconds` or
+        the router's own drain grace has passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

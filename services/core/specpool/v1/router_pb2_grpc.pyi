@@ -36,7 +36,9 @@ class RouterServiceStub:
     GetClusterStatus: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetClusterStatusRequest, _router_pb2.GetClusterStatusResponse]
     """Everything the router knows of the pods behind it, asked afresh."""
     DrainRouter: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainRouterRequest, _router_pb2.DrainRouterResponse]
-    """Stops taking new requests; running streams go on until they end or `grace` passes."""
+    """Stops the router: clients are told to connect elsewhere; running streams go on until they end, or `grace_seconds` or
+    the router's own drain grace has passed.
+    """
 
 @_typing.type_check_only
 class RouterServiceAsyncStub(RouterServiceStub):
@@ -46,7 +48,9 @@ class RouterServiceAsyncStub(RouterServiceStub):
     GetClusterStatus: _aio.UnaryUnaryMultiCallable[_router_pb2.GetClusterStatusRequest, _router_pb2.GetClusterStatusResponse]  # type: ignore[assignment]
     """Everything the router knows of the pods behind it, asked afresh."""
     DrainRouter: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainRouterRequest, _router_pb2.DrainRouterResponse]  # type: ignore[assignment]
-    """Stops taking new requests; running streams go on until they end or `grace` passes."""
+    """Stops the router: clients are told to connect elsewhere; running streams go on until they end, or `grace_seconds` or
+    the router's own drain grace has passed.
+    """
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     """For operators."""
@@ -65,6 +69,8 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.DrainRouterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.DrainRouterResponse, _abc.Awaitable[_router_pb2.DrainRouterResponse]]:
-        """Stops taking new requests; running streams go on until they end or `grace` passes."""
+        """Stops the router: clients are told to connect elsewhere; running streams go on until they end, or `grace_seconds` or
+        the router's own drain grace has passed.
+        """
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

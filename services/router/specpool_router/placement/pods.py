@@ -23,6 +23,7 @@ from specpool_router.placement.pod_choice import Candidate
 
 _logger = logging.getLogger(__name__)
 STATUS_TIMEOUT_S: Final = 2.0
+_CLOSE_S: Final = 3.0
 _MAX_MISSED: Final = 3
 """Status answers in a row that may be late: a busy or stopped process is not a dead one."""
 _FLOW_S: Final = 5.0
@@ -53,6 +54,8 @@ class Pod(Generic[Status]):
     progressed_s: float = -math.inf
     """When its status last showed that it gets on, by the same clock."""
     task: asyncio.Task[None] | None = None
+    is_leaving: bool = False
+    """Whether it is no longer to be polled."""
     polled: asyncio.Event = field(default_factory=asyncio.Event)
     poll_now: asyncio.Event = field(default_factory=asyncio.Event)
     """Set: the next status call does not wait for its time."""
@@ -92,8 +95,7 @@ class Pods(Generic[Status]):
         self._interval_s = interval_s
         self._pods: dict[str, Pod[Status]] = {}
         self._served_s: dict[str, float] = {}
-        self._closing: set[asyncio.Task[None]] = set()
-        self._is_closed = False
+        self._leaving: dict[asyncio.Task[None], Pod[Status]] = {}
         self._changed = asyncio.Event()
         discovery.on_change(self._on_endpoints)
 
@@ -106,12 +108,18 @@ class Pods(Generic[Status]):
             for wait in pending:
                 wait.cancel()
 
-    async def close(self) -> None:
-        """Stop polling, close channels."""
-        self._is_closed = True
+    async def close(self, timeout_s: float = _CLOSE_S) -> None:
+        """Stop polling, close channels; what still runs after ``timeout_s`` loses its channel."""
         await self._discovery.close()
-        await asyncio.gather(*(self._close(pod) for pod in self._pods.values()), *self._closing)
+        pods = [*self._pods.values(), *self._leaving.values()]
+        closing = [*self._leaving, *(asyncio.create_task(self._close(pod)) for pod in self._pods.values())]
         self._pods.clear()
+        if closing:
+            await asyncio.wait(closing, timeout=timeout_s)
+        for task in closing:
+            task.cancel()
+        for pod in pods:
+            await pod.channel.close()
 
     def all(self) -> list[Pod[Status]]:
         """Every pod, by address."""
@@ -156,8 +164,8 @@ class Pods(Generic[Status]):
             else:
                 del self._pods[address]
                 closing = asyncio.create_task(self._close(pod))
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
+                self._leaving[closing] = pod
+                closing.add_done_callback(self._leaving.pop)
         for endpoint in endpoints:
             if endpoint.address not in self._pods:
                 pod = Pod[Status](endpoint, channel(endpoint.address))
@@ -166,15 +174,16 @@ class Pods(Generic[Status]):
         self._notify()
 
     async def _close(self, pod: Pod[Status]) -> None:
+        pod.is_leaving = True
         if pod.task is not None:
             pod.task.cancel()
-            await asyncio.gather(pod.task, return_exceptions=True)
-        while pod.num_streams and not self._is_closed:  # a pod that leaves the list may finish what it runs
+            await asyncio.wait({pod.task}, timeout=STATUS_TIMEOUT_S)
+        while pod.num_streams:  # a pod that leaves the list may finish what it runs
             await asyncio.sleep(0.1)
         await pod.channel.close()
 
     async def _poll_forever(self, pod: Pod[Status]) -> None:
-        while True:
+        while not pod.is_leaving:  # a call that fails while it is being cancelled hides the cancellation
             pod.poll_now.clear()
             try:
                 answered = await self._poll(pod)

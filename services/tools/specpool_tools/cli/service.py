@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specpool import shutdown
 from specpool.config.loading import Parser, load_config, parse_flags
 from specpool.errors import ConfigError
 from specpool.paths import write_atomically
@@ -72,7 +73,9 @@ def run_service(role: str, arguments: Sequence[str]) -> None:
     _prepare_process(role, config)
     serve = _module(role, "server").serve
     with _progress(serve) as extra:
-        asyncio.run(serve(config, on_ready=_announcer(role, options.ready_file), **extra))
+        stop = asyncio.Event()
+        serving = serve(config, on_ready=_announcer(role, options.ready_file), stop=stop, **extra)
+        shutdown.run_service(serving, stop=stop, drain_grace_s=config.drain_grace_s)
 
 
 def resolve_up(arguments: Sequence[str]) -> tuple[Any, Path | None]:

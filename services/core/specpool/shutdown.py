@@ -1,0 +1,73 @@
+"""Ends that always come: parts of a process that are closed within a time, and a process that exits within one.
+
+A peer that is gone, a thread that hangs, a task that does not let itself be cancelled: none of them may keep a process
+alive that was told to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Coroutine
+from typing import Any, Final
+
+_logger = logging.getLogger(__name__)
+EXIT_S: Final = 12.0
+"""How much longer than its drain grace a service may take to exit. The chart kills a pod 15 s after the grace."""
+STUCK_EXIT_STATUS: Final = 70
+_LAST_RESORT_S: Final = 1.0
+
+
+async def close_within(timeout_s: float, **parts: Awaitable[object]) -> None:
+    """Close all parts at the same time, each within ``timeout_s``; what goes wrong is logged by name."""
+    tasks = {asyncio.ensure_future(closing): name for name, closing in parts.items()}
+    done, stuck = await asyncio.wait(tasks, timeout=timeout_s)
+    for task in done:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.error("closing %s failed", tasks[task], exc_info=error)
+    for task in stuck:
+        _logger.error("%s did not close within %g s; going on without", tasks[task], timeout_s)
+        task.cancel()
+
+
+def run_service(serving: Coroutine[Any, Any, None], *, stop: asyncio.Event, drain_grace_s: float) -> None:
+    """Run a service as the work of this process, which exits soon after it was told to stop, whatever hangs.
+
+    Args:
+        serving: the service; it ends when ``stop`` is set, and sets it when something else ends it.
+        stop: of the service.
+        drain_grace_s: how long running work may go on after that.
+    """
+    asyncio.run(_watched(serving, stop, drain_grace_s + EXIT_S))
+
+
+async def _watched(serving: Coroutine[Any, Any, None], stop: asyncio.Event, limit_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    watcher = asyncio.create_task(_watch(stop, loop, limit_s), name="exit watchdog")
+    try:
+        await serving
+    finally:
+        watcher.cancel()
+
+
+async def _watch(stop: asyncio.Event, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
+    await stop.wait()
+    # A thread, because the event loop may be what hangs; a timer that needs no interpreter, because that may hang, too.
+    threading.Thread(target=_end_process, args=(loop, limit_s), name="exit watchdog", daemon=True).start()
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # standard error is no file
+        faulthandler.dump_traceback_later(limit_s + _LAST_RESORT_S, exit=True)
+
+
+def _end_process(loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
+    time.sleep(limit_s)
+    _logger.critical("still alive %g s after it was told to stop: ending this process; what it does:", limit_s)
+    for task in asyncio.all_tasks(loop):
+        task.print_stack(file=sys.stderr)
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    os._exit(STUCK_EXIT_STATUS)
