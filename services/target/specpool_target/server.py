@@ -68,6 +68,8 @@ async def serve(
     )
     watch_model(model, engine.thread.abort)
     info.max_context = engine.max_context
+    codec = TextCodec(tokenizer)
+    info.max_prompt_chars = engine.max_context * codec.max_chars_per_token()
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
     receiver = DenseReceiver(
         device=model.device, vocab_size=model.vocab_size, on_received=metrics.dense_distributions
@@ -75,9 +77,8 @@ async def serve(
     links = LinkRegistry(partial(_hello, peer, info, config), engine, receiver)
     server = create_server()
     reader = RequestReader(
-        model_name=info.name,
-        vocab_size=model.vocab_size,
-        codec=TextCodec(tokenizer),
+        model=info,
+        codec=codec,
         eos_token_ids=end_token_ids(model, tokenizer),
         max_lookahead=config.max_lookahead,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -21,6 +22,7 @@ from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
 from specpool_target.links.inbox import SpeculationInbox
 from specpool_target.links.link import LinkRegistry
+from specpool_target.requests.reader_threads import ReaderThreads
 from specpool_target.requests.request_reader import RequestReader
 from specpool_target.requests.response_stream import Response, ResponseStream
 
@@ -44,6 +46,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         self._engine = engine
         self._links = links
         self._reader = reader
+        self._threads = ReaderThreads()
         self._peer = peer
         self._model = model
         self._connect_deadline_s = connect_deadline_s
@@ -63,10 +66,10 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         span = tracing.tracer().start_span(f"run_sequence {self._model.name}", kind=SpanKind.INTERNAL)
         self._num_streams += 1
         try:
-            traceparent = tracing.traceparent(trace.set_span_in_context(span))
-            sequence = self._reader.read(request, traceparent=traceparent)
-            _describe(span, request, sequence)
-            async with aclosing(self._run(request, sequence, span)) as responses:
+            self._reader.check_sizes(request)
+            stream = await self._threads.run(request.ByteSize(), partial(self._read, request, span))
+            _describe(span, request, stream.request)
+            async with aclosing(self._run(request, stream)) as responses:
                 async for response in responses:
                     yield response
         finally:
@@ -74,17 +77,21 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             self._num_streams -= 1
             self._check_drained()
 
-    async def _run(
-        self, request: target_pb2.RunSequenceRequest, sequence: SequenceRequest, span: Span
-    ) -> AsyncGenerator[Response, None]:
-        stream = ResponseStream(
-            sequence,
+    def _read(self, request: target_pb2.RunSequenceRequest, span: Span) -> ResponseStream:
+        traceparent = tracing.traceparent(trace.set_span_in_context(span))
+        return ResponseStream(
+            self._reader.read(request, traceparent=traceparent),
             self._reader.codec,
             span,
             num_text_chars_sent=request.num_text_chars_sent,
             model_name=self._model.name,
             max_length=self._engine.scheduler.max_length,
         )
+
+    async def _run(
+        self, request: target_pb2.RunSequenceRequest, stream: ResponseStream
+    ) -> AsyncGenerator[Response, None]:
+        sequence = stream.request
         request_id = request.request.request_id or sequence.id
         if stream.is_complete is not None:
             yield stream.started(request_id)

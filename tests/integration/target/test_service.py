@@ -64,8 +64,8 @@ async def test_bad_requests_are_refused_with_the_exact_reason(target_for):
         "prompt of 64 tokens leaves no room for output in the context of 64 tokens",
     )
     assert (await refusal(target, target.message([1] * 40)))[:3] == (
-        "RESOURCE_EXHAUSTED",
-        "KV_CACHE_FULL",
+        "INVALID_ARGUMENT",
+        "CONTEXT_LENGTH_EXCEEDED",
         "prompt of 40 tokens needs 11 KV blocks of 4 tokens, the cache has 8",
     )
     assert (await refusal(target, target.message([1, 24])))[

@@ -31,13 +31,16 @@ def test_round_trip() -> None:
         seed=-7,
         max_tokens=9,
         stop_token_ids=(1, 2),
-        stop=("a", "b"),
         ignore_eos=True,
         num_logprobs=0,
     )
     assert sampling_from_proto(sampling_to_proto(params)) == params
     defaults = SamplingParams()
     assert sampling_from_proto(sampling_to_proto(defaults)) == defaults
+
+
+def test_stop_strings_do_not_travel_to_a_speculator() -> None:
+    assert not sampling_to_proto(SamplingParams(stop=("secret",))).stop
 
 
 def test_unsigned_seeds_keep_their_bits() -> None:

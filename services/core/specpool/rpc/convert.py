@@ -37,7 +37,10 @@ def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    """Every field is set, so that the reader's defaults play no part."""
+    """What a speculator has to know to draft; every field is set, so that the reader's defaults play no part.
+
+    Stop strings stay here: they are found in text, and only the target has that.
+    """
     return types_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -49,7 +52,6 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
         logit_bias=dict(params.logit_bias),
         seed=None if params.seed is None else _signed(params.seed),
         max_tokens=params.max_tokens,
-        stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         num_logprobs=params.num_logprobs,

@@ -26,7 +26,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """system, user or assistant."""
+    """`system`, `user` or `assistant`."""
     content: _builtins.str
     def __init__(
         self,
@@ -44,6 +44,8 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class ChatPrompt(_message.Message):
+    """At most 4,096 messages; their contents together at most ModelInfo.max_prompt_chars."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
@@ -64,6 +66,8 @@ Global___ChatPrompt: _TypeAlias = ChatPrompt  # noqa: Y015
 
 @_typing.final
 class TokenPrompt(_message.Message):
+    """At most as many as the model's context has tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
@@ -97,11 +101,11 @@ class GenerateRequest(_message.Message):
     MAX_LOOKAHEAD_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client or, when empty, by the router."""
+    """Chosen by the client or, when empty, by the router. At most 128 characters, printable ones."""
     model: _builtins.str
-    """Empty: the only model served."""
+    """Empty: the only model served. At most 256 characters."""
     text: _builtins.str
-    """Raw text, encoded as it is."""
+    """Raw text, encoded as it is. At most ModelInfo.max_prompt_chars characters."""
     mode: _types_pb2.SpeculationMode.ValueType
     """Unspecified: SSD."""
     verification: _types_pb2.VerificationMode.ValueType
@@ -111,7 +115,7 @@ class GenerateRequest(_message.Message):
     decodes plainly while that is faster.
     """
     session_id: _builtins.str
-    """Key of a conversation: requests of one session prefer the same target. Optional."""
+    """Key of a conversation: requests of one session prefer the same target. Optional; at most 256 printable characters."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
         """Rendered with the target's chat template."""

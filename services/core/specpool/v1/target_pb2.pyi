@@ -33,11 +33,11 @@ class RunSequenceRequest(_message.Message):
     NUM_TEXT_CHARS_SENT_FIELD_NUMBER: _builtins.int
     SPECULATORS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    """From verified credentials, by the router."""
+    """From verified credentials, by the router. At most 128 characters."""
     tenant_weight: _builtins.float
-    """Share of speculator rows relative to other tenants. 0 is read as 1."""
+    """Share of speculator rows relative to other tenants, at most 1,000,000. 0 is read as 1."""
     cache_salt: _builtins.bytes
-    """Salt of this tenant's prefix cache."""
+    """Salt of this tenant's prefix cache. At most 256 bytes."""
     speculator_endpoint: _builtins.str
     """DEPRECATED, ignored by targets that choose for themselves: endpoint of the speculator this sequence was given."""
     num_text_chars_sent: _builtins.int

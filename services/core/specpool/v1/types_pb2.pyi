@@ -174,14 +174,16 @@ class SamplingParams(_message.Message):
     """Unset: no log-probabilities. n: the chosen token's and the n most likely ones (0 to 20)."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to a finite additive bias."""
+        """Token id to an additive bias, [-100, 100]; at most 1,024."""
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the text; not part of it."""
+        """Strings that end the text; not part of it. At most 32, of 1 to 512 characters each."""
 
     @_builtins.property
-    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that end the output. At most 1,024."""
+
     def __init__(
         self,
         *,
@@ -473,6 +475,7 @@ class ModelInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    MAX_PROMPT_CHARS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     vocab_size: _builtins.int
     max_context: _builtins.int
@@ -482,6 +485,8 @@ class ModelInfo(_message.Message):
     """float32, bfloat16, float16."""
     attention_backend: _builtins.str
     device: _builtins.str
+    max_prompt_chars: _builtins.int
+    """Characters (Unicode code points) of the longest prompt that the context could hold. 0: unknown."""
     def __init__(
         self,
         *,
@@ -492,10 +497,11 @@ class ModelInfo(_message.Message):
         dtype: _builtins.str = ...,
         attention_backend: _builtins.str = ...,
         device: _builtins.str = ...,
+        max_prompt_chars: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "device", b"device", "dtype", b"dtype", "max_context", b"max_context", "name", b"name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "device", b"device", "dtype", b"dtype", "max_context", b"max_context", "max_prompt_chars", b"max_prompt_chars", "name", b"name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from typing import Final
 
 from specpool.errors import InvalidArgument, SessionNotFound, SessionStoreUnavailable
+from specpool.request_limits import check_prompt_size, check_request
 from specpool.v1 import inference_pb2
 from specpool_router.auth.tenants import Tenant
 from specpool_router.generation.admission import Admission
@@ -28,7 +29,6 @@ from specpool_router.placement.cluster import Cluster
 from specpool_router.sessions.session_store import Session
 from specpool_router.sessions.sessions import Lease, Sessions
 
-_MAX_REQUEST_ID_CHARS: Final = 128
 _SEED_BITS: Final = 53
 """A drawn seed stays exact in JSON, whose numbers are doubles."""
 
@@ -199,19 +199,28 @@ class Generations:
         self, request: inference_pb2.GenerateRequest, stop: StopSignal
     ) -> inference_pb2.GenerateRequest:
         """A copy with model, request id and seed filled in: what another target or router needs to continue it."""
+        check_request(request)
+        wait_s = self._patience.request_wait_s
+        model = await wait_for_model(self._cluster, stop, request.model, wait_s=wait_s)
+        self._check_prompt_size(request, model)
         completed = inference_pb2.GenerateRequest()
         completed.CopyFrom(request)
+        completed.model = model
         completed.request_id = request.request_id or uuid.uuid4().hex
-        if len(completed.request_id) > _MAX_REQUEST_ID_CHARS or not completed.request_id.isprintable():
-            accepted = f"up to {_MAX_REQUEST_ID_CHARS} printable characters"
-            raise InvalidArgument(
-                f"request_id must be {accepted}", metadata={"field": "request_id", "accepted": accepted}
-            )
         if not completed.sampling.HasField("seed"):
             completed.sampling.seed = secrets.randbits(_SEED_BITS)
-        wait_s = self._patience.request_wait_s
-        completed.model = await wait_for_model(self._cluster, stop, request.model, wait_s=wait_s)
         return completed
+
+    def _check_prompt_size(self, request: inference_pb2.GenerateRequest, model: str) -> None:
+        """Refuse here what no target could take: it is not stored, and passed on to nobody."""
+        infos = [pod.status.model for pod in self._cluster.targets.all() if pod.status is not None]
+        serving = [info for info in infos if info.name == model]
+        if serving and all(info.max_prompt_chars for info in serving):
+            check_prompt_size(
+                request,
+                max_context=max(info.max_context for info in serving),
+                max_prompt_chars=max(info.max_prompt_chars for info in serving),
+            )
 
 
 def _session(request: inference_pb2.GenerateRequest, tenant: Tenant, owner: str) -> Session:

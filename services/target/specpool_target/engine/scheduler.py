@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from specpool.errors import ContextLengthExceeded, KVCacheFull, TargetUnavailable
+from specpool.errors import ContextLengthExceeded, TargetUnavailable
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV, num_blocks_for
 from specpool_target.engine.sequence import TargetSequence
@@ -78,15 +78,15 @@ class Scheduler:
         if num_tokens + 1 > self._max_context:
             raise ContextLengthExceeded(
                 f"prompt of {num_tokens} tokens leaves no room for output in the context of {self._max_context} tokens",
-                metadata={"num_tokens": num_tokens, "max_context": self._max_context},
+                metadata=self._sizes(num_tokens),
             )
         total = self.pool.num_blocks
         wanted = num_blocks_for(num_tokens + 1, self.pool.block_size)
         if wanted > total:
-            raise KVCacheFull(
+            raise ContextLengthExceeded(
                 f"prompt of {num_tokens} tokens needs {wanted} KV blocks of {self.pool.block_size} tokens, "
                 f"the cache has {total}",
-                metadata={"num_tokens": num_tokens, "wanted_blocks": wanted, "total_blocks": total},
+                metadata=self._sizes(num_tokens),
             )
         num_places = 0 if self.waiting else self._max_batch_size - len(self.running)
         num_waiting = len(self.waiting) + max(0, num_submitted - num_places)
@@ -97,6 +97,9 @@ class Scheduler:
                 reason="TARGET_OVERLOADED",
                 metadata={"num_waiting": num_waiting, "max_waiting": most},
             )
+
+    def _sizes(self, num_tokens: int) -> dict[str, object]:
+        return {"field": "prompt", "value": num_tokens, "accepted": f"at most {self.max_length - 1} tokens"}
 
     def add(self, sequence: TargetSequence) -> None:
         """Put a sequence into the queue: what has begun, here or elsewhere, goes before what has not."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from specpool.algorithm.verification import VerificationMode
-from specpool.errors import InvalidArgument, ModelNotFound
+from specpool.errors import ContextLengthExceeded, ModelNotFound
+from specpool.request_limits import (
+    MAX_TENANT_NAME_CHARS,
+    check_prompt_size,
+    check_request,
+    check_text,
+    invalid_value,
+)
 from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_engine.modeling.text_codec import TextCodec
 from specpool_target.engine.sequence import SequenceRequest, SpeculationMode, draw_seed
+from specpool_target.requests.prompt_reader import PromptReader
 
 _MODES: Final = {
     types_pb2.SPECULATION_MODE_UNSPECIFIED: SpeculationMode.SSD,
@@ -25,43 +32,58 @@ _VERIFICATIONS: Final = {
     types_pb2.VERIFICATION_MODE_COUPLED: VerificationMode.COUPLED,
     types_pb2.VERIFICATION_MODE_REJECTION: VerificationMode.REJECTION,
 }
-_ROLES: Final = ("system", "user", "assistant")
+_MAX_TENANT_WEIGHT: Final = 1e6
+_MAX_CACHE_SALT_BYTES: Final = 256
+_MAX_ENDPOINT_CHARS: Final = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestReader:
     """Knows what is served, so that every bad value can be named."""
 
-    model_name: str
-    vocab_size: int
+    model: types_pb2.ModelInfo
     codec: TextCodec
     eos_token_ids: frozenset[int]
     max_lookahead: int
 
+    def check_sizes(self, message: target_pb2.RunSequenceRequest) -> None:
+        """Refuse what is too long, before anything of it is converted. Raises InvalidArgument."""
+        check_request(message.request)
+        check_prompt_size(
+            message.request, max_context=self.model.max_context, max_prompt_chars=self.model.max_prompt_chars
+        )
+        self._check_envelope(message)
+
     def read(self, message: target_pb2.RunSequenceRequest, *, traceparent: str = "") -> SequenceRequest:
-        """Raises a typed error for the first bad value."""
+        """A request whose sizes were checked; takes up to seconds for a long prompt.
+
+        Raises InvalidArgument or ModelNotFound for the first bad value.
+        """
         request = message.request
-        if request.model not in ("", self.model_name):
+        if request.model not in ("", self.model.name):
             raise ModelNotFound(
-                f"model {request.model!r} is not served here; served: {self.model_name}",
-                metadata={"field": "model", "value": request.model, "accepted": self.model_name},
+                f"model {request.model!r} is not served here; served: {self.model.name}",
+                metadata={"field": "model", "value": request.model, "accepted": self.model.name},
             )
         sampling = sampling_from_proto(request.sampling)
-        sampling.validate(self.vocab_size)
-        prompt = self._prompt_tokens(request)
-        self._check_tokens("committed_token_ids", message.committed_token_ids)
+        sampling.validate(self.model.vocab_size)
+        mode = _lookup("mode", _MODES, request.mode)
+        verification = _lookup("verification", _VERIFICATIONS, request.verification)
+        lookahead = self._lookahead(request)
         if message.committed_token_ids and sampling.seed is None:
-            raise _invalid("sampling.seed", "unset", "set when a stream is continued")
+            raise invalid_value("sampling.seed", "unset", "set when a stream is continued")
+        prompts = self._prompts()
+        prompts.check_tokens("committed_token_ids", message.committed_token_ids)
         stop_token_ids = frozenset(sampling.stop_token_ids)
         return SequenceRequest(
             # Unique here even if a client uses one id twice.
             id=f"{request.request_id or 'request'}-{uuid.uuid4().hex[:8]}",
-            prompt_tokens=prompt,
+            prompt_tokens=prompts.read(request),
             committed_tokens=tuple(message.committed_token_ids),
             sampling=sampling if sampling.seed is not None else replace(sampling, seed=draw_seed()),
-            mode=_lookup("mode", _MODES, request.mode),
-            verification=_lookup("verification", _VERIFICATIONS, request.verification),
-            max_lookahead=self._lookahead(request),
+            mode=mode,
+            verification=verification,
+            max_lookahead=lookahead,
             plans_lookahead=not request.HasField("max_lookahead"),
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self.eos_token_ids,
             tenant=message.tenant,
@@ -70,62 +92,43 @@ class RequestReader:
             traceparent=traceparent,
         )
 
-    def _prompt_tokens(self, request: inference_pb2.GenerateRequest) -> Sequence[int]:
-        kind = request.WhichOneof("prompt")
-        if kind == "tokens":
-            tokens = list(request.tokens.token_ids)
-            self._check_tokens("tokens.token_ids", tokens)
-        elif kind == "chat":
-            tokens = self._render_chat(request.chat)
-        else:
-            tokens = list(self.codec.encode(request.text))
-        if not tokens:
-            raise InvalidArgument(
-                "the prompt is empty: give text, chat messages or token ids with at least one token",
-                reason="EMPTY_PROMPT",
-                metadata={"field": "prompt", "value": "", "accepted": "at least one token"},
+    def _check_envelope(self, message: target_pb2.RunSequenceRequest) -> None:
+        """What the router adds to the client's request."""
+        check_text("tenant", message.tenant, MAX_TENANT_NAME_CHARS)
+        check_text("speculator_endpoint", message.speculator_endpoint, _MAX_ENDPOINT_CHARS)
+        if len(message.cache_salt) > _MAX_CACHE_SALT_BYTES:
+            raise invalid_value("cache_salt", len(message.cache_salt), f"at most {_MAX_CACHE_SALT_BYTES} bytes long")
+        if not 0 <= message.tenant_weight <= _MAX_TENANT_WEIGHT:  # also refuses NaN
+            raise invalid_value("tenant_weight", message.tenant_weight, f"between 0 and {_MAX_TENANT_WEIGHT:.0f}")
+        num_committed, max_context = len(message.committed_token_ids), self.model.max_context
+        if num_committed > max_context:
+            raise ContextLengthExceeded(
+                f"committed_token_ids must be at most {max_context} tokens, the context of the model, "
+                f"got {num_committed}",
+                metadata={
+                    "field": "committed_token_ids",
+                    "value": num_committed,
+                    "accepted": f"at most {max_context}",
+                },
             )
-        return tokens
 
-    def _render_chat(self, chat: inference_pb2.ChatPrompt) -> list[int]:
-        for message in chat.messages:
-            if message.role not in _ROLES:
-                raise _invalid("chat.messages.role", message.role, " or ".join(_ROLES))
-        if not chat.messages:
-            return []
-        conversation = [{"role": m.role, "content": m.content} for m in chat.messages]
-        try:
-            text = self.codec.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may refuse a conversation in any way it likes
-            raise InvalidArgument(
-                f"the chat template of {self.model_name} refused the messages: {error}",
-                reason="CHAT_TEMPLATE_REFUSED",
-                metadata={"field": "chat"},
-            ) from error
-        # The template writes the special tokens itself.
-        return self.codec.encode(text, add_special_tokens=False)
-
-    def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            if token >= self.vocab_size:
-                raise _invalid(field, token, f"token ids from 0 to {self.vocab_size - 1}")
+    def _prompts(self) -> PromptReader:
+        return PromptReader(
+            model_name=self.model.name,
+            vocab_size=self.model.vocab_size,
+            codec=self.codec,
+            max_context=self.model.max_context,
+        )
 
     def _lookahead(self, request: inference_pb2.GenerateRequest) -> int:
         if not request.HasField("max_lookahead"):
             return self.max_lookahead
         if request.max_lookahead < 1:
-            raise _invalid("max_lookahead", request.max_lookahead, "at least 1")
+            raise invalid_value("max_lookahead", request.max_lookahead, "at least 1")
         return min(request.max_lookahead, self.max_lookahead)
 
 
 def _lookup(field: str, table: Any, value: int) -> Any:
     if value not in table:
-        raise _invalid(field, value, "a value of the protocol")
+        raise invalid_value(field, value, "a value of the protocol")
     return table[value]
-
-
-def _invalid(field: str, value: object, accepted: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{field} must be {accepted}, got {value}",
-        metadata={"field": field, "value": value, "accepted": accepted},
-    )
