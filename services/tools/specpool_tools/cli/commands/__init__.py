@@ -1,0 +1,1 @@
+"""The commands and their options. What a command needs is imported inside it, so that `--help` is quick."""
