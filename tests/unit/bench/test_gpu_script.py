@@ -1,8 +1,9 @@
-"""What `tests/bench/gpu.py` decides itself: where the draft is put, and what vLLM is asked."""
+"""What `tests/bench/gpu.py` decides itself: where the draft is put, what vLLM is asked, and what a run leaves."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,10 +57,10 @@ def bench_path():
 
 
 @pytest.fixture(scope="module")
-def gpu(bench_path):
-    import gpu
+def gpu_systems(bench_path):
+    import gpu_systems
 
-    return gpu
+    return gpu_systems
 
 
 @pytest.fixture
@@ -72,19 +73,19 @@ def vllm_peer(bench_path, tmp_path, monkeypatch):
     return vllm_peer
 
 
-def test_every_place_is_one_that_up_accepts(gpu):
+def test_every_place_is_one_that_up_accepts(gpu_systems):
     pair = ["--target", "toy", "--draft", "toy"]
-    colocated, _ = resolve_up([*pair, *gpu.place_arguments("colocated", 0.25)])
+    colocated, _ = resolve_up([*pair, *gpu_systems.place_arguments("colocated", 0.25)])
     assert (colocated.colocated, colocated.device, colocated.draft_sm_share) == (True, "cuda", 0.25)
     for place, devices in {"separate": ("cuda:0", "cuda:1"), "cpu": ("cuda", "cpu")}.items():
-        config, _ = resolve_up([*pair, *gpu.place_arguments(place, 1.0)])
+        config, _ = resolve_up([*pair, *gpu_systems.place_arguments(place, 1.0)])
         assert (config.colocated, config.device, config.draft_device) == (False, *devices)
 
 
-def test_a_second_gpu_is_missed_with_a_reason(gpu):
-    assert "needs two CUDA devices, and 1 is visible" in gpu.why_not("separate", 1)
-    assert [gpu.why_not(place, 1) for place in ("colocated", "cpu")] == ["", ""]
-    assert gpu.why_not("separate", 2) == ""
+def test_a_second_gpu_is_missed_with_a_reason(gpu_systems):
+    assert "needs two CUDA devices, and 1 is visible" in gpu_systems.why_not("separate", 1)
+    assert [gpu_systems.why_not(place, 1) for place in ("colocated", "cpu")] == ["", ""]
+    assert gpu_systems.why_not("separate", 2) == ""
 
 
 def request_for(vllm_peer, **changes):
@@ -125,3 +126,43 @@ def test_a_python_without_vllm_is_noticed(bench_path, monkeypatch):
     if not vllm_peer.is_installed(sys.executable):
         return
     pytest.skip("vllm is installed")
+
+
+def run_dry(bench_path, path, *arguments):
+    command = [sys.executable, f"{bench_path}/gpu.py", "--dry-run-cpu", "--json", str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_parts_are_runs_of_their_own_that_share_a_file(bench_path, tmp_path):
+    path = tmp_path / "gpu.json"
+    first = run_dry(bench_path, path, "--parts", "steps", "--backends", "flex")
+    assert first.returncode == 0, first.stderr
+    assert "part steps" in first.stdout
+    found = json.loads(path.read_text())
+    assert {step["backend"] for step in found["steps"] + found["refused"]} == {"flex"}
+    assert found["copy_bytes_per_second"] > 0
+    second = run_dry(bench_path, path, "--parts", "steps", "--backends", "sdpa")
+    assert second.returncode == 0, second.stderr
+    found = json.loads(path.read_text())
+    assert {step["backend"] for step in found["steps"] + found["refused"]} == {"flex", "sdpa"}
+    assert all(step["error"] == 0 for step in found["steps"] if step["backend"] == "sdpa")
+    other = run_dry(bench_path, path, "--parts", "bandwidth", "--lookahead", "7")
+    assert other.returncode == 1
+    assert "give --json another file" in other.stderr
+    assert json.loads(path.read_text()) == found
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(bench_path, tmp_path):
+    from gpu_results import Results
+
+    path = tmp_path / "gpu.json"
+    results = Results(path, {"device": "d"})
+    results.replace("steps", "backend", "a", [{"backend": "a", "ms": 1.0}])
+    results.put("systems", "cpu", {"num_answers": 1})
+    results.put("systems", "cpu", {"num_answers": 2})
+    assert json.loads(path.read_text()) == results.document, "written at once"
+    again = Results(path, {"device": "d"})
+    assert again.document["systems"] == {"cpu": {"num_answers": 2}}
+    again.replace("steps", "backend", "a", [{"backend": "a", "ms": 2.0}])
+    again.replace("steps", "backend", "b", [{"backend": "b", "ms": 3.0}])
+    assert [step["ms"] for step in json.loads(path.read_text())["steps"]] == [2.0, 3.0]
