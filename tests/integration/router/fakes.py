@@ -32,11 +32,12 @@ def text_of(seed: int, num_tokens: int = NUM_TOKENS) -> str:
 
 
 class FakeTarget(target_pb2_grpc.TargetServiceServicer):
-    """Emits tokens one by one, text `TEXT_LAG` characters behind, as a target with stop strings does."""
+    """Emits `num_per_delta` tokens at a time, text `TEXT_LAG` characters behind, as one with stop strings does."""
 
-    def __init__(self, *, model: str = "m", delay_s: float = 0.01) -> None:
+    def __init__(self, *, model: str = "m", delay_s: float = 0.01, num_per_delta: int = 1) -> None:
         self.model = model
         self.delay_s = delay_s
+        self.num_per_delta = num_per_delta
         self.state: Any = types_pb2.SERVING_STATE_SERVING
         self.error: SpecPoolError | None = None
         self.requests: list[target_pb2.RunSequenceRequest] = []
@@ -67,19 +68,22 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         started = inference_pb2.GenerationStarted(
             request_id=request.request.request_id, model=self.model, seed=sampling.seed, num_prompt_tokens=5
         )
+        num_done, num_chars = len(request.committed_token_ids), request.num_text_chars_sent
+        assert list(request.committed_token_ids) == tokens[:num_done]
+        if num_done:
+            started.num_committed_text_chars = max(0, 2 * num_done - TEXT_LAG)
         yield target_pb2.RunSequenceResponse(started=started)
         if self.pairs_with is not None:
             yield target_pb2.RunSequenceResponse(paired=target_pb2.Paired(endpoint=self.pairs_with))
-        num_done, num_chars = len(request.committed_token_ids), request.num_text_chars_sent
-        assert list(request.committed_token_ids) == tokens[:num_done]
-        for position in range(num_done, num_tokens):
-            if position == self.fail_at:
+        for position in range(num_done, num_tokens, self.num_per_delta):
+            if self.fail_at is not None and position >= self.fail_at:
                 self.fail_at = None
                 self._stopping = asyncio.create_task(self.server.stop(None))  # it cancels this very call
                 await asyncio.sleep(60)
             await asyncio.sleep(self.delay_s)
-            end = max(num_chars, 2 * (position + 1) - TEXT_LAG)
-            delta = inference_pb2.GenerationDelta(token_ids=[tokens[position]], text=text[num_chars:end])
+            committed = tokens[position : position + self.num_per_delta]
+            end = max(num_chars, 2 * (position + len(committed)) - TEXT_LAG)
+            delta = inference_pb2.GenerationDelta(token_ids=committed, text=text[num_chars:end])
             num_chars = end
             yield target_pb2.RunSequenceResponse(delta=delta)
         yield target_pb2.RunSequenceResponse(delta=inference_pb2.GenerationDelta(text=text[num_chars:]))

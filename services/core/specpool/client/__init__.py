@@ -1,5 +1,6 @@
 """A client of the public API, for programs, the command line, the bench and the tests. Never imports torch."""
 
 from specpool.client.client import Client, Completion
+from specpool.client.resuming import ResumePolicy
 
-__all__ = ["Client", "Completion"]
+__all__ = ["Client", "Completion", "ResumePolicy"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import grpc.aio
 
+from specpool.client.resuming import Request, ResumableStream, ResumePolicy
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
@@ -40,10 +43,11 @@ class Completion:
 class Client:
     """Calls a router. Use as an asynchronous context manager. Every method raises `specpool.errors` types."""
 
-    def __init__(self, endpoint: str, *, api_key: str = "") -> None:
+    def __init__(self, endpoint: str, *, api_key: str = "", resume: ResumePolicy | None = None) -> None:
+        self._endpoint = endpoint
+        self._resume = resume or ResumePolicy()
         self._channel = channel(endpoint)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._router = router_pb2_grpc.RouterServiceStub(self._channel)
 
     async def __aenter__(self) -> Client:
@@ -55,15 +59,15 @@ class Client:
         await self._channel.close()
 
     async def stream(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """The events of one generation as they come. Leaving the loop early cancels the request."""
-        call = self._inference.Generate(request, metadata=self._metadata)
-        try:
-            async for event in call:
-                yield event
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        finally:
-            call.cancel()
+        """The events of one generation as they come. Leaving the loop early cancels the request.
+
+        When the router stops or is lost, the rest is asked for over a new connection, as the `ResumePolicy` says.
+        """
+        async with _Connections(self._endpoint, self._channel, self._metadata) as connections:
+            events = ResumableStream(request, self._resume).events(connections.call)
+            async with aclosing(events):
+                async for event in events:
+                    yield event
 
     async def complete(self, request: inference_pb2.GenerateRequest) -> Completion:
         """The whole completion at once."""
@@ -81,3 +85,30 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         return status
+
+
+class _Connections:
+    """The connections of one stream: the client's, then new ones, one at a time."""
+
+    def __init__(self, endpoint: str, shared: grpc.aio.Channel, metadata: Any) -> None:
+        self._endpoint = endpoint
+        self._shared = shared
+        self._metadata = metadata
+        self._own: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> _Connections:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._own is not None:
+            await self._own.close()
+
+    async def call(self, request: Request, is_new: bool) -> Any:
+        """The call that streams the answer to a request, over a new connection or the client's."""
+        if is_new:
+            if self._own is not None:
+                await self._own.close()
+            self._own = channel(self._endpoint, own_connection=True)
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(self._own or self._shared)
+        method = stub.Generate if isinstance(request, inference_pb2.GenerateRequest) else stub.Resume
+        return method(request, metadata=self._metadata)

@@ -78,6 +78,11 @@ def from_rpc_error(
     return typed if type(typed) is not SpecPoolError else by_code(message, reason=info.reason, metadata=info.metadata)
 
 
+def has_details(error: grpc.aio.AioRpcError) -> bool:
+    """Whether somebody answered: a status without details is gRPC's own word for a call that it could not finish."""
+    return any(key == _DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def _reason_of_bare_status(code: grpc.StatusCode, kind: type[SpecPoolError]) -> str:
     """Codes that gRPC itself sends must not read as one of our own reasons where that would mislead."""
     own = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION}

@@ -10,14 +10,13 @@ import grpc
 import grpc.aio
 
 from specpool.errors import Draining, EngineFailed, SpecPoolError, TargetUnavailable
-from specpool.rpc.errors import from_rpc_error
+from specpool.rpc.errors import from_rpc_error, has_details
 from specpool.v1 import target_pb2, target_pb2_grpc
 from specpool_router.placement.pods import Pod
 
 Event = target_pb2.RunSequenceResponse
 Target = Pod[target_pb2.GetTargetStatusResponse]
 OVERLOADED: Final = "TARGET_OVERLOADED"
-_DETAILS_KEY: Final = "grpc-status-details-bin"
 # What gRPC itself reports when a peer dies; with details these codes are a target's own answer.
 _LOST_CODES: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
@@ -119,7 +118,7 @@ class TargetRun:
             return TargetRefused(typed)
         if isinstance(typed, EngineFailed | TargetUnavailable):
             return TargetLost(str(typed), ran=self._ran)
-        if any(key == _DETAILS_KEY for key, _ in error.trailing_metadata() or ()):
+        if has_details(error):
             return typed
         if error.code() is grpc.StatusCode.CANCELLED:  # the call's end, not the target's
             return TargetRefused(TargetUnavailable(f"the target cancelled the call: {typed}"))
