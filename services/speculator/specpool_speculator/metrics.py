@@ -39,6 +39,9 @@ class SpeculatorMetrics:
             registry=registry,
         )
         self._resyncs = Counter("specpool_resyncs", "Sequences asked for again.", registry=registry)
+        self._refused = Counter(
+            "specpool_refused_sequences", "Sequences not taken, or given up, by reason.", ["reason"], registry=registry
+        )
         self._sequences = Gauge("specpool_sequences", "Sequences held.", registry=registry)
         self._targets = Gauge("specpool_targets", "Targets connected.", registry=registry)
         self._kv_usage = Gauge("specpool_kv_cache_usage_ratio", "Share of KV blocks in use.", registry=registry)
@@ -81,6 +84,10 @@ class SpeculatorMetrics:
     def resync(self) -> None:
         """A sequence was asked for again."""
         self._resyncs.inc()
+
+    def refused(self, reason: str, num_sequences: int) -> None:
+        """Sequences were refused."""
+        self._refused.labels(reason).inc(num_sequences)
 
     def set_estimates(self, acceptance_rate: float, miss_power_law: Mapping[str, tuple[float, float]]) -> None:
         """New estimates; ``miss_power_law`` maps "rejection" and "acceptance" to (c, r)."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 import grpc.aio
 
 from specpool.errors import Draining, ProtocolMismatch
+from specpool.rpc.checks import check_grace
 from specpool.rpc.server import host_of_peer
 from specpool.speculation.handshake import acknowledge, check_hello
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
@@ -21,6 +22,7 @@ from specpool_engine.modeling.load_model import parse_device
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.connection import Connection
 from specpool_speculator.dense.sending_group import Channel, SendingGroup
+from specpool_speculator.engine import checks
 from specpool_speculator.engine.engine import SpeculatorEngine
 from specpool_speculator.metrics import SpeculatorMetrics
 
@@ -85,6 +87,8 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             transport=transport.value,
             max_lookahead=self._config.max_lookahead,
             row_budget=self._config.row_budget,
+            max_sequences=self._config.max_sequences,
+            load=self._load(),
         )
         self._open(number, connection, first.hello.model.vocab_size)
         self._groups[number] = self._group(number, connection, transport, host_of_peer(context.peer()))
@@ -119,12 +123,18 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             confidence_spread=snapshot.confidence_spread,
             fan_out_policy=self._config.fan_out_policy,
             plan=snapshot.plan,
+            max_sequences=self._config.max_sequences,
+            refusals=[
+                speculator_pb2.RefusalCount(reason=reason, num_sequences=num_sequences)
+                for reason, num_sequences in sorted(snapshot.refusals.items())
+            ],
         )
 
     async def DrainSpeculator(
         self, request: speculator_pb2.DrainSpeculatorRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> speculator_pb2.DrainSpeculatorResponse:
         """Ask every target to move its sequences; refuse new streams. Waits for the streams to end."""
+        check_grace(request.grace_seconds)
         self.start_draining("drain was asked for")
         with suppress(TimeoutError):
             await asyncio.wait_for(self._no_streams.wait(), request.grace_seconds)
@@ -151,6 +161,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         """Check the first message of a stream; returns the transport to use."""
         if first.WhichOneof("message") != "hello":
             raise ProtocolMismatch(f"the first message must be hello, got {first.WhichOneof('message')}")
+        checks.check_hello(first.hello)
         check_hello(first.hello, self._identity.model, self._identity.num_tokens)
         return choose(first.hello.transports, self._transports)
 
@@ -207,6 +218,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
                 kind = request.WhichOneof("message")
                 if kind in (None, "hello"):
                     raise ProtocolMismatch(f"unexpected message after the acknowledgement: {kind}")
+                checks.check_ids(request)
                 if kind == "open_group":
                     self._groups[number].open(request.open_group.group)
                 elif kind == "group_key":

@@ -27,7 +27,7 @@ def make_drafter(num_blocks: int = 600, *, block_size: int = 4, **settings: Any)
     model = ToyModel(ToyTable(VOCAB_SIZE, 1), BlockPool(num_blocks, block_size))
     defaults = {"model": "toy#", "max_lookahead": 3, "fan_out_budget": 8, "row_budget": 6, "plan_rows": False}
     drafter = Drafter(model, SpeculatorConfig(**{**defaults, **settings}))
-    drafter.connect(CONNECTION, VOCAB_SIZE)
+    drafter.held.connect(CONNECTION, VOCAB_SIZE)
     return drafter, model
 
 
@@ -84,7 +84,7 @@ class ScriptedTarget:
 
     def send(self, **message: Any) -> None:
         """Any message."""
-        self.drafter.apply(self.connection, speculator_pb2.SpeculateRequest(**message), received_s=0.0)
+        self.drafter.held.apply(self.connection, speculator_pb2.SpeculateRequest(**message), received_s=0.0)
 
     def outcome(
         self,
@@ -154,7 +154,7 @@ def exchange(drafter: Drafter, targets: Sequence[ScriptedTarget], *, num_steps: 
 
 def _distribute(drafter: Drafter, targets: Sequence[ScriptedTarget]) -> None:
     by_key = {(target.connection, target.name): target for target in targets}
-    for connection, responses in drafter.outbox.take().items():
+    for connection, responses in drafter.held.outbox.take().items():
         for response in responses:
             kind = response.WhichOneof("message")
             if kind != "tables":

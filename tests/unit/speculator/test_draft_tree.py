@@ -7,7 +7,8 @@ import pytest
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.toy import ToyModel, ToyTable
-from specpool_speculator.tree.draft_tree import DraftTree, Node, NodeRanks
+from specpool_speculator.tree.draft_tree import DraftTree
+from specpool_speculator.tree.node import Node, NodeRanks
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 

@@ -65,7 +65,7 @@ def test_every_entry_is_what_naive_drafting_gives(sampling, mode, num_blocks, po
             if rng.random() < 0.8:
                 _random_outcome(target, rng)
     assert num_checked > 100
-    drafter.disconnect(CONNECTION)
+    drafter.held.disconnect(CONNECTION)
     assert model.pool.num_free == num_blocks
 
 
@@ -174,8 +174,8 @@ def test_resync_when_rounds_do_not_fit(prompt) -> None:
     target.outcome(0, 1)
     exchange(drafter, [target])
     assert not target.answers
-    assert drafter.counters.num_stale == 3
-    assert drafter.counters.num_resyncs == 2
+    assert drafter.held.counters.num_stale == 3
+    assert drafter.held.counters.num_resyncs == 2
     target.close()
     assert model.pool.num_used == 0
 
@@ -195,10 +195,12 @@ def test_tokens_outside_of_the_drafts_vocabulary_end_speculation_only_there(prom
     exchange(drafter, targets, num_steps=9)
     targets[0].outcome(0, 1)
     exchange(drafter, targets, num_steps=9)
-    assert not targets[0].answers
+    (refusal,) = targets[0].answers
+    assert refusal.reason == speculator_pb2.REFUSAL_REASON_INVALID
+    assert "token 27, beyond the draft's vocabulary" in refusal.message
     assert not targets[0].table
     assert targets[1].table
-    drafter.disconnect(CONNECTION)
+    drafter.held.disconnect(CONNECTION)
     assert model.pool.num_used == 0
 
 
@@ -222,7 +224,7 @@ def test_nothing_is_drafted_beyond_the_last_token(prompt) -> None:
 
 def test_a_bias_on_a_token_that_only_the_target_has_changes_nothing() -> None:
     drafter, _ = make_drafter()
-    drafter.connect(2, VOCAB_SIZE + 8)
+    drafter.held.connect(2, VOCAB_SIZE + 8)
     tables = []
     for bias in ({5: 3.0}, {5: 3.0, VOCAB_SIZE + 3: 9.0}):
         sampling = SamplingParams(temperature=0, max_tokens=1000, seed=7, logit_bias=bias)
@@ -230,7 +232,7 @@ def test_a_bias_on_a_token_that_only_the_target_has_changes_nothing() -> None:
         exchange(drafter, [target], num_steps=4)
         tables.append(target.table)
         target.send(close_sequence=speculator_pb2.CloseSequence(sequence_id=target.name))
-    assert drafter.counters.num_refused == 0
+    assert not drafter.held.refusals.counts
     assert tables[0]
     assert tables[0] == tables[1]
 
@@ -269,7 +271,7 @@ class RecordingChannel:
 
 def _dense_target(prompt, channel, **settings):
     drafter, model = make_drafter(row_budget=64, **settings)
-    drafter.set_channel(CONNECTION, channel)
+    drafter.held.set_channel(CONNECTION, channel)
     target = ScriptedTarget(drafter, prompt, sampling=SAMPLED, verification=REJECTION)
     exchange(drafter, [target], num_steps=50)
     return drafter, model, target
@@ -308,7 +310,7 @@ def test_the_sampling_parameters_are_in_the_dense_rows(prompt) -> None:
     exchange(sparse_drafter, [sparse_target], num_steps=50)
     sparse_target.outcome(num_accepted, bonus)  # the same context
     exchange(sparse_drafter, [sparse_target], num_steps=50)
-    (row,) = (sparse_drafter._sequences[CONNECTION, "s"].tree.root.ranks.distribution,)
+    (row,) = (sparse_drafter.held[CONNECTION, "s"].tree.root.ranks.distribution,)
     expected = torch.zeros(VOCAB_SIZE).scatter(0, torch.tensor(row.token_ids), torch.tensor(row.probabilities))
     torch.testing.assert_close(channel.bodies[0][0].float(), expected, atol=0.002, rtol=0)
 
@@ -321,7 +323,7 @@ def test_rows_are_given_back_with_their_branches(prompt) -> None:
     for _ in range(30):
         exchange(drafter, [target], num_steps=rng.randint(0, 8))
         _random_outcome(target, rng)
-        tree = drafter._sequences[CONNECTION, "s"].tree
+        tree = drafter.held[CONNECTION, "s"].tree
         nodes = [
             n for n in tree.root.subtree() if n.ranks is not None and not hasattr(n.ranks.distribution, "token_ids")
         ]
@@ -356,7 +358,7 @@ def test_beyond_the_memory_rows_are_sparse_and_mixed_with_dense_ones(prompt, lim
 def test_without_a_channel_for_its_rows_the_answer_is_empty(prompt) -> None:
     channel = RecordingChannel()
     drafter, _, target = _dense_target(prompt, channel)
-    for lose in (lambda: setattr(channel, "refuses", True), lambda: drafter.drop_channel(CONNECTION, channel)):
+    for lose in (lambda: setattr(channel, "refuses", True), lambda: drafter.held.drop_channel(CONNECTION, channel)):
         (num_accepted, bonus), tokens = _deepest(target)
         lose()
         target.outcome(num_accepted, bonus, tokens[:2])
@@ -378,8 +380,8 @@ def test_without_a_channel_for_its_rows_the_answer_is_empty(prompt) -> None:
 def test_only_the_channel_in_use_can_be_dropped(prompt) -> None:
     old, new = RecordingChannel(), RecordingChannel()
     drafter, _, target = _dense_target(prompt, old)
-    drafter.set_channel(CONNECTION, new)
-    drafter.drop_channel(CONNECTION, old)
+    drafter.held.set_channel(CONNECTION, new)
+    drafter.held.drop_channel(CONNECTION, old)
     (num_accepted, bonus), tokens = _deepest(target)
     target.outcome(num_accepted, bonus, tokens[:1])
     exchange(drafter, [target], num_steps=0)

@@ -17,9 +17,7 @@ from .conftest import VOCAB_SIZE, ScriptedTarget, exchange, make_drafter
 
 
 def _plan(drafter, model, row_budget=6, max_prefill_tokens=64):
-    return plan_step(
-        list(drafter._sequences.values()), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens
-    )
+    return plan_step(list(drafter.held), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens)
 
 
 def _cancel(planned) -> None:
@@ -57,7 +55,7 @@ def test_most_likely_branches_first(prompt) -> None:
     drafter, model = make_drafter()
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=1)
-    (sequence,) = drafter._sequences.values()
+    (sequence,) = drafter.held
     candidates = branch_candidates(sequence)
     chosen = share_rows(candidates, 3)
     assert [c.value for c in chosen] == sorted((c.value for c in candidates), reverse=True)[:3]
@@ -138,7 +136,7 @@ def test_a_first_token_goes_before_a_further_one_that_is_somewhat_likelier(promp
     drafter, _ = make_drafter(fan_out_policy="best_first", row_budget=2)
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=3)
-    (sequence,) = drafter._sequences.values()
+    (sequence,) = drafter.held
     firsts, further = [], []
     for candidate in branch_candidates(sequence):
         is_first = candidate.node.parent in sequence.tree.path
@@ -159,7 +157,7 @@ def test_full_cache_sheds_branches_before_sequences(prompt) -> None:
     second = ScriptedTarget(drafter, [7, *prompt], name="b")
     exchange(drafter, [first, second], num_steps=20)
     assert second.table, "branches of the first made room for the second"
-    assert drafter.num_sequences == 2
+    assert len(drafter.held) == 2
     second.close()
     first.close()
     assert model.pool.num_used == 0
@@ -172,7 +170,7 @@ def test_best_first_guesses_where_the_draft_is_unsure(prompt) -> None:
     (_, bonus), drafted = next(entry for entry in target.table.items() if len(entry[1]) == 3)
     target.outcome(0, bonus, drafted)
     exchange(drafter, [target], num_steps=1)
-    (sequence,) = drafter._sequences.values()
+    (sequence,) = drafter.held
     path = sequence.tree.path
     # certain of every draft token but the second
     for node, certainty in zip(path, (0.98, 0.3, 0.98, 0.98), strict=True):
@@ -193,7 +191,7 @@ def test_the_value_of_a_row_is_that_all_before_it_is_used(prompt) -> None:
     drafter, _ = make_drafter(fan_out_policy="best_first", row_budget=2)
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=2)
-    (sequence,) = drafter._sequences.values()
+    (sequence,) = drafter.held
     guesses = {guess.node: guess.probability for guess in sequence.guesses()}
     deeper = [c for c in branch_candidates(sequence) if c.node not in guesses]
     assert deeper
@@ -219,7 +217,7 @@ def test_rows_that_are_not_worth_their_time_are_left_out(prompt) -> None:
     drafter, model = make_drafter()
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=1)
-    (sequence,) = drafter._sequences.values()
+    (sequence,) = drafter.held
     values = sorted((c.value for c in branch_candidates(sequence)), reverse=True)
     free, dear = (
         plan_step([sequence], model.pool, row_budget=6, max_prefill_tokens=64, step_s=lambda rows: 1 + per_row * rows)  # noqa: B023

@@ -47,6 +47,8 @@ def acknowledge(
     transport: speculator_pb2.DistributionTransport.ValueType,
     max_lookahead: int,
     row_budget: int,
+    max_sequences: int,
+    load: types_pb2.Load,
 ) -> speculator_pb2.SpeculateResponse:
     """The speculator's answer to a hello that was accepted."""
     return speculator_pb2.SpeculateResponse(
@@ -57,6 +59,8 @@ def acknowledge(
             transport=transport,
             max_lookahead=min(hello.max_lookahead or max_lookahead, max_lookahead),
             row_budget=row_budget,
+            max_sequences=max_sequences,
+            load=load,
         )
     )
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from specpool.algorithm.verification import VerificationMode
@@ -22,6 +23,7 @@ from specpool_engine.runtime.engine_thread import EngineThread
 from specpool_engine.runtime.outbox import Outbox
 from specpool_speculator.dense.sending_group import Channel
 from specpool_speculator.engine.drafter import Drafter
+from specpool_speculator.engine.refusals import Reason, label
 from specpool_speculator.metrics import SpeculatorMetrics
 
 _SMOOTHING = 0.1
@@ -53,6 +55,8 @@ class EngineSnapshot:
     """See `RankCalibration.confidence_spread`."""
     plan: str = ""
     """What the rows of a step are planned from, in words."""
+    refusals: Mapping[Reason, int] = field(default_factory=dict)
+    """Sequences refused since the start, by reason."""
 
 
 class SpeculatorEngine:
@@ -92,31 +96,32 @@ class SpeculatorEngine:
         self._warm_up = warm_up
         self._averages = (0.0, 0.0)
         self._seen_counters = (0, 0, 0, 0)
+        self._seen_refusals = Counter[Reason]()
 
     # ---- called by the wire ---------------------------------------------------------------------------------
 
     def connect(self, connection: int, vocab_size: int, receiver: Receiver) -> None:
         """A target's stream was acknowledged; responses to it go to `receiver`, on the event loop."""
         self._receivers[connection] = receiver
-        self.thread.call(lambda: self._drafter.connect(connection, vocab_size))
+        self.thread.call(lambda: self._drafter.held.connect(connection, vocab_size))
 
     def submit(self, connection: int, request: speculator_pb2.SpeculateRequest) -> None:
         """A target said something."""
         received_s = time.monotonic()
-        self.thread.call(lambda: self._drafter.apply(connection, request, received_s))
+        self.thread.call(lambda: self._drafter.held.apply(connection, request, received_s))
 
     def set_channel(self, connection: int, channel: Channel) -> None:
         """A process group with a target is there."""
-        self.thread.call(lambda: self._drafter.set_channel(connection, channel))
+        self.thread.call(lambda: self._drafter.held.set_channel(connection, channel))
 
     def drop_channel(self, connection: int, channel: Channel) -> None:
         """It is gone."""
-        self.thread.call(lambda: self._drafter.drop_channel(connection, channel))
+        self.thread.call(lambda: self._drafter.held.drop_channel(connection, channel))
 
     def disconnect(self, connection: int) -> None:
         """A target's stream ended."""
         self._receivers.pop(connection, None)
-        self.thread.call(lambda: self._drafter.disconnect(connection))
+        self.thread.call(lambda: self._drafter.held.disconnect(connection))
 
     def _deliver(self, items: list[tuple[int, list[speculator_pb2.SpeculateResponse]]]) -> None:
         for connection, responses in items:
@@ -145,17 +150,17 @@ class SpeculatorEngine:
 
     def seconds_to_deadline(self) -> float | None:
         """Until a waiting target must have its answer."""
-        deadline_s = self._drafter.next_deadline_s()
+        deadline_s = self._drafter.held.next_deadline_s()
         return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
 
     def _answer(self) -> None:
         self._drafter.answer(time.monotonic())
-        for item in self._drafter.outbox.take().items():
+        for item in self._drafter.held.outbox.take().items():
             self._to_loop.put(item)
         self._to_loop.flush()
 
     def _report_step(self) -> None:
-        step, counters = self._drafter.last_step, self._drafter.counters
+        step, counters = self._drafter.last_step, self._drafter.held.counters
         seen = (
             counters.num_table_entries, counters.num_dropped_branches, counters.num_stale, counters.num_resyncs,
         )  # fmt: skip
@@ -182,13 +187,13 @@ class SpeculatorEngine:
         estimates = self._drafter.estimates[VerificationMode.GREEDY]
         old, law = self.snapshot, self.snapshot.miss_power_law
         # A fit is too dear for every step: when sequences come and go is often enough.
-        if old.num_sequences != self._drafter.num_sequences or not law:
+        if old.num_sequences != len(self._drafter.held) or not law:
             fits = [(fitted.constant, fitted.exponent) for fitted in estimates.miss_laws]
             law = (*fits[0], *fits[1])
             self._metrics.set_estimates(estimates.acceptance, {"rejection": fits[0], "acceptance": fits[1]})
         self.snapshot = EngineSnapshot(
-            num_sequences=self._drafter.num_sequences,
-            num_targets=self._drafter.num_targets,
+            num_sequences=len(self._drafter.held),
+            num_targets=self._drafter.held.num_targets,
             num_kv_blocks=old.num_kv_blocks,
             num_free_kv_blocks=self._pool.num_free,
             rows_per_step=self._averages[0],
@@ -197,7 +202,17 @@ class SpeculatorEngine:
             miss_power_law=law,
             confidence_spread=estimates.calibration.confidence_spread,
             plan=self._explain_plan(),
+            refusals=self._report_refusals(),
         )
+
+    def _report_refusals(self) -> Mapping[Reason, int]:
+        counts, seen = self._drafter.held.refusals.counts, self._seen_refusals
+        if counts == seen:
+            return self.snapshot.refusals
+        for reason, num_sequences in (counts - seen).items():
+            self._metrics.refused(label(reason), num_sequences)
+        self._seen_refusals = counts.copy()
+        return dict(counts)
 
     def _explain_plan(self) -> str:
         time = self._drafter.step_time

@@ -15,6 +15,7 @@ from specpool.algorithm.fan_out import (
     uniform_fan_out,
 )
 from specpool_speculator.config import FanOutPolicy
+from specpool_speculator.tree.draft_tree import DraftTree
 
 _REFIT_EVERY = 16
 """Outcomes between two fits: a fit costs more than a round can spare, and estimates move slowly."""
@@ -61,6 +62,18 @@ class Estimates:
     def miss_laws(self) -> tuple[PowerLaw, PowerLaw]:
         """Miss rate of F guesses after a rejection, and after everything was accepted."""
         return self._after_rejection.value, self._after_acceptance.value
+
+    def observe_outcome(self, tree: DraftTree, num_accepted: int, bonus_token: int) -> None:
+        """The running round of `tree` ends like this."""
+        path, k = tree.path, num_accepted
+        draft_token = path[k + 1].token if k + 1 < len(path) else None
+        guesses = path[k].guesses(draft_token) if path[k].is_computed else None
+        self.observe(k, len(path) - 1, guesses, bonus_token, tree.num_path_tokens_drafted())
+        targets_tokens = [*(node.token for node in path[1 : k + 1]), bonus_token]
+        for node, token in zip(path, targets_tokens, strict=False):
+            if node.ranks is not None and node.ranks.scores:
+                rank = node.ranks.drafted.index(token) if token in node.ranks.drafted else None
+                self.calibration.observe(node.ranks.scores, rank)
 
     def observe(
         self, num_accepted: int, num_draft: int, guesses: Sequence[int] | None, bonus_token: int, num_own: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from specpool.algorithm.verification import VerificationMode
-from specpool.errors import InvalidArgument
 from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_speculator.tree.sequence import SequenceOptions
@@ -28,15 +27,13 @@ class DraftLimits:
 def sequence_options(
     message: speculator_pb2.OpenSequence, limits: DraftLimits, target_vocab_size: int
 ) -> SequenceOptions:
-    """Options of a sequence; raises `InvalidArgument` for what cannot be speculated on."""
+    """Options of a sequence that was checked; raises `InvalidArgument` for sampling parameters that cannot be."""
     sampling = sampling_from_proto(message.sampling)
     vocab_size = min(limits.vocab_size, target_vocab_size)
     sampling.validate(max(limits.vocab_size, target_vocab_size))
     # One model's vocabulary may be padded further than the other's: tokens that only one of them has are never drafted.
     known = {token: bias for token, bias in sampling.logit_bias.items() if token < vocab_size}
     sampling = replace(sampling, logit_bias=known)
-    if not message.token_ids:
-        raise InvalidArgument("open_sequence without tokens", metadata={"field": "token_ids"})
     is_rejection = message.verification == types_pb2.VERIFICATION_MODE_REJECTION
     sampled = VerificationMode.REJECTION if is_rejection else VerificationMode.COUPLED
     stops = frozenset(sampling.stop_token_ids)

@@ -10,8 +10,9 @@ import torch
 from specpool.v1 import speculator_pb2
 from specpool_speculator.dense.dense_rows import DenseRow
 from specpool_speculator.dense.sending_group import Channel
-from specpool_speculator.tree.draft_tree import TokenDistribution
-from specpool_speculator.tree.sequence import Outcome, SequenceState
+from specpool_speculator.engine.refusals import Refused
+from specpool_speculator.tree.node import TokenDistribution
+from specpool_speculator.tree.sequence import Outcome, SequenceKey, SequenceState
 
 
 class Outbox:
@@ -48,6 +49,20 @@ class Outbox:
         """Ask for the sequence again."""
         message = speculator_pb2.Resync(sequence_id=sequence_id, reason=reason)
         self._responses[connection].append(speculator_pb2.SpeculateResponse(resync=message))
+
+    def refused(self, key: SequenceKey, refusal: Refused) -> None:
+        """The sequence is not speculated for; nothing about it follows."""
+        connection, sequence_id = key
+        if connection in self._tables:
+            kept = [table for table in self._tables[connection].tables if table.sequence_id != sequence_id]
+            self._tables[connection] = speculator_pb2.Tables(tables=kept)
+        message = speculator_pb2.SequenceRefused(
+            sequence_id=sequence_id,
+            reason=refusal.reason,
+            message=refusal.message,
+            retry_after_ms=refusal.retry_after_ms,
+        )
+        self._responses[connection].append(speculator_pb2.SpeculateResponse(sequence_refused=message))
 
     def table(self, sequence: SequenceState, entries: Mapping[Outcome, Iterable[int]]) -> None:
         """New or longer entries of the running round."""

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from specpool.algorithm.fan_out import round_to_sum
 from specpool.algorithm.row_times import rows_worth_running
 from specpool_engine.modeling.paged_kv import BlockPool
-from specpool_speculator.tree.draft_tree import DraftTree, Node, Work
+from specpool_speculator.engine.room import blocks_for
+from specpool_speculator.tree.draft_tree import DraftTree, Work
+from specpool_speculator.tree.node import Node
 from specpool_speculator.tree.sequence import SequenceState
 
 _ONE_BLOCK = 1
@@ -89,11 +91,6 @@ class _Step:
         self.planned.append(PlannedWork(sequence, work, is_branch))
 
 
-def blocks_for(num_tokens: int, pool: BlockPool) -> int:
-    """At most this many blocks are taken by writing `num_tokens` tokens anywhere."""
-    return num_tokens // pool.block_size + 2
-
-
 def plan_step(
     sequences: Sequence[SequenceState],
     pool: BlockPool,
@@ -135,6 +132,8 @@ def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
 
 def _plan_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int) -> None:
     """Missing tokens of in-flight paths, those that a target waits for first, long ones last."""
+    for sequence in sequences:
+        sequence.lacks_room = False
     waiting = [s for s in sequences if _misses_path(s)]
     waiting.sort(key=lambda s: (s.request is None, s.tree.missing()))
     planned = {planned.sequence.key for planned in step.planned}
@@ -145,6 +144,8 @@ def _plan_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int
         if step.has_room(blocks_for(limit, step._pool)) or make_room(step, sequence, sequences, limit, planned):
             max_tokens -= step.add_path(sequence, limit, root_only=not sequence.options.speculates_ahead)
             planned.add(sequence.key)
+        else:
+            sequence.lacks_room = True
 
 
 def _misses_path(sequence: SequenceState) -> bool:
@@ -179,9 +180,9 @@ def make_room(
 
 
 def _evictable(trees: Iterable[DraftTree], sequence: SequenceState) -> Iterator[DraftTree]:
-    # Only for a sequence that a target waits for or that was never computed: two sequences that do not fit together
-    # would otherwise evict one another for ever.
-    if sequence.request is not None or sequence.tree.round == 0:
+    # Only for a sequence that a target waits for: two sequences that do not fit together would otherwise evict one
+    # another for ever. One for which there is no room for a while is refused.
+    if sequence.request is not None:
         yield from (tree for tree in trees if tree.num_blocks)
 
 

@@ -29,3 +29,15 @@ class DraftStepStats:
     """Branches that an outcome ruled out before they were used."""
     num_stale_messages: int = 0
     """Messages about an incarnation, sequence or round that has passed."""
+
+
+@dataclass(slots=True)
+class DraftCounters:
+    """Totals since the start."""
+
+    num_steps: int = 0
+    num_draft_tokens: int = 0
+    num_stale: int = 0
+    num_resyncs: int = 0
+    num_table_entries: int = 0
+    num_dropped_branches: int = 0

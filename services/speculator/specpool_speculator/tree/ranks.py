@@ -18,7 +18,7 @@ from specpool.algorithm.draft_ranks import DraftRanks, draft_ranks
 from specpool.algorithm.sampling import process_logits
 from specpool.algorithm.verification import SparseDistribution, VerificationMode
 from specpool_speculator.dense.dense_rows import DenseRow, RowMemory
-from specpool_speculator.tree.draft_tree import Node, NodeRanks, TokenDistribution
+from specpool_speculator.tree.node import Node, NodeRanks, TokenDistribution
 from specpool_speculator.tree.sequence import SequenceState
 
 

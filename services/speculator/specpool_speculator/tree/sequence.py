@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
 from specpool_speculator.engine.estimates import GuessPlan
-from specpool_speculator.tree.draft_tree import DraftTree, Node
+from specpool_speculator.tree.draft_tree import DraftTree
+from specpool_speculator.tree.node import Node
 
 SequenceKey = tuple[int, str]
 """(connection, sequence id): two targets may use the same id."""
@@ -89,6 +90,8 @@ class SequenceState:
     """When the last outcome came (monotonic clock)."""
     awaits_start: bool = False
     """The last outcome did not say what is verified next; `start_round` will."""
+    lacks_room: bool = False
+    """The last step had no memory for what is missing of its path."""
     is_dense: bool = False
     """Whether draft tokens are sampled from distributions over all tokens, which a process group can carry."""
     pushed: dict[Outcome, int] = field(default_factory=dict)

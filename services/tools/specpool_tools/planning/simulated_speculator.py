@@ -70,7 +70,7 @@ class SimulatedSpeculator:
     def connect(self, connection: int, receive: Receives) -> None:
         """A target, and what takes its answers."""
         self._targets[connection] = receive
-        self.drafter.connect(connection, VOCAB_SIZE)
+        self.drafter.held.connect(connection, VOCAB_SIZE)
 
     def receive(self, connection: int, request: Request) -> None:
         """A message arrived; a running step is not interrupted."""
@@ -80,7 +80,7 @@ class SimulatedSpeculator:
 
     def _loop(self) -> None:
         for connection, request, received_s in self._inbox:
-            self.drafter.apply(connection, request, received_s)
+            self.drafter.held.apply(connection, request, received_s)
         self._inbox.clear()
         self._answer()
         self._is_busy = self.drafter.step()
@@ -99,5 +99,5 @@ class SimulatedSpeculator:
 
     def _answer(self) -> None:
         self.drafter.answer(self._clock.now_s)
-        for connection, responses in self.drafter.outbox.take().items():
+        for connection, responses in self.drafter.held.outbox.take().items():
             self._clock.after(self._half_trip_s, partial(self._targets[connection], responses))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.paged_kv import BlockPool, reserve_all
-from specpool_speculator.tree.draft_tree import Node, NodeRanks
+from specpool_speculator.tree.node import Node, NodeRanks
 from specpool_speculator.tree.sequence import SequenceState
 from specpool_tools.planning.profile import Profile
 
