@@ -19,7 +19,8 @@ def hello_of(version=PROTOCOL_VERSION, fingerprint="a" * 64, vocab_size=100):
 
 def answer(hello, transport=GRPC):
     peer = types_pb2.Peer(id="s")
-    return acknowledge(hello, peer=peer, own=OWN, transport=transport, max_lookahead=8, row_budget=1).hello_ack
+    limits = {"max_lookahead": 8, "row_budget": 1, "max_sequences": 2, "load": types_pb2.Load()}
+    return acknowledge(hello, peer=peer, own=OWN, transport=transport, **limits).hello_ack
 
 
 def test_what_fits_is_accepted_by_both():

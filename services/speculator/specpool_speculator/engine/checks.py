@@ -89,10 +89,13 @@ def check_tokens(field: str, tokens: Sequence[int], vocab_size: int) -> None:
 
 
 def check_ids(request: speculator_pb2.SpeculateRequest) -> None:
-    """What says whom a message is about, and what is kept until a group is built."""
+    """What is kept of a message before anything else is known of it: ids, and keys until their group is built."""
     kind = request.WhichOneof("message")
-    if kind == "open_sequence":
-        check_size("open_sequence.sequence_id", len(request.open_sequence.sequence_id), MAX_NAME_CHARS)
+    if kind == "outcomes":
+        longest = max((len(outcome.sequence_id) for outcome in request.outcomes.outcomes), default=0)
+        check_size("outcomes.sequence_id", longest, MAX_NAME_CHARS)
     elif kind == "group_key":
         check_size("group_key.key", len(request.group_key.key), MAX_NAME_CHARS)
         check_size("group_key.value", len(request.group_key.value), _MAX_KEY_BYTES)
+    elif kind is not None and kind != "open_group":
+        check_size(f"{kind}.sequence_id", len(getattr(request, kind).sequence_id), MAX_NAME_CHARS)
