@@ -21,30 +21,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
-from rich.table import Table
+from scaling_report import Point, Row, row_of, save, show
 
 from specpool.client import Client
 from specpool.errors import InvalidArgument
-from specpool.paths import write_atomically
 from specpool_target.config import Fallback
 from specpool_tools.bench.machine import recommended_arguments
 from specpool_tools.bench.main import choose_prompts
 from specpool_tools.bench.options import MODES, BenchOptions
-from specpool_tools.bench.report import summarize
 from specpool_tools.bench.requests import Measurement, Setting, measure
 from specpool_tools.bench.system import running_system
 from specpool_tools.models.prompts import Prompt
 
-PLANNED = "ssd-planned"
-"""Mode ssd with requests that name no K: the target plans it, and pauses speculation where it does not pay."""
+OWN_K = "ssd-own-k"
+"""Mode ssd with requests that name no K: the target chooses it, and pauses speculation where it does not pay."""
 VERIFY_MS, VERIFY_ROW_MS = 18.3, 0.06
 DRAFT_STEP_MS, DRAFT_ROW_MS = 2.0, 0.0033
 NOISE = 0.4
@@ -54,38 +50,6 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOY_DEFAULTS = {"temperature": 1.0, "stretch": 8.0, "max_tokens": 64, "warm_up_tokens": 64, "lookahead": 6}
 TOY_DEFAULTS |= {"row_budget": 32, "fan_out": 16}
 REAL_DEFAULTS = {"temperature": 0.0, "stretch": 1.0, "max_tokens": 48, "warm_up_tokens": 16, "lookahead": 4}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """What is measured."""
-
-    mode: str
-    """off, sd, ssd or ssd-planned, with the fallback's name where it is not the default."""
-    num_targets: int
-    batch_size: int
-    """Sequences per target."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row(Point):
-    """One measured point."""
-
-    tokens_per_second: float
-    """Of one sequence, mean."""
-    total_tokens_per_second: float
-    """Of all sequences, over `batch_seconds`."""
-    tokens_per_round: float
-    hit_rate: float
-    full_hit_rate: float
-    wait_share: float
-    """Of the time of rounds."""
-    rows_per_step: float
-    """Rows of the speculator's steps."""
-    draft_step_ms: float
-    """Not stretched."""
-    threshold: int
-    """b* of the first target."""
 
 
 def model(step_ms: float, row_ms: float, stretch: float, **options: object) -> str:
@@ -131,9 +95,9 @@ def system(arguments: argparse.Namespace, num_targets: int, fallback: str) -> Ab
 
 def modes_by_fallback(modes: Sequence[str], fallbacks: Sequence[str]) -> dict[str, list[str]]:
     """What is measured with each fallback: it matters to ssd alone, the other modes run with the first one only."""
-    plan = {fallback: [mode for mode in modes if mode == "ssd"] for fallback in fallbacks}
-    plan[fallbacks[0]] = list(modes)
-    return {fallback: chosen for fallback, chosen in plan.items() if chosen}
+    chosen = {fallback: [mode for mode in modes if mode == "ssd"] for fallback in fallbacks}
+    chosen[fallbacks[0]] = list(modes)
+    return {fallback: some for fallback, some in chosen.items() if some}
 
 
 def measure_points(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -146,7 +110,7 @@ def measure_points(arguments: argparse.Namespace) -> Iterator[Row]:
                     for mode in modes:
                         label = f"ssd, {fallback}" if mode == "ssd" and fallback != "auto" else mode
                         point = Point(mode=label, num_targets=num_targets, batch_size=batch_size)
-                        lookahead, served = (0, "ssd") if mode == PLANNED else (arguments.lookahead, mode)
+                        lookahead, served = (0, "ssd") if mode == OWN_K else (arguments.lookahead, mode)
                         setting = Setting(mode=served, temperature=arguments.temperature, lookahead=lookahead)
                         chosen = prompts[: num_targets * batch_size]
                         yield asyncio.run(run_point(endpoint, point, setting, chosen, arguments))
@@ -189,90 +153,6 @@ async def watch_speculator(client: Client, samples: list[tuple[float, float]]) -
         samples += [(s.status.load.rows_per_step, s.status.load.step_ms) for s in status.speculators]
 
 
-def row_of(
-    point: Point,
-    batches: Sequence[Sequence[Measurement]],
-    samples: Sequence[tuple[float, float]],
-    *,
-    stretch: float,
-    threshold: int,
-) -> Row:
-    """The figures of a point, from its batches and from what `watch_speculator` saw."""
-    found = [m for batch in batches for m in batch]
-    (summary,) = summarize(found)
-    return Row(
-        **asdict(point),
-        tokens_per_second=stretch * _mean([m.decode_tokens / m.decode_seconds for m in found]),
-        total_tokens_per_second=stretch * sum(m.decode_tokens for m in found) / sum(map(batch_seconds, batches)),
-        tokens_per_round=summary.tokens_per_round,
-        hit_rate=summary.hit_rate,
-        full_hit_rate=summary.full_hit_rate,
-        wait_share=summary.waiting_ms / summary.round_ms,
-        rows_per_step=_mean([rows for rows, _ in samples]),
-        draft_step_ms=_mean([ms for _, ms in samples]) / stretch,
-        threshold=threshold,
-    )
-
-
-def batch_seconds(batch: Sequence[Measurement]) -> float:
-    """From the first token of any sequence to the last token of all; they arrived together."""
-    return max(m.stats.seconds for m in batch) - min(m.stats.seconds_to_first_token for m in batch)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def show(rows: Sequence[Row], console: Console) -> None:
-    """A table of all points."""
-    table = Table(title="tokens/s, toys as if times were not stretched")
-    names = ("targets", "batch", "mode", "tok/s per seq", "total", "tok/round")
-    for name in (*names, "hit", "full", "wait", "rows", "step ms", "b*"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
-    for r in rows:
-        speeds = (f"{r.tokens_per_second:.2f}", f"{r.total_tokens_per_second:.1f}", f"{r.tokens_per_round:.2f}")
-        rates = (f"{r.hit_rate:.3f}", f"{r.full_hit_rate:.3f}", f"{r.wait_share:.2f}")
-        load = (f"{r.rows_per_step:.1f}", f"{r.draft_step_ms:.2f}", str(r.threshold))
-        table.add_row(str(r.num_targets), str(r.batch_size), r.mode, *speeds, *rates, *load)
-    console.print(table)
-
-
-def save(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
-    """The files that were asked for, with what there is so far."""
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if not isinstance(v, Path)}
-        document = {"settings": settings, "points": [asdict(row) for row in rows]}
-        write_atomically(arguments.json, json.dumps(document, indent=2) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot, by_targets=arguments.what == "targets")
-
-
-def plot(rows: Sequence[Row], path: Path, *, by_targets: bool) -> None:
-    """Speed per target over targets, or the front of throughput and latency."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for mode in dict.fromkeys(row.mode for row in rows):
-        points = [row for row in rows if row.mode == mode]
-        if by_targets:
-            axes.plot([r.num_targets for r in points], [r.tokens_per_second for r in points], marker="o", label=mode)
-        else:
-            x, y = [r.tokens_per_second for r in points], [r.total_tokens_per_second for r in points]
-            axes.plot(x, y, marker="o", label=mode)
-            for row, at in zip(points, zip(x, y, strict=True), strict=True):
-                axes.annotate(str(row.batch_size), at)
-    if by_targets:
-        axes.set(xlabel="targets on one speculator", ylabel="tokens/s of a sequence", ylim=(0, None))
-    else:
-        axes.set(xlabel="tokens/s of a sequence", ylabel="tokens/s of the target", title="numbers: batch size")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options; toys and real models have defaults of their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,7 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draft", default="", help="its draft")
     parser.add_argument("--targets", type=int, nargs="+", default=[1, 2, 4, 8], help="with `targets`")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="with `batch`")
-    parser.add_argument("--modes", nargs="+", choices=(*MODES, PLANNED), default=[*MODES, PLANNED])
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, OWN_K), default=[*MODES, OWN_K])
     fallbacks = get_args(Fallback)
     parser.add_argument(
         "--fallbacks", nargs="+", choices=fallbacks, default=list(fallbacks), help="of ssd, with `batch`"

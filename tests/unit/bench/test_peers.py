@@ -43,9 +43,11 @@ def test_build_options_name_what_the_cpu_has_and_never_amx(llama_cpp):
 
 
 def test_clock_leaves_the_prompt_and_the_first_step_out(peers, monkeypatch):
+    import peer_systems
+
     times = iter([10.0, 12.0, 13.0, 15.0])
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: next(times))
-    clock = peers._Clock()
+    monkeypatch.setattr(peer_systems.time, "perf_counter", lambda: next(times))
+    clock = peer_systems._Clock()
     for count in (7, 2, 1, 3):  # prompt, then what three steps of assisted generation commit
         clock.put(torch.zeros(count))
     answer = clock.answer([1, 2, 3, 4, 5, 6])

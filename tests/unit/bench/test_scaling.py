@@ -52,10 +52,10 @@ def test_of_one_sequence_both_speeds_are_the_same_however_often_it_ran(scaling):
 
 
 def test_a_fallback_matters_to_ssd_alone(scaling):
-    plan = scaling.modes_by_fallback
-    assert plan(["off", "ssd"], ["auto", "wait"]) == {"auto": ["off", "ssd"], "wait": ["ssd"]}
-    assert plan(["off", "sd"], ["auto", "wait"]) == {"auto": ["off", "sd"]}
-    assert plan(["ssd"], ["backup"]) == {"backup": ["ssd"]}
+    by_fallback = scaling.modes_by_fallback
+    assert by_fallback(["off", "ssd"], ["auto", "wait"]) == {"auto": ["off", "ssd"], "wait": ["ssd"]}
+    assert by_fallback(["off", "sd"], ["auto", "wait"]) == {"auto": ["off", "sd"]}
+    assert by_fallback(["ssd"], ["backup"]) == {"backup": ["ssd"]}
 
 
 def test_real_models_have_defaults_of_their_own(scaling):
