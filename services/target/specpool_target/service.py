@@ -135,6 +135,8 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             max_lookahead=self._reader.max_lookahead,
             fallback_batch_size=self._engine.policy.batch_size_threshold,
             plan=self._engine.lookahead_planner.explain(),
+            num_steps=self._engine.thread.heartbeat.num_steps,
+            seconds_in_step=self._engine.thread.heartbeat.age_s,
         )
 
     def _hear_of(self, speculators: Sequence[types_pb2.SpeculatorEndpoint]) -> None:

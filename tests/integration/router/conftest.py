@@ -22,6 +22,7 @@ if "router_fakes" not in sys.modules:
     _spec.loader.exec_module(sys.modules["router_fakes"])
 
 from specpool_router.config import RouterConfig
+from specpool_router.metrics import RouterMetrics
 from specpool_router.server import serve
 from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
 
@@ -29,12 +30,12 @@ StartRouter = Callable[..., Awaitable[str]]
 
 
 @asynccontextmanager
-async def _router(**settings: Any) -> AsyncIterator[str]:
+async def _router(metrics: RouterMetrics | None = None, **settings: Any) -> AsyncIterator[str]:
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     defaults = {"poll_interval_s": 0.1, "failover_wait_s": 10.0, "request_wait_s": 5.0, "drain_grace_s": 1.0}
     config = RouterConfig(**{**defaults, **settings})
-    task = asyncio.create_task(serve(config, on_ready=ready.set_result, stop=stop))
+    task = asyncio.create_task(serve(config, on_ready=ready.set_result, stop=stop, metrics=metrics))
     await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         await task
@@ -49,8 +50,8 @@ async def _router(**settings: Any) -> AsyncIterator[str]:
 async def start_router() -> AsyncIterator[StartRouter]:
     async with AsyncExitStack() as stack:
 
-        async def start(**settings: Any) -> str:
-            return await stack.enter_async_context(_router(**settings))
+        async def start(metrics: RouterMetrics | None = None, **settings: Any) -> str:
+            return await stack.enter_async_context(_router(metrics, **settings))
 
         yield start
 

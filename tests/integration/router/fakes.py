@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from specpool.errors import SpecPoolError
+import grpc
+
+from specpool.errors import SpecPoolError, TargetUnavailable
 from specpool.rpc.server import Health, add_standard_services, bind, create_server
 from specpool.v1 import (
     inference_pb2,
@@ -48,20 +50,30 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         self.endpoint = ""
         self.server: Any = None
         self.fail_at: int | None = None
+        self.hang_at: int | None = None
+        self.num_hanging = 0
+        self.cancel_at: int | None = None
+        self.error_at: tuple[int, SpecPoolError] | None = None
+        self.capacity: int | None = None
+        self.status_delay_s = 0.0
+        self.num_steps = 0
+        self.seconds_in_step = 0.0
         self._stopping: asyncio.Task[None] | None = None
 
     async def RunSequence(self, request: Any, context: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
         self.requests.append(request)
         if self.error is not None:
             raise self.error
+        if self.capacity is not None and self.num_running >= self.capacity:
+            raise TargetUnavailable("as many sequences are waiting as may", reason="TARGET_OVERLOADED")
         self.num_running += 1
         try:
-            async for event in self._run(request):
+            async for event in self._run(request, context):
                 yield event
         finally:
             self.num_running -= 1
 
-    async def _run(self, request: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
+    async def _run(self, request: Any, context: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
         sampling = request.request.sampling
         num_tokens = sampling.max_tokens or NUM_TOKENS
         tokens, text = tokens_of(sampling.seed, num_tokens), text_of(sampling.seed, num_tokens)
@@ -80,6 +92,14 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
                 self.fail_at = None
                 self._stopping = asyncio.create_task(self.server.stop(None))  # it cancels this very call
                 await asyncio.sleep(60)
+            if self.hang_at is not None and position >= self.hang_at:
+                self.num_hanging += 1
+                await asyncio.sleep(600)
+            if self.error_at is not None and position >= self.error_at[0]:
+                raise self.error_at[1]
+            if self.cancel_at is not None and position >= self.cancel_at:
+                self.cancel_at = None
+                await context.abort(grpc.StatusCode.CANCELLED)
             await asyncio.sleep(self.delay_s)
             committed = tokens[position : position + self.num_per_delta]
             end = max(num_chars, 2 * (position + len(committed)) - TEXT_LAG)
@@ -99,10 +119,13 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
 
     async def GetTargetStatus(self, request: Any, context: Any) -> target_pb2.GetTargetStatusResponse:
         self.told.append(list(request.speculators))
+        await asyncio.sleep(self.status_delay_s)
         return target_pb2.GetTargetStatusResponse(
             state=self.state,
             model=types_pb2.ModelInfo(name=self.model, tokenizer_fingerprint="f"),
             load=types_pb2.Load(num_sequences_running=self.num_reported),
+            num_steps=self.num_steps,
+            seconds_in_step=self.seconds_in_step,
         )
 
 

@@ -218,12 +218,20 @@ class GetTargetStatusResponse(_message.Message):
     MAX_LOOKAHEAD_FIELD_NUMBER: _builtins.int
     FALLBACK_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    SECONDS_IN_STEP_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     max_lookahead: _builtins.int
     """Largest lookahead K and the batch size b* from which a miss uses the backup (0: not yet measured)."""
     fallback_batch_size: _builtins.int
     plan: _builtins.str
     """What K is planned from, for people to read."""
+    num_steps: _builtins.int
+    """Signs of life of the engine, for routers: steps done since the start, and seconds that the running one has taken so
+    far, 0 while it waits for work. A long queue or a long prefill is no reason to leave a target; an engine whose steps
+    do not end is.
+    """
+    seconds_in_step: _builtins.float
     @_builtins.property
     def target(self) -> _types_pb2.Peer: ...
     @_builtins.property
@@ -243,10 +251,12 @@ class GetTargetStatusResponse(_message.Message):
         max_lookahead: _builtins.int = ...,
         fallback_batch_size: _builtins.int = ...,
         plan: _builtins.str = ...,
+        num_steps: _builtins.int = ...,
+        seconds_in_step: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback_batch_size", b"fallback_batch_size", "load", b"load", "max_lookahead", b"max_lookahead", "model", b"model", "plan", b"plan", "speculators", b"speculators", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback_batch_size", b"fallback_batch_size", "load", b"load", "max_lookahead", b"max_lookahead", "model", b"model", "num_steps", b"num_steps", "plan", b"plan", "seconds_in_step", b"seconds_in_step", "speculators", b"speculators", "state", b"state", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

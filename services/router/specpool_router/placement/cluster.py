@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import grpc
@@ -25,7 +26,7 @@ class Cluster:
         self.speculator_endpoints: list[types_pb2.SpeculatorEndpoint] = []
         """What targets are told."""
         self.targets: Pods[target_pb2.GetTargetStatusResponse] = Pods(
-            "target", targets, self._target_status, metrics, poll_interval_s
+            "target", targets, self._target_status, metrics, poll_interval_s, sign_of_life=_target_life_s
         )
         self.speculators: Pods[speculator_pb2.GetSpeculatorStatusResponse] = Pods(
             "speculator", speculators, _speculator_status, metrics, poll_interval_s
@@ -49,6 +50,15 @@ class Cluster:
         request = target_pb2.GetTargetStatusRequest(speculators=self.speculator_endpoints)
         status, healthy = await asyncio.gather(stub.GetTargetStatus(request, timeout=STATUS_TIMEOUT_S), _is_healthy(to))
         return status, healthy
+
+
+def _target_life_s(
+    before: target_pb2.GetTargetStatusResponse | None, status: target_pb2.GetTargetStatusResponse
+) -> float:
+    """Seconds since the engine got on for sure. One that waits for work gives no sign: a stream there should not."""
+    if before is None or status.num_steps != before.num_steps:
+        return 0.0
+    return status.seconds_in_step or math.inf
 
 
 async def _speculator_status(to: grpc.aio.Channel) -> tuple[speculator_pb2.GetSpeculatorStatusResponse, bool]:

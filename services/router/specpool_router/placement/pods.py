@@ -33,6 +33,8 @@ _REMEMBERED_S: Final = 600.0
 Status = TypeVar("Status", target_pb2.GetTargetStatusResponse, speculator_pb2.GetSpeculatorStatusResponse)
 Fetch = Callable[[grpc.aio.Channel], Awaitable[tuple[Status, bool]]]
 """Asks for the status, and for whether the standard health says SERVING."""
+SignOfLife = Callable[[Status | None, Status], float]
+"""From a status and the one before: seconds since the pod got on for sure, infinite if that does not tell."""
 
 
 @dataclass(slots=True)
@@ -86,11 +88,19 @@ class Pods(Generic[Status]):
     """All pods of one role, polled."""
 
     def __init__(
-        self, role: str, discovery: Discovery, fetch: Fetch[Status], metrics: RouterMetrics, interval_s: float
+        self,
+        role: str,
+        discovery: Discovery,
+        fetch: Fetch[Status],
+        metrics: RouterMetrics,
+        interval_s: float,
+        *,
+        sign_of_life: SignOfLife[Status] = lambda _, __: math.inf,
     ) -> None:
         self._role = role
         self._discovery = discovery
         self._fetch: Fetch[Status] = fetch
+        self._sign_of_life: SignOfLife[Status] = sign_of_life
         self._metrics = metrics
         self._interval_s = interval_s
         self._pods: dict[str, Pod[Status]] = {}
@@ -201,7 +211,7 @@ class Pods(Generic[Status]):
         """Whether it answered."""
         before = pod.candidate(), pod.reachable
         try:
-            pod.status, pod.healthy = await self._fetch(pod.channel)
+            status, healthy = await self._fetch(pod.channel)
         except grpc.aio.AioRpcError as error:
             pod.error = str(from_rpc_error(error))
             # Nobody is there, or somebody who says that it is broken. Anything else may be mere lateness.
@@ -209,8 +219,11 @@ class Pods(Generic[Status]):
                 pod.reachable = False
             answered = False
         else:
-            pod.reachable, pod.error, answered = True, "", True
-            self._served_s[pod.status.model.name] = time.monotonic()
+            now_s = time.monotonic()
+            pod.progressed_s = max(pod.progressed_s, now_s - self._sign_of_life(pod.status, status))
+            pod.status, pod.healthy, pod.reachable, pod.error = status, healthy, True, ""
+            self._served_s[status.model.name] = now_s
+            answered = True
         if before != (pod.candidate(), pod.reachable):
             self._notify()
         return answered
