@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from specpool.telemetry.metrics import REQUEST_BUCKETS_S, LabelCap, TenantTokens
@@ -20,7 +22,12 @@ class RouterMetrics:
         )
         self._failovers = Counter("specpool_failovers", "Streams moved to another target.", registry=registry)
         self._refused = Counter("specpool_quota_refusals", "Requests over quota.", ["tenant"], registry=registry)
-        self._store_up = Gauge("specpool_session_store_up", "1: the session store answers.", registry=registry)
+        self._store_up = Gauge("specpool_session_store_up", "1: the session store takes writes.", registry=registry)
+        self._journal_lag = Gauge(
+            "specpool_journal_lag_seconds",
+            "Age of the oldest delta that the session store lacks.",
+            registry=registry,
+        )
         self._pods = Gauge("specpool_pods", "Pods known, by role and state.", ["role", "state"], registry=registry)
         self._tenants = TenantTokens(registry)
         self._refused_cap = LabelCap()
@@ -49,8 +56,12 @@ class RouterMetrics:
         self._failovers.inc()
 
     def set_session_store_up(self, up: bool) -> None:
-        """Whether the session store answered last time."""
+        """Whether the session store takes writes."""
         self._store_up.set(up)
+
+    def watch_journal_lag(self, lag_s: Callable[[], float]) -> None:
+        """Ask ``lag_s`` whenever somebody wants to know how far the journal is behind."""
+        self._journal_lag.set_function(lag_s)
 
     def set_pods(self, role: str, *, num_reachable: int, num_unreachable: int) -> None:
         """Pods of a role: "target" or "speculator"."""

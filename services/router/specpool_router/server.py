@@ -22,8 +22,9 @@ from specpool_router.grpc.inference_service import InferenceService
 from specpool_router.grpc.router_service import RouterService
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
+from specpool_router.sessions.memory_store import MemorySessionStore
 from specpool_router.sessions.redis_store import RedisSessionStore
-from specpool_router.sessions.session_store import MemorySessionStore, SessionStore
+from specpool_router.sessions.session_store import SessionStore
 from specpool_router.sessions.sessions import Sessions
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -45,7 +46,7 @@ async def serve(
     stop = stop or asyncio.Event()
     tenants = load_tenants(config.tenants_file)
     traces = tracing.setup("specpool-router", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
-    sessions = Sessions(make_store(config), metrics)
+    sessions = Sessions(make_store(config), metrics, max_request_bytes=config.max_request_bytes)
     cluster = Cluster(*make_discoveries(config), metrics, poll_interval_s=config.poll_interval_s)
     server = None
     try:

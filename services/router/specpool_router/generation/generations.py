@@ -26,8 +26,9 @@ from specpool_router.generation.target_run import Event
 from specpool_router.generation.target_search import wait_for_model
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
+from specpool_router.sessions.lease import Lease
 from specpool_router.sessions.session_store import Session
-from specpool_router.sessions.sessions import Lease, Sessions
+from specpool_router.sessions.sessions import Sessions
 
 _SEED_BITS: Final = 53
 """A drawn seed stays exact in JSON, whose numbers are doubles."""
@@ -199,6 +200,7 @@ class Generations:
         self, request: inference_pb2.GenerateRequest, stop: StopSignal
     ) -> inference_pb2.GenerateRequest:
         """A copy with model, request id and seed filled in: what another target or router needs to continue it."""
+        self._sessions.check_size(request.ByteSize())
         check_request(request)
         wait_s = self._patience.request_wait_s
         model = await wait_for_model(self._cluster, stop, request.model, wait_s=wait_s)

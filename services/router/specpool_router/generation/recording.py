@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 from opentelemetry import trace
 
-from specpool.errors import Draining, SpecPoolError
+from specpool.errors import Draining, InvalidArgument, SpecPoolError
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, types_pb2
 from specpool_router.auth.tenants import Tenant
 from specpool_router.generation.target_run import Event
+from specpool_router.sessions.lease import Lease
 from specpool_router.sessions.session_store import SessionState
-from specpool_router.sessions.sessions import Lease, Sessions
+from specpool_router.sessions.sessions import Sessions
 
 
 class Recording:
@@ -22,6 +23,8 @@ class Recording:
     def __init__(self, sessions: Sessions, lease: Lease) -> None:
         self.state = SessionState.DETACHED
         self.ending = b""
+        self.is_invalid = False
+        """Whether it failed because of what the request says."""
         self._sessions = sessions
         self._lease = lease
 
@@ -42,11 +45,12 @@ def recording(sessions: Sessions, lease: Lease) -> Iterator[Recording]:
         yield record
     except Draining:  # it may go on elsewhere
         raise
-    except SpecPoolError:
+    except SpecPoolError as error:
         record.state = SessionState.FAILED
+        record.is_invalid = isinstance(error, InvalidArgument)
         raise
     finally:
-        sessions.finish(lease, record.state, record.ending)
+        sessions.finish(lease, record.state, record.ending, invalid=record.is_invalid)
 
 
 def annotate(request: inference_pb2.GenerateRequest, tenant: Tenant) -> None:

@@ -19,7 +19,8 @@ from specpool_router.generation.target_search import TargetSearch
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
 from specpool_router.placement.pod_choice import choose_speculator
-from specpool_router.sessions.sessions import Lease, Sessions
+from specpool_router.sessions.lease import Lease
+from specpool_router.sessions.sessions import Sessions
 
 _logger = logging.getLogger(__name__)
 

@@ -1,202 +1,142 @@
-"""Session store on Redis or Valkey. Plain commands and Lua: works from Redis 6 on, no HEXPIRE.
-
-Keys, each with a TTL ({...} keeps a session's or a tenant's keys on one shard):
-    PREFIX:session:{ID}          hash: the session, "cancel" when cancellation was asked for
-    PREFIX:session:{ID}:journal  list: one serialized delta per entry
-    PREFIX:quota:{TENANT}:leases sorted set: owner of a session by expiry
-    PREFIX:quota:{TENANT}:N      tokens used in minute N
-"""
+"""The session store on Redis or Valkey; its keys and scripts are in `redis_scripts`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Final, TypeVar
 
 import redis.asyncio as redis
+from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
-from specpool.errors import ConfigError, SessionStoreUnavailable
+from specpool.errors import SessionStoreUnavailable
+from specpool_router.sessions import redis_scripts as scripts
+from specpool_router.sessions.redis_lane import RedisLane
+from specpool_router.sessions.redis_scripts import Script
 from specpool_router.sessions.session_store import (
     LEASE_S,
     WINDOW_S,
     LeaseState,
+    OperationRefused,
     QuotaLimits,
     QuotaRefusal,
     Session,
     SessionState,
     SessionStore,
+    StoreMisconfigured,
     concurrency_refusal,
     token_refusal,
 )
+from specpool_router.sessions.store_url import check_store_url, without_password
 
 _TIMEOUT_S: Final = 1.0
+_MAX_CONNECTIONS: Final = 4
+"""One for writes, one for reads, and one to spare for each while a former one ends."""
+_MAX_READS: Final = 16
+"""At once: what they read may be large."""
 _T = TypeVar("_T")
-
-_CREATE: Final = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if state and state ~= 'failed' then return 0 end
-redis.call('DEL', KEYS[1], KEYS[2])
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-return 1
-"""
-# ARGV: owner, ttl ms, then field, value, ...
-_UPDATE: Final = """
-if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
-return 1
-"""
-_TAKE_OVER: Final = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], 'owner', ARGV[1], 'state', 'running')
-redis.call('HDEL', KEYS[1], 'cancel')
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
-return 1
-"""
-# ARGV: owner, ttl ms, start, entries...
-_APPEND: Final = """
-local owner = redis.call('HGET', KEYS[1], 'owner')
-if not owner then return 'unknown' end
-if owner ~= ARGV[1] then return 'lost' end
-local start = tonumber(ARGV[3])
-local length = redis.call('LLEN', KEYS[2])
-if start > length then return 'unknown' end
-if start == 0 then redis.call('DEL', KEYS[2])
-elseif start < length then redis.call('LTRIM', KEYS[2], 0, start - 1) end
-for i = 4, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
-return 'held'
-"""
-_RENEW: Final = """
-local owner = redis.call('HGET', KEYS[1], 'owner')
-if not owner then return 'unknown' end
-if owner ~= ARGV[1] then return 'lost' end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
-if redis.call('HEXISTS', KEYS[1], 'cancel') == 1 then return 'cancel' end
-return 'held'
-"""
-# Time is the server's, so that replicas whose clocks differ agree.
-_RENEW_LEASE: Final = """
-local now = redis.call('TIME')
-redis.call('ZADD', KEYS[1], now[1] + now[2] / 1e6 + ARGV[2], ARGV[1])
-redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[2] * 2000))
-return 1
-"""
-_CANCEL: Final = """
-local session = redis.call('HMGET', KEYS[1], 'tenant', 'state')
-if session[1] ~= ARGV[1] or session[2] ~= 'running' then return 0 end
-redis.call('HSET', KEYS[1], 'cancel', '1')
-return 1
-"""
-# KEYS: leases, token counter without its minute.
-# ARGV: owner, the owner that it replaces, max requests, tokens per minute, lease s, window s.
-# One shard holds both because of the hash tag. Returns which limit (0: admitted), used, now.
-_ACQUIRE: Final = """
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1e6
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-local running = redis.call('ZCARD', KEYS[1])
-if redis.call('ZSCORE', KEYS[1], ARGV[2]) then running = running - 1 end
-if tonumber(ARGV[3]) > 0 and running >= tonumber(ARGV[3]) then return {1, running, tostring(now)} end
-local used = tonumber(redis.call('GET', KEYS[2] .. math.floor(now / ARGV[6])) or '0')
-if tonumber(ARGV[4]) > 0 and used >= tonumber(ARGV[4]) then return {2, used, tostring(now)} end
-redis.call('ZREM', KEYS[1], ARGV[2])
-redis.call('ZADD', KEYS[1], now + ARGV[5], ARGV[1])
-redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[5] * 2000))
-return {0, running, tostring(now)}
-"""
-_ADD_TOKENS: Final = """
-local key = KEYS[1] .. math.floor(redis.call('TIME')[1] / ARGV[2])
-redis.call('INCRBY', key, ARGV[1])
-redis.call('EXPIRE', key, ARGV[2] * 2)
-return 1
-"""
+# The server says no to one command; of these it says no to all writes, for now.
+_UNUSABLE: Final = (
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+    exceptions.ClusterDownError,
+)
+_UNUSABLE_WORDS: Final = ("MISCONF", "NOREPLICAS", "UNKILLABLE", "BUSY")
+# Waiting does not help against these.
+_REFUSED_USER: Final = (
+    exceptions.AuthenticationError,
+    exceptions.AuthenticationWrongNumberOfArgsError,
+    exceptions.NoPermissionError,
+)
 
 
 class RedisSessionStore(SessionStore):
-    """Shared by all replicas of the router."""
+    """Shared by all routers."""
 
     kind = "redis"
 
     def __init__(self, url: str, *, session_ttl_s: float = 600.0, prefix: str = "specpool") -> None:
+        url = url.strip()
+        check_store_url(url)
         self._url = without_password(url)
         self._ttl_ms = int(session_ttl_s * 1000)
         self._prefix = prefix
-        try:
-            self._redis: Any = redis.Redis.from_url(
-                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 1)
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"session_store is {self._url!r}: {error}",
-                metadata={"field": "session_store", "value": self._url, "accepted": "redis://HOST:PORT or memory://"},
-            ) from error
-
-    async def start(self) -> None:
-        """Connect, and learn which of the two it is."""
-        info = await self._call(lambda: self._redis.info("server"))
-        self.kind = "valkey" if "valkey_version" in info else "redis"
+        self._identified = False
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=_TIMEOUT_S,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 1),
+        )
+        self._redis: Any = redis.Redis.from_pool(pool)
+        self._writes = RedisLane(self._redis)
+        self._reads = RedisLane(self._redis, max_commands=_MAX_READS)
 
     async def ping(self) -> None:
+        """Raise if nothing answers."""
+        await self._answer(self._reads.send("PING"))
+
+    async def probe(self, writer: str) -> None:
         """See `SessionStore`."""
-        await self._call(self._redis.ping)
+        if not self._identified:
+            await self._identify()
+        await self._run(scripts.PROBE, [f"{self._prefix}:probe"], [writer])
 
     async def close(self) -> None:
         """See `SessionStore`."""
+        await self._writes.close()
+        await self._reads.close()
         await self._redis.aclose()
 
     async def create(self, session: Session) -> bool:
         """See `SessionStore`."""
         fields = [item for pair in _to_fields(session).items() for item in pair]
-        return bool(await self._eval(_CREATE, self._keys(session.request_id), [self._ttl_ms, *fields]))
+        return bool(await self._of_session(scripts.CREATE, session.request_id, session.owner, *fields))
 
     async def load(self, request_id: str) -> Session | None:
         """See `SessionStore`."""
-        fields = await self._call(lambda: self._redis.hgetall(self._keys(request_id)[0]))
+        fields: dict[bytes, bytes] = await self._answer(self._reads.send("HGETALL", self._keys(request_id)[0]))
         return _from_fields(request_id, fields) if fields else None
 
-    async def take_over(self, request_id: str, owner: str) -> None:
+    async def take_over(self, request_id: str, owner: str, former: str) -> bool:
         """See `SessionStore`."""
-        await self._eval(_TAKE_OVER, self._keys(request_id), [owner, self._ttl_ms])
+        return bool(await self._of_session(scripts.TAKE_OVER, request_id, owner, former))
 
     async def pair(self, request_id: str, owner: str, target: str, speculator: str) -> bool:
         """See `SessionStore`."""
-        fields = ["target", target, "speculator", speculator]
-        return bool(await self._eval(_UPDATE, self._keys(request_id), [owner, self._ttl_ms, *fields]))
+        fields = ("target", target, "speculator", speculator)
+        return bool(await self._of_session(scripts.UPDATE, request_id, owner, *fields))
 
     async def append(self, request_id: str, owner: str, start: int, entries: Sequence[bytes]) -> LeaseState:
         """See `SessionStore`."""
-        arguments = [owner, self._ttl_ms, start, *entries]
-        return LeaseState((await self._eval(_APPEND, self._keys(request_id), arguments)).decode())
+        return LeaseState((await self._of_session(scripts.APPEND, request_id, owner, start, *entries)).decode())
 
     async def read_journal(self, request_id: str) -> list[bytes]:
         """See `SessionStore`."""
-        entries: list[bytes] = await self._call(lambda: self._redis.lrange(self._keys(request_id)[1], 0, -1))
+        entries: list[bytes] = await self._answer(self._reads.send("LRANGE", self._keys(request_id)[1], 0, -1))
         return entries
 
-    async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes) -> None:
+    async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes, outline: bytes) -> bool:
         """See `SessionStore`."""
-        fields = ["state", state.value, "ending", ending]
-        await self._eval(_UPDATE, self._keys(request_id), [owner, self._ttl_ms, *fields])
+        fields: list[str | bytes] = ["state", state.value, "ending", ending]
+        if ending:
+            fields += ["request", outline]
+        return bool(await self._of_session(scripts.UPDATE, request_id, owner, *fields))
 
-    async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
+    async def delete(self, request_id: str, owner: str) -> None:
         """See `SessionStore`."""
-        state = LeaseState((await self._eval(_RENEW, self._keys(request_id), [owner, self._ttl_ms])).decode())
-        if state is not LeaseState.LOST:
-            await self._eval(_RENEW_LEASE, [self._quota_key(tenant, "leases")], [owner, LEASE_S])
-        return state
+        await self._of_session(scripts.DELETE, request_id, owner)
+
+    async def renew(self, request_id: str, owner: str) -> LeaseState:
+        """See `SessionStore`."""
+        return LeaseState((await self._of_session(scripts.RENEW, request_id, owner)).decode())
 
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
         """See `SessionStore`."""
-        return bool(await self._eval(_CANCEL, [self._keys(request_id)[0]], [tenant]))
+        return bool(await self._run(scripts.CANCEL, self._keys(request_id), [tenant]))
 
     async def acquire(
         self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
@@ -204,18 +144,72 @@ class RedisSessionStore(SessionStore):
         """See `SessionStore`."""
         keys = [self._quota_key(tenant, "leases"), self._quota_key(tenant, "")]
         wanted = [owner, instead_of, limits.max_concurrent_requests, limits.tokens_per_minute, LEASE_S, WINDOW_S]
-        refused, used, now = await self._eval(_ACQUIRE, keys, wanted)
+        refused, used, now = await self._run(scripts.ACQUIRE, keys, wanted)
         if refused == 1:
             return concurrency_refusal(limits, used)
         return token_refusal(limits, used, float(now)) if refused == 2 else None
 
+    async def renew_places(self, tenant: str, owners: Sequence[str]) -> list[str]:
+        """See `SessionStore`."""
+        missing = await self._run(scripts.RENEW_PLACES, [self._quota_key(tenant, "leases")], [LEASE_S, *owners])
+        return [owner.decode() for owner in missing]
+
     async def release(self, tenant: str, owner: str) -> None:
         """See `SessionStore`."""
-        await self._call(lambda: self._redis.zrem(self._quota_key(tenant, "leases"), owner))
+        await self._run(scripts.RELEASE, [self._quota_key(tenant, "leases")], [owner])
 
-    async def add_tokens(self, tenant: str, num_tokens: int) -> None:
+    async def add_tokens(self, tenant: str, counter: str, counted: int, total: int) -> None:
         """See `SessionStore`."""
-        await self._eval(_ADD_TOKENS, [self._quota_key(tenant, "")], [num_tokens, WINDOW_S])
+        keys = [self._quota_key(tenant, f"from:{counter}"), self._quota_key(tenant, "")]
+        await self._run(scripts.ADD_TOKENS, keys, [counted, total, WINDOW_S])
+
+    async def _identify(self) -> None:
+        """Learn what answers there; a replica or a Sentinel answers, too, but takes no writes."""
+        info: dict[str, Any] = await self._answer(self._reads.send("INFO"))
+        if info.get("redis_mode") == "sentinel":
+            raise self._misconfigured("it is a Sentinel; name the primary that it watches")
+        if info.get("role") == "slave":
+            primary = f"{info.get('master_host')}:{info.get('master_port')}"
+            raise self._misconfigured(f"it is a replica of {primary} and takes no writes; name the primary")
+        self.kind = "valkey" if "valkey_version" in info else "redis"
+        self._identified = True
+
+    async def _of_session(self, script: Script, request_id: str, owner: str, *arguments: object) -> Any:
+        return await self._run(script, self._keys(request_id), [owner, self._ttl_ms, *arguments])
+
+    async def _run(self, script: Script, keys: Sequence[str], arguments: Sequence[object]) -> Any:
+        return await self._answer(self._writes.run(script, keys, arguments))
+
+    async def _answer(self, answer: Awaitable[_T]) -> _T:
+        try:
+            return await answer
+        except _REFUSED_USER as error:
+            raise self._misconfigured(f"it refuses this user ({str(error).rstrip('.')})") from error
+        except exceptions.InvalidResponse as error:
+            raise self._misconfigured("what answers there is neither Redis nor Valkey") from error
+        except exceptions.ResponseError as error:
+            text = str(error).rstrip(".")
+            if "DB index" in text:
+                raise self._misconfigured(text) from error
+            if isinstance(error, _UNUSABLE) or text.startswith(_UNUSABLE_WORDS):
+                raise self._unavailable(text) from error
+            raise OperationRefused(
+                f"session store {self._url} refuses an operation: {text}", metadata={"url": self._url}
+            ) from error
+        except (exceptions.RedisError, OSError) as error:
+            raise self._unavailable(str(error).rstrip(".") or type(error).__name__) from error
+
+    def _unavailable(self, why: str) -> SessionStoreUnavailable:
+        return SessionStoreUnavailable(
+            f"session store {self._url} cannot be used: {why}. Start it, correct session_store, "
+            "or set memory:// to run one router without it",
+            metadata={"url": self._url},
+        )
+
+    def _misconfigured(self, why: str) -> StoreMisconfigured:
+        return StoreMisconfigured(
+            f"session_store is {self._url!r}: {why}", metadata={"field": "session_store", "value": self._url}
+        )
 
     def _keys(self, request_id: str) -> list[str]:
         session = f"{self._prefix}:session:{{{request_id}}}"
@@ -224,30 +218,11 @@ class RedisSessionStore(SessionStore):
     def _quota_key(self, tenant: str, name: str) -> str:
         return f"{self._prefix}:quota:{{{tenant}}}:{name}"
 
-    async def _eval(self, script: str, keys: Sequence[str], arguments: Sequence[object]) -> Any:
-        return await self._call(lambda: self._redis.eval(script, len(keys), *keys, *arguments))
-
-    async def _call(self, operation: Callable[[], Awaitable[_T]]) -> _T:
-        try:
-            return await operation()
-        except (RedisError, OSError) as error:
-            raise SessionStoreUnavailable(
-                f"session store {self._url} cannot be used: {str(error).rstrip('.')}. Start it, correct session_store, "
-                "or set memory:// to run one router without it",
-                metadata={"url": self._url},
-            ) from error
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    url = re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", url)
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
-
 
 def _to_fields(session: Session) -> dict[str, str | bytes]:
+    """All but the owner."""
     return {
         "tenant": session.tenant,
-        "owner": session.owner,
         "request": session.request,
         "target": session.target,
         "speculator": session.speculator,

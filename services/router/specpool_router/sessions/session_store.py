@@ -2,16 +2,20 @@
 
 Nothing here is on the path of a token: admission asks once, and `journal.JournalWriter` writes behind the stream.
 A session has one owner at a time, the stream that runs it. A stream that resumes it becomes the owner, and what the
-former one still writes is refused.
+former one still writes is refused. Every write may be made twice, and late: it says whose it is, and the second time
+changes nothing.
 """
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
+
+from specpool.errors import SessionStoreUnavailable
+from specpool.v1 import inference_pb2
 
 LEASE_S = 15.0
 """A lease that is not renewed this long is void: its router died."""
@@ -38,12 +42,19 @@ class Session:
     owner: str
     """Random id of the stream that runs it."""
     request: bytes
-    """GenerateRequest with request_id, model and seed filled in."""
+    """GenerateRequest with request_id, model and seed filled in; of an ended session no more than these."""
     target: str = ""
     speculator: str = ""
     state: SessionState = SessionState.RUNNING
     ending: bytes = b""
     """GenerationFinished of an ended session."""
+
+    def outline(self) -> bytes:
+        """The request without its prompt: what is needed to tell of a session that has ended."""
+        request = inference_pb2.GenerateRequest.FromString(self.request)
+        outline = inference_pb2.GenerateRequest(request_id=request.request_id, model=request.model)
+        outline.sampling.seed = request.sampling.seed
+        return outline.SerializeToString()
 
 
 class LeaseState(Enum):
@@ -75,19 +86,25 @@ class QuotaRefusal:
     retry_after_s: float
 
 
+class OperationRefused(SessionStoreUnavailable):
+    """The store answers, but refuses this one operation; others may go well."""
+
+    default_reason: ClassVar[str] = "SESSION_STORE_REFUSED"
+
+
+class StoreMisconfigured(SessionStoreUnavailable):
+    """What answers can never be the store: it is another kind of server, or refuses the credentials."""
+
+
 class SessionStore(ABC):
     """Every method but `close` may raise SessionStoreUnavailable."""
 
     kind: str
-    """redis or memory."""
-
-    async def start(self) -> None:
-        """Connect; fails if the store cannot be reached."""
-        await self.ping()
+    """redis, valkey or memory."""
 
     @abstractmethod
-    async def ping(self) -> None:
-        """Raise if the store does not answer."""
+    async def probe(self, writer: str) -> None:
+        """Write as the other methods do: raise if that fails."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -95,15 +112,15 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def create(self, session: Session) -> bool:
-        """Add a session; False if its id is in use. A failed session's id is free again."""
+        """Add a session; False if its id is another owner's. A failed session's id is free again."""
 
     @abstractmethod
     async def load(self, request_id: str) -> Session | None:
         """The session, if it is known."""
 
     @abstractmethod
-    async def take_over(self, request_id: str, owner: str) -> None:
-        """Make ``owner`` the owner: the stream that ran the session so far loses it."""
+    async def take_over(self, request_id: str, owner: str, former: str) -> bool:
+        """Make ``owner`` the owner: the stream that ran the session loses it. False unless ``former`` owns it."""
 
     @abstractmethod
     async def pair(self, request_id: str, owner: str, target: str, speculator: str) -> bool:
@@ -111,19 +128,23 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def append(self, request_id: str, owner: str, start: int, entries: Sequence[bytes]) -> LeaseState:
-        """Write journal entries ``start``, ``start + 1``, ..."""
+        """Write journal entries ``start``, ``start + 1``, ...; from 0 on, in place of what other owners wrote."""
 
     @abstractmethod
     async def read_journal(self, request_id: str) -> list[bytes]:
         """All entries."""
 
     @abstractmethod
-    async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes) -> None:
-        """The session ended; it stays readable for its TTL."""
+    async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes, outline: bytes) -> bool:
+        """The session ended; it stays readable for its TTL. A finished one keeps no more than the request's outline."""
 
     @abstractmethod
-    async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
-        """Keep a running session and its place in the quota."""
+    async def delete(self, request_id: str, owner: str) -> None:
+        """Forget a session that never began."""
+
+    @abstractmethod
+    async def renew(self, request_id: str, owner: str) -> LeaseState:
+        """Keep a running session."""
 
     @abstractmethod
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
@@ -135,156 +156,22 @@ class SessionStore(ABC):
     ) -> QuotaRefusal | None:
         """Take a place among the tenant's requests, or say which limit is in the way.
 
-        The place belongs to the ``owner`` of a session, so that nobody else who names the same request can free it.
-        ``instead_of`` is the owner whose session is to be taken over: if admitted, its place is free.
+        The place belongs to the ``owner`` of a session, so that nobody else who names the same request can free it;
+        who has a place keeps it. ``instead_of`` is the owner whose session is to be taken over: if admitted, its place
+        is free.
         """
+
+    @abstractmethod
+    async def renew_places(self, tenant: str, owners: Sequence[str]) -> list[str]:
+        """Keep these places another `LEASE_S`. Returns the owners that have none: renewal gives none back."""
 
     @abstractmethod
     async def release(self, tenant: str, owner: str) -> None:
         """Give the place back."""
 
     @abstractmethod
-    async def add_tokens(self, tenant: str, num_tokens: int) -> None:
-        """Count tokens against this minute."""
-
-
-@dataclass(slots=True)
-class _Record:
-    session: Session
-    expires: float
-    entries: list[bytes] = field(default_factory=list)
-    cancel_requested: bool = False
-
-
-class MemorySessionStore(SessionStore):
-    """For one router, and for the time in which the real store is away."""
-
-    kind = "memory"
-
-    def __init__(self, *, session_ttl_s: float = 600.0, clock: Callable[[], float] = time.time) -> None:
-        self._ttl_s = session_ttl_s
-        self._clock = clock
-        self._records: dict[str, _Record] = {}
-        self._leases: dict[str, dict[str, float]] = {}
-        self._tokens: dict[str, tuple[int, int]] = {}
-
-    async def ping(self) -> None:
-        """Always there."""
-
-    async def close(self) -> None:
-        """Nothing to release."""
-
-    async def create(self, session: Session) -> bool:
-        """See `SessionStore`."""
-        self._expire()
-        record = self._records.get(session.request_id)
-        if record and record.session.state is not SessionState.FAILED:
-            return False
-        self._records[session.request_id] = _Record(session, self._clock() + self._ttl_s)
-        return True
-
-    async def load(self, request_id: str) -> Session | None:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        return record.session if record else None
-
-    async def take_over(self, request_id: str, owner: str) -> None:
-        """See `SessionStore`."""
-        if record := self._get(request_id):
-            record.session = replace(record.session, owner=owner, state=SessionState.RUNNING)
-            record.cancel_requested = False
-
-    async def pair(self, request_id: str, owner: str, target: str, speculator: str) -> bool:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        if record is None or record.session.owner != owner:
-            return False
-        record.session = replace(record.session, target=target, speculator=speculator)
-        return True
-
-    async def append(self, request_id: str, owner: str, start: int, entries: Sequence[bytes]) -> LeaseState:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        if record is None:
-            return LeaseState.UNKNOWN
-        if record.session.owner != owner:
-            return LeaseState.LOST
-        if start > len(record.entries):
-            return LeaseState.UNKNOWN
-        record.entries[start:] = entries
-        record.expires = self._clock() + self._ttl_s
-        return LeaseState.HELD
-
-    async def read_journal(self, request_id: str) -> list[bytes]:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        return list(record.entries) if record else []
-
-    async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes) -> None:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        if record and record.session.owner == owner:
-            record.session = replace(record.session, state=state, ending=ending)
-            record.expires = self._clock() + self._ttl_s
-
-    async def renew(self, request_id: str, owner: str, tenant: str) -> LeaseState:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        if record is not None and record.session.owner != owner:
-            return LeaseState.LOST
-        self._leases.setdefault(tenant, {})[owner] = self._clock() + LEASE_S
-        if record is None:
-            return LeaseState.UNKNOWN
-        record.expires = self._clock() + self._ttl_s
-        return LeaseState.CANCEL_REQUESTED if record.cancel_requested else LeaseState.HELD
-
-    async def request_cancel(self, request_id: str, tenant: str) -> bool:
-        """See `SessionStore`."""
-        record = self._get(request_id)
-        if record is None or record.session.tenant != tenant or record.session.state is not SessionState.RUNNING:
-            return False
-        record.cancel_requested = True
-        return True
-
-    async def acquire(
-        self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
-    ) -> QuotaRefusal | None:
-        """See `SessionStore`."""
-        now = self._clock()
-        leases = {key: until for key, until in self._leases.get(tenant, {}).items() if until > now}
-        self._leases[tenant] = leases
-        num_running = len(leases) - (instead_of in leases)
-        if limits.max_concurrent_requests and num_running >= limits.max_concurrent_requests:
-            return concurrency_refusal(limits, num_running)
-        window, used = self._tokens.get(tenant, (0, 0))
-        if limits.tokens_per_minute and window == int(now) // WINDOW_S and used >= limits.tokens_per_minute:
-            return token_refusal(limits, used, now)
-        leases.pop(instead_of, None)
-        leases[owner] = now + LEASE_S
-        return None
-
-    async def release(self, tenant: str, owner: str) -> None:
-        """See `SessionStore`."""
-        self._leases.get(tenant, {}).pop(owner, None)
-
-    async def add_tokens(self, tenant: str, num_tokens: int) -> None:
-        """See `SessionStore`."""
-        self.count(tenant, num_tokens)
-
-    def count(self, tenant: str, num_tokens: int) -> None:
-        """`add_tokens` without waiting."""
-        current = int(self._clock()) // WINDOW_S
-        window, used = self._tokens.get(tenant, (current, 0))
-        self._tokens[tenant] = (current, num_tokens + (used if window == current else 0))
-
-    def _get(self, request_id: str) -> _Record | None:
-        record = self._records.get(request_id)
-        return record if record and record.expires > self._clock() else None
-
-    def _expire(self) -> None:
-        now = self._clock()
-        for key in [key for key, record in self._records.items() if record.expires <= now]:
-            del self._records[key]
+    async def add_tokens(self, tenant: str, counter: str, counted: int, total: int) -> None:
+        """Count tokens against this minute: ``counter`` has seen ``total``, of which it knows ``counted`` to be in."""
 
 
 def concurrency_refusal(limits: QuotaLimits, used: int) -> QuotaRefusal:

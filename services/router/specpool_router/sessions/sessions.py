@@ -1,131 +1,107 @@
-"""Sessions of this router: journals written behind the streams, leases, and life without the store.
+"""Sessions of this router: leases, resumption, cancellation, and life without the store.
 
 While the store is away running streams go on and their journals wait in memory; quotas are this router's own. When it
-is back, sessions that it forgot are written again in full.
+is back, sessions that it forgot are written again in full. `journal` writes, `quotas` counts, `store_state` knows
+whether the store is there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Final
 
-from specpool.errors import InvalidArgument, QuotaExceeded, SessionNotFound, SessionStoreUnavailable
+from specpool.background import Background
+from specpool.errors import InvalidArgument, SessionNotFound, SessionStoreUnavailable, TargetUnavailable
 from specpool_router.auth.tenants import Tenant
 from specpool_router.metrics import RouterMetrics
-from specpool_router.sessions.session_store import (
-    LeaseState,
-    MemorySessionStore,
-    Session,
-    SessionState,
-    SessionStore,
-)
+from specpool_router.sessions.journal import JournalWriter
+from specpool_router.sessions.lease import Lease
+from specpool_router.sessions.quotas import Quotas
+from specpool_router.sessions.session_store import LeaseState, OperationRefused, Session, SessionState, SessionStore
+from specpool_router.sessions.store_state import StoreState
 
-_logger = logging.getLogger(__name__)
-_FLUSH_S: Final = 0.05
 _RENEW_S: Final = 1.0
-_MAX_UNWRITTEN: Final = 10_000
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """A session that this router runs."""
-
-    session: Session
-    tenant: Tenant
-    stop: Callable[[SessionState], None]
-    """Called when the session was cancelled elsewhere (CANCELLED) or another stream took it over (FAILED)."""
-    journal: list[bytes] = field(default_factory=list)
-    num_written: int = 0
-    num_tokens_uncounted: int = 0
-    ended: tuple[SessionState, bytes] | None = None
-    end_written: bool = False
-
-    @property
-    def is_unwritten(self) -> bool:
-        """Whether the store lacks something."""
-        journal = self.num_written < len(self.journal) or self.num_tokens_uncounted > 0
-        return journal or (self.ended is not None and not self.end_written)
+_TOKENS_S: Final = 0.1
+"""Between two reports of what was counted."""
+_MAX_RENEWED: Final = 256
+"""Leases renewed at once."""
+_WRITTEN_S: Final = 2.0
+"""Longest wait for what this router itself has still to write."""
+_CLOSE_S: Final = 2.0
+_MAX_TAKE_OVERS: Final = 3
+_BYTES_PER_TOKEN: Final = 4
+"""Of a prompt that nobody counted."""
+MAX_REQUEST_BYTES: Final = 8 << 20
 
 
 class Sessions:
     """All sessions of this router."""
 
-    def __init__(self, store: SessionStore, metrics: RouterMetrics) -> None:
+    def __init__(
+        self, store: SessionStore, metrics: RouterMetrics, *, max_request_bytes: int = MAX_REQUEST_BYTES
+    ) -> None:
         self.store = store
-        self._metrics = metrics
-        self._local = MemorySessionStore()
-        self._up = True
+        self._max_request_bytes = max_request_bytes
+        self._state = StoreState(store, metrics)
+        self._quotas = Quotas(store, self._state, metrics)
+        self._journal = JournalWriter(store, self._state, metrics, self._react)
         self._leases: dict[str, Lease] = {}
-        self._dirty: dict[Lease, None] = {}
-        self._wake = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._pairings: set[asyncio.Task[None]] = set()
+        self._background = Background("sessions")
 
     @property
     def reachable(self) -> bool:
-        """Whether the store answered last time."""
-        return self._up
+        """Whether the store can be used."""
+        return self._state.up
 
     async def start(self) -> None:
-        """Connect to the store; fails if it is not there."""
-        await self.store.start()
-        self._metrics.set_session_store_up(True)
-        self._tasks = [asyncio.create_task(self._write_behind()), asyncio.create_task(self._renew())]
+        """Look for the store and begin. Its absence is no obstacle; ConfigError if it can never be used."""
+        await self._state.start()
+        self._background.keep_running(self._state.watch, name="watch of the session store")
+        self._background.keep_running(self._journal.run, name="journal")
+        self._background.keep_running(self._write_tokens, name="token counts")
+        self._background.keep_running(self._renew, name="renewal of leases")
 
     async def close(self) -> None:
         """Write what is left, if the store is there."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         with contextlib.suppress(SessionStoreUnavailable, TimeoutError):
-            async with asyncio.timeout(2.0):
-                await self._flush()
+            if self._state.up:
+                async with asyncio.timeout(_CLOSE_S):
+                    await asyncio.gather(self._journal.write_all(), self._quotas.write_tokens())
         await self.store.close()
 
     async def admit(self, tenant: Tenant, owner: str, *, instead_of: str = "") -> None:
-        """Take a place in the tenant's quota, this router's, then everybody's; see `SessionStore.acquire`."""
-        refusal = await self._local.acquire(tenant.name, owner, tenant.limits, instead_of=instead_of)
-        if refusal is None and self._up:
-            try:
-                refusal = await self.store.acquire(tenant.name, owner, tenant.limits, instead_of=instead_of)
-            except SessionStoreUnavailable as error:
-                self._set_up(False, error)
-            if refusal is not None:
-                await self._local.release(tenant.name, owner)
-        if refusal is not None:
-            self._metrics.quota_refused(tenant.name)
-            raise QuotaExceeded(
-                f"tenant {tenant.name!r} is at its limit: {refusal.limit_name} is {refusal.limit}, "
-                f"{refusal.used} in use; retry in {refusal.retry_after_s:.0f} s",
-                metadata={
-                    "limit": refusal.limit_name,
-                    "value": refusal.limit,
-                    "used": refusal.used,
-                    "retry_after_s": f"{refusal.retry_after_s:.1f}",
-                },
-            )
+        """Take a place in the tenant's quota; see `Quotas.admit`."""
+        await self._quotas.admit(tenant, owner, instead_of=instead_of)
 
     async def release(self, tenant: Tenant, owner: str) -> None:
         """Give the place back."""
-        await self._local.release(tenant.name, owner)
-        if self._up:
-            try:
-                await self.store.release(tenant.name, owner)
-            except SessionStoreUnavailable as error:  # the lease runs out by itself
-                self._set_up(False, error)
+        await self._quotas.release(tenant, owner)
+
+    def check_size(self, num_bytes: int) -> None:
+        """Refuse a request that is too large to be kept, before anything is done with it."""
+        if num_bytes > self._max_request_bytes:
+            accepted = f"up to {self._max_request_bytes} bytes"
+            raise InvalidArgument(
+                f"the request has {num_bytes} bytes; accepted: {accepted}",
+                reason="REQUEST_TOO_LARGE",
+                metadata={"field": "request", "value": num_bytes, "accepted": accepted},
+            )
 
     async def open(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
         """Begin a session. Its id must be new."""
+        self.check_size(len(session.request))
+        if (former := self._journal.ended(session.request_id)) is not None and self._state.up:
+            await _written(former)
         created = session.request_id not in self._leases
-        if created and self._up:
+        if created and self._state.up:
             try:
                 created = await self.store.create(session)
             except SessionStoreUnavailable as error:
-                self._set_up(False, error)
+                self._state.failed(error)
         if not created:
             raise InvalidArgument(
                 f"request_id {session.request_id!r} is in use; choose another, or call Resume",
@@ -136,8 +112,13 @@ class Sessions:
 
     async def find(self, request_id: str, tenant: Tenant) -> Session:
         """The tenant's session; `SessionNotFound` if there is none."""
-        await self._flushed(request_id)
-        session = await self.store.load(request_id)
+        self._state.require()
+        if (ended := self._journal.ended(request_id)) is not None and not await _written(ended):
+            raise SessionStoreUnavailable(
+                f"session {request_id!r} is not written yet; retry", metadata={"request_id": request_id}
+            )
+        async with self._store_in_use():
+            session = await self.store.load(request_id)
         if session is None or session.tenant != tenant.name:
             raise SessionNotFound(
                 f"no session {request_id!r}: it never was, or it has expired", metadata={"request_id": request_id}
@@ -148,44 +129,52 @@ class Sessions:
         """Make `owner` the owner of a session, unless it has ended meanwhile, and stop the stream that runs it."""
         lease = self._leases.get(request_id)
         if lease is not None and lease.tenant.name == tenant.name:
-            lease.stop(SessionState.FAILED)
             del self._leases[request_id]
-        session = await self.find(request_id, tenant)
-        if session.ending:
-            return session
-        await self.store.take_over(request_id, owner)
-        return Session(request_id=request_id, tenant=tenant.name, owner=owner, request=session.request)
+            lease.began = True  # it goes on elsewhere
+            self._lose(lease)
+            await _written(lease)
+        for _ in range(_MAX_TAKE_OVERS):
+            session = await self.find(request_id, tenant)
+            if session.ending:
+                return session
+            async with self._store_in_use():
+                if await self.store.take_over(request_id, owner, session.owner):
+                    return Session(request_id=request_id, tenant=tenant.name, owner=owner, request=session.request)
+        raise TargetUnavailable(f"other streams take over {request_id!r}; retry", reason="SESSION_TAKEN_OVER")
 
     def reopen(
         self, session: Session, journal: list[bytes], tenant: Tenant, stop: Callable[[SessionState], None]
     ) -> Lease:
-        """Run a session that was taken over."""
-        return self._hold(Lease(session, tenant, stop, journal, len(journal)))
+        """Run a session that was taken over; its journal in the store becomes ``journal``."""
+        return self._hold(Lease(session, tenant, stop, journal, began=True))
 
     def pair(self, lease: Lease, target: str, speculator: str) -> None:
         """Note where it runs. Does not wait."""
         lease.session = replace(lease.session, target=target, speculator=speculator)
-        task = asyncio.create_task(self._pair(lease))
-        self._pairings.add(task)
-        task.add_done_callback(self._pairings.discard)
+        lease.pairing_written = False
+        self._journal.mark(lease)
 
     def append(self, lease: Lease, entry: bytes, num_tokens: int) -> None:
         """Journal a delta. Does not wait."""
         lease.journal.append(entry)
         self.count_tokens(lease, num_tokens)
+        self._journal.mark(lease)
 
     def count_tokens(self, lease: Lease, num_tokens: int) -> None:
-        """Count tokens (the prompt's) against the quota. Does not wait."""
-        lease.num_tokens_uncounted += num_tokens
-        self._local.count(lease.tenant.name, num_tokens)
-        self._mark(lease)
+        """Count tokens (the prompt's) against the quota: the target has taken the request. Does not wait."""
+        lease.began = True
+        self._quotas.count(lease.tenant, num_tokens)
 
-    def finish(self, lease: Lease, state: SessionState, ending: bytes) -> None:
-        """The session ended. Does not wait."""
+    def finish(self, lease: Lease, state: SessionState, ending: bytes, *, invalid: bool = False) -> None:
+        """The session ended. Does not wait. An ``invalid`` request costs its tenant what its prompt may have cost."""
+        if not lease.began and (invalid or state is SessionState.DETACHED):
+            self._quotas.count(lease.tenant, len(lease.session.request) // _BYTES_PER_TOKEN)
+        if ending:
+            lease.session = replace(lease.session, request=lease.session.outline())
         lease.ended = (state, ending)
         if self._leases.get(lease.session.request_id) is lease:
             del self._leases[lease.session.request_id]
-        self._mark(lease)
+        self._journal.mark(lease)
 
     async def cancel(self, request_id: str, tenant: Tenant) -> bool:
         """Cancel a running session, here or on another router."""
@@ -195,108 +184,80 @@ class Sessions:
                 return False
             lease.stop(SessionState.CANCELLED)
             return True
-        return await self.store.request_cancel(request_id, tenant.name)
+        async with self._store_in_use():
+            return await self.store.request_cancel(request_id, tenant.name)
 
-    async def _flushed(self, request_id: str) -> None:
-        """Wait until this router's own writes of a session that it no longer runs are done."""
-        while self._up and any(
-            lease.session.request_id == request_id and lease is not self._leases.get(request_id)
-            for lease in self._dirty
-        ):
-            await asyncio.sleep(_FLUSH_S / 5)
+    @contextlib.asynccontextmanager
+    async def _store_in_use(self) -> AsyncIterator[None]:
+        """For what cannot be done without the store: nobody waits for one that is known to be away."""
+        self._state.require()
+        try:
+            yield
+        except SessionStoreUnavailable as error:
+            self._state.failed(error)
+            raise
 
     def _hold(self, lease: Lease) -> Lease:
         self._leases[lease.session.request_id] = lease
         return lease
 
-    def _mark(self, lease: Lease) -> None:
-        self._dirty[lease] = None
-        if len(self._dirty) > _MAX_UNWRITTEN:  # the store is away for long: ended sessions cannot be resumed then
-            oldest = next((lease for lease in self._dirty if lease.ended), None)
-            if oldest is not None:
-                del self._dirty[oldest]
-        self._wake.set()
+    def _lose(self, lease: Lease) -> None:
+        """Another stream has the session."""
+        self._quotas.forget(lease.tenant, lease.session.owner)
+        lease.stop(SessionState.FAILED)
 
-    async def _pair(self, lease: Lease) -> None:
-        session = lease.session
-        if self._up:
-            try:
-                await self.store.pair(session.request_id, session.owner, session.target, session.speculator)
-            except SessionStoreUnavailable as error:
-                self._set_up(False, error)
+    def _react(self, lease: Lease, state: LeaseState) -> None:
+        if lease.ended is not None:
+            return
+        if state is LeaseState.CANCEL_REQUESTED:
+            lease.stop(SessionState.CANCELLED)
+        elif state is LeaseState.LOST:
+            self._lose(lease)
+        elif state is LeaseState.UNKNOWN:
+            self._journal.mark(lease)
 
-    async def _write_behind(self) -> None:
+    async def _write_tokens(self) -> None:
         while True:
-            await self._wake.wait()
-            await asyncio.sleep(_FLUSH_S)  # gathers the deltas of a few steps into one write
-            self._wake.clear()
-            if not self._up:
-                continue
-            try:
-                await self._flush()
-            except SessionStoreUnavailable as error:
-                self._set_up(False, error)
-
-    async def _flush(self) -> None:
-        for lease in list(self._dirty):
-            await self._write(lease)
-            if not lease.is_unwritten:
-                self._dirty.pop(lease, None)
-
-    async def _write(self, lease: Lease) -> None:
-        session, store = lease.session, self.store
-        if num_tokens := lease.num_tokens_uncounted:
-            await store.add_tokens(lease.tenant.name, num_tokens)
-            lease.num_tokens_uncounted -= num_tokens
-        ended = lease.ended
-        end = len(lease.journal)
-        state = await store.append(
-            session.request_id, session.owner, lease.num_written, lease.journal[lease.num_written : end]
-        )
-        if state is LeaseState.UNKNOWN:  # the store lost it, or never had it
-            await store.create(session)
-            state = await store.append(session.request_id, session.owner, 0, lease.journal[:end])
-        if state is LeaseState.LOST:
-            lease.stop(SessionState.FAILED)
-        lease.num_written = end
-        if ended is not None:
-            await store.finish(session.request_id, session.owner, *ended)
-            lease.end_written = True
+            await asyncio.sleep(_TOKENS_S)
+            if self._state.up:
+                try:
+                    await self._quotas.write_tokens()
+                except SessionStoreUnavailable as error:
+                    self._state.failed(error)
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(_RENEW_S)
-            for lease in list(self._leases.values()):
-                await self._local.renew(lease.session.request_id, lease.session.owner, lease.tenant.name)
             try:
-                if not self._up:
-                    await self.store.ping()
-                    self._set_up(True)
-                await self._renew_leases()
-                await self.store.ping()
+                if self._state.up:
+                    await self._renew_leases()
+                await self._quotas.renew()
             except SessionStoreUnavailable as error:
-                self._set_up(False, error)
+                self._state.failed(error)
 
     async def _renew_leases(self) -> None:
-        for request_id, lease in list(self._leases.items()):
-            if self._leases.get(request_id) is not lease:
-                continue  # it ended while others were renewed
-            session = lease.session
-            state = await self.store.renew(session.request_id, session.owner, lease.tenant.name)
-            if state is LeaseState.CANCEL_REQUESTED:
-                lease.stop(SessionState.CANCELLED)
-            elif state is LeaseState.LOST:
-                lease.stop(SessionState.FAILED)
-            elif state is LeaseState.UNKNOWN:
-                self._mark(lease)
+        now = asyncio.get_running_loop().time()
+        leases = [lease for lease in self._leases.values() if now - lease.last_write >= _RENEW_S]
+        for start in range(0, len(leases), _MAX_RENEWED):
+            await asyncio.gather(*map(self._renew_lease, leases[start : start + _MAX_RENEWED]))
 
-    def _set_up(self, up: bool, error: Exception | None = None) -> None:
-        if up == self._up:
-            return
-        self._up = up
-        self._metrics.set_session_store_up(up)
-        if up:
-            _logger.info("the session store is back")
-            self._wake.set()
+    async def _renew_lease(self, lease: Lease) -> None:
+        session = lease.session
+        if self._leases.get(session.request_id) is not lease:
+            return  # it ended while others were renewed
+        try:
+            state = await self.store.renew(session.request_id, session.owner)
+        except OperationRefused as error:
+            self._state.failed(error)
         else:
-            _logger.warning("going on without the session store, with this router's own limits: %s", error)
+            self._react(lease, state)
+
+
+async def _written(lease: Lease) -> bool:
+    """Wait until what the lease has is in the store, within bounds."""
+    try:
+        async with asyncio.timeout(_WRITTEN_S):
+            await lease.written.wait()
+    except TimeoutError:
+        return False
+    return True
