@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 
-# Under --import-mode=importlib a folder of tests is no package: its helper module is loaded by path.
-if "router_fakes" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("router_fakes", Path(__file__).with_name("fakes.py"))
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules["router_fakes"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["router_fakes"])
-
 from specpool_router.config import RouterConfig
 from specpool_router.metrics import RouterMetrics
 from specpool_router.server import serve
 from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
+
+# Under --import-mode=importlib a folder of tests is no package: its helper modules are loaded by path.
+for _name, _file in (("router_fakes", "fakes.py"), ("store_servers", "store_servers.py")):
+    if _name not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(_file))
+        assert _spec is not None
+        assert _spec.loader is not None
+        sys.modules[_name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_name])
 
 StartRouter = Callable[..., Awaitable[str]]
 
@@ -63,13 +64,16 @@ async def valkey() -> AsyncIterator[EmbeddedValkey]:
 
 
 @pytest.fixture(params=["valkey", "redis-server"])
-async def any_server(request: pytest.FixtureRequest) -> AsyncIterator[EmbeddedValkey]:
-    if request.param == "redis-server":
-        binary = shutil.which("redis-server")
-        if binary is None:
-            pytest.skip("redis-server is not on PATH")
-        path = Path(binary)
-    else:
-        path = find_binary()
-    async with EmbeddedValkey(binary=path) as server:
+def store_binary(request: pytest.FixtureRequest) -> Path:
+    if request.param == "valkey":
+        return find_binary()
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not on PATH")
+    return Path(binary)
+
+
+@pytest.fixture
+async def any_server(store_binary: Path) -> AsyncIterator[EmbeddedValkey]:
+    async with EmbeddedValkey(binary=store_binary) as server:
         yield server

@@ -82,7 +82,7 @@ class JournalWriter:
                 await self.write_all()
             except SessionStoreUnavailable as error:
                 self._state.failed(error)
-            pause_s = min(max(_GATHER_S, self._clock() - started), _LONGEST_GATHER_S)
+            pause_s = min(max(_GATHER_S, (self._clock() - started) / 2), _LONGEST_GATHER_S)
             if self._dirty:
                 self._wake.set()
 

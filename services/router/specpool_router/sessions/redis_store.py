@@ -70,6 +70,7 @@ class RedisSessionStore(SessionStore):
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,
             retry=Retry(NoBackoff(), 1),
+            protocol=2,  # nothing newer is needed, and any server speaks it
         )
         self._redis: Any = redis.Redis.from_pool(pool)
         self._writes = RedisLane(self._redis)
@@ -183,21 +184,24 @@ class RedisSessionStore(SessionStore):
     async def _answer(self, answer: Awaitable[_T]) -> _T:
         try:
             return await answer
-        except _REFUSED_USER as error:
-            raise self._misconfigured(f"it refuses this user ({str(error).rstrip('.')})") from error
-        except exceptions.InvalidResponse as error:
-            raise self._misconfigured("what answers there is neither Redis nor Valkey") from error
-        except exceptions.ResponseError as error:
-            text = str(error).rstrip(".")
-            if "DB index" in text:
-                raise self._misconfigured(text) from error
-            if isinstance(error, _UNUSABLE) or text.startswith(_UNUSABLE_WORDS):
-                raise self._unavailable(text) from error
-            raise OperationRefused(
-                f"session store {self._url} refuses an operation: {text}", metadata={"url": self._url}
-            ) from error
         except (exceptions.RedisError, OSError) as error:
-            raise self._unavailable(str(error).rstrip(".") or type(error).__name__) from error
+            raise self._as_ours(error) from error
+
+    def _as_ours(self, error: Exception) -> SessionStoreUnavailable:
+        # What a server says while a connection is made may come as the cause of a ConnectionError.
+        said = error.__cause__ if isinstance(error.__cause__, exceptions.RedisError) else error
+        text = str(said).rstrip(".") or type(said).__name__
+        if isinstance(said, _REFUSED_USER):
+            return self._misconfigured(f"it refuses this user ({text})")
+        if isinstance(said, exceptions.InvalidResponse):
+            return self._misconfigured("what answers there is neither Redis nor Valkey")
+        if not isinstance(said, exceptions.ResponseError):
+            return self._unavailable(text)
+        if "DB index" in text:
+            return self._misconfigured(text)
+        if isinstance(said, _UNUSABLE) or text.startswith(_UNUSABLE_WORDS):
+            return self._unavailable(text)
+        return OperationRefused(f"session store {self._url} refuses an operation: {text}", metadata={"url": self._url})
 
     def _unavailable(self, why: str) -> SessionStoreUnavailable:
         return SessionStoreUnavailable(
