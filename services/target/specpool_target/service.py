@@ -16,6 +16,7 @@ from specpool.discovery.discovery import Discovery
 from specpool.discovery.messages import from_messages
 from specpool.discovery.told import ToldDiscovery
 from specpool.errors import Draining, EngineFailed
+from specpool.rpc.checks import check_grace
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_target.engine.engine import TargetEngine
@@ -147,6 +148,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         self, request: target_pb2.DrainTargetRequest, context: Context
     ) -> target_pb2.DrainTargetResponse:
         """See the protocol."""
+        check_grace(request.grace_seconds)
         self._start_draining()
         if self._grace_task is None:
             self._grace_task = asyncio.create_task(self._end_after(request.grace_seconds))

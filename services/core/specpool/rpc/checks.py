@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from specpool.errors import InvalidArgument
+from specpool.request_limits import invalid_value
 
 MAX_ROUND: Final = 2**31 - 1
 """Rounds are counted on from what peers say, and the sums must fit into the protocol's numbers."""
@@ -24,13 +24,13 @@ MAX_GRACE_S: Final = 7 * 24 * 3600.0
 def check_range(field: str, value: float, low: float, high: float) -> None:
     """``low`` and ``high`` are accepted themselves."""
     if not low <= value <= high:
-        raise invalid(field, value, f"from {low:g} to {high:g}")
+        raise invalid_value(field, value, f"between {low:.15g} and {high:.15g}")
 
 
 def check_size(field: str, size: int, most: int) -> None:
     """Of a list, a text or bytes."""
     if size > most:
-        raise invalid(field, f"{size} items", f"at most {most} long")
+        raise invalid_value(field, f"{size} items", f"at most {most} long")
 
 
 def check_weight(weight: float) -> None:
@@ -41,11 +41,3 @@ def check_weight(weight: float) -> None:
 def check_grace(seconds: float) -> None:
     """How long a drain may take."""
     check_range("grace_seconds", seconds, 0, MAX_GRACE_S)
-
-
-def invalid(field: str, value: object, accepted: str) -> InvalidArgument:
-    """The error of a field."""
-    shown = str(value)[:200]
-    return InvalidArgument(
-        f"{field} must be {accepted}, got {shown}", metadata={"field": field, "value": shown, "accepted": accepted}
-    )

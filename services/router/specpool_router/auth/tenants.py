@@ -23,10 +23,13 @@ from typing import Any
 import yaml
 
 from specpool.errors import ConfigError, Unauthenticated
+from specpool.rpc.checks import MAX_WEIGHT
 from specpool_router.sessions.session_store import QuotaLimits
 
 _KEYS = {"name", "key_sha256", "weight", "max_concurrent_requests", "tokens_per_minute", "cache_salt", "operator"}
 _SHA256_HEX_DIGITS = 64
+_MAX_NUMBER = 10**15
+"""Scripts of the session store count in float64: every whole number up to here is exact there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +107,8 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
         tokens_per_minute=int(_number(path, entry, "tokens_per_minute", 0)),
     )
     weight = _number(path, entry, "weight", 1.0)
-    if weight == 0:
-        raise _invalid(path, f"weight of tenant {name!r} must be more than 0")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise _invalid(path, f"weight of tenant {name!r} must be more than 0 and at most {MAX_WEIGHT:.0f}")
     operator = entry.get("operator", False)
     if not isinstance(operator, bool):
         raise _invalid(path, f"operator of tenant {name!r} must be true or false")
@@ -115,8 +118,10 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
 
 def _number(path: str, entry: dict[str, Any], key: str, default: float) -> float:
     value = entry.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise _invalid(path, f"{key} of tenant {entry['name']!r} must be a number of at least 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MAX_NUMBER:
+        raise _invalid(
+            path, f"{key} of tenant {entry['name']!r} must be a number from 0 to {_MAX_NUMBER}, got {value!r}"
+        )
     return float(value)
 
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from specpool.errors import PermissionDenied
+from specpool.rpc.checks import check_grace
 from specpool.v1 import router_pb2, router_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import Tenants
 from specpool_router.generation.admission import Admission
@@ -72,6 +73,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
         if not tenant.operator:
             raise PermissionDenied(f"tenant {tenant.name!r} is no operator; only operators may drain the router")
+        check_grace(request.grace_seconds)
         self.grace_s = request.grace_seconds
         self._stop.set()
         return router_pb2.DrainRouterResponse(num_streams_running=self._admission.num_streams)

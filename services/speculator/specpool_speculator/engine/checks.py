@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from specpool.errors import InvalidArgument
+from specpool.request_limits import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, check_number, invalid_value
 from specpool.rpc.checks import (
     MAX_DRAFT_TOKENS,
     MAX_NAME_CHARS,
@@ -17,13 +18,11 @@ from specpool.rpc.checks import (
     check_range,
     check_size,
     check_weight,
-    invalid,
 )
 from specpool.v1 import speculator_pb2, types_pb2
 
 MAX_DEADLINE_MS: Final = 60_000.0
 """A later deadline is read as this one."""
-_MAX_STOP_TOKENS: Final = 65_536
 _MAX_TRACEPARENT_CHARS: Final = 256
 _MAX_TRANSPORTS: Final = 16
 _MAX_KEY_BYTES: Final = 65_536
@@ -47,15 +46,16 @@ def check_open(message: speculator_pb2.OpenSequence, *, vocab_size: int, max_con
     check_size("tenant", len(message.tenant), MAX_NAME_CHARS)
     check_size("cache_salt", len(message.cache_salt), MAX_SALT_BYTES)
     check_size("traceparent", len(message.traceparent), _MAX_TRACEPARENT_CHARS)
-    check_size("sampling.stop_token_ids", len(message.sampling.stop_token_ids), _MAX_STOP_TOKENS)
+    check_number("sampling.stop_token_ids", message.sampling.stop_token_ids, MAX_STOP_TOKEN_IDS)
+    check_number("sampling.logit_bias", message.sampling.logit_bias, MAX_LOGIT_BIASES)
     check_weight(message.tenant_weight)
     if not 1 <= (num_tokens := len(message.token_ids)) <= max_context:
-        raise invalid("token_ids", f"{num_tokens} tokens", f"1 to {max_context} tokens")
+        raise invalid_value("token_ids", f"{num_tokens} tokens", f"1 to {max_context} tokens")
     check_range("num_prompt_tokens", message.num_prompt_tokens, 0, num_tokens)
     if message.verification not in types_pb2.VerificationMode.values():
-        raise invalid("verification", message.verification, "a value of the protocol")
+        raise invalid_value("verification", message.verification, "a value of the protocol")
     if message.mode not in types_pb2.SpeculationMode.values():
-        raise invalid("mode", message.mode, "a value of the protocol")
+        raise invalid_value("mode", message.mode, "a value of the protocol")
     check_tokens("token_ids", message.token_ids, vocab_size)
     check_draft(message.round, message.draft_tokens, vocab_size)
 
