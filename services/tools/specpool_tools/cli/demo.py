@@ -13,7 +13,7 @@ from specpool_tools.bench.machine import recommended_arguments
 from specpool_tools.bench.system import running_system
 from specpool_tools.cli.generate import GenerateOptions, build_request, chat_messages
 from specpool_tools.cli.models import run_fetch
-from specpool_tools.models.catalogue import CATALOGUE
+from specpool_tools.models.catalogue import known_models
 from specpool_tools.models.fetch import Source
 
 _PROMPT = "Write a Python function that returns the n-th Fibonacci number, and explain it in two sentences."
@@ -22,7 +22,7 @@ _PROMPT = "Write a Python function that returns the n-th Fibonacci number, and e
 def run_demo(target: str, draft: str, *, prompt: str, max_tokens: int) -> None:
     """Everything from nothing to a summary."""
     console = Console()
-    run_fetch([name for name in (target, draft) if name in CATALOGUE], Source.AUTO)
+    run_fetch([name for name in (target, draft) if name in known_models()], Source.AUTO)
     console.print(f"starting router, target ({target}), speculator ({draft}) and session store ...")
     arguments = ("--target", target, "--draft", draft, "--lookahead", "3", *recommended_arguments())
     with running_system(arguments) as endpoint:

@@ -15,7 +15,7 @@ from specpool import shutdown
 from specpool.config.loading import Parser, load_config, parse_flags
 from specpool.errors import ConfigError
 from specpool.paths import write_atomically
-from specpool_tools.models.resolve import resolve_model
+from specpool_tools.models.catalogue import resolve_model
 
 ROLES: Mapping[str, str] = {
     "target": "TargetConfig",

@@ -17,7 +17,7 @@ from specpool_tools.local.colocation import speculator_share, target_share
 from specpool_tools.local.cores import default_threads, num_cores, parse_affinity
 from specpool_tools.local.supervisor import ChildSpec
 from specpool_tools.local.up_config import UpConfig
-from specpool_tools.models.resolve import resolve_model
+from specpool_tools.models.catalogue import resolve_model
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """Weights in huge pages where the kernel leaves the choice to the program: a decoding step reads all of them, and

