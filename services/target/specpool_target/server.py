@@ -32,6 +32,7 @@ from specpool_target.service import TargetService
 
 _logger = logging.getLogger(__name__)
 _INCARNATION_BITS: Final = 64
+_MAX_UINT32: Final = 2**32 - 1
 
 
 async def serve(
@@ -69,7 +70,7 @@ async def serve(
     watch_model(model, engine.thread.abort)
     info.max_context = engine.max_context
     codec = TextCodec(tokenizer)
-    info.max_prompt_chars = engine.max_context * codec.max_chars_per_token()
+    info.max_prompt_chars = min(engine.max_context * codec.max_chars_per_token(), _MAX_UINT32)
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
     receiver = DenseReceiver(
         device=model.device, vocab_size=model.vocab_size, on_received=metrics.dense_distributions
