@@ -1,0 +1,31 @@
+"""What a sequence verifies next, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from specpool.algorithm.speculation_cache import LookupKind
+from specpool.v1 import speculator_pb2
+
+
+class DraftSource(IntEnum):
+    """Where the tokens that a round verifies come from; the numbers are the protocol's."""
+
+    NONE = speculator_pb2.DRAFT_SOURCE_NONE
+    SPECULATOR = speculator_pb2.DRAFT_SOURCE_SPECULATOR
+    """From a pushed table, or drafted just in time; an engine's own tokens may follow."""
+    BACKUP = speculator_pb2.DRAFT_SOURCE_BACKUP
+    """The engine's own, prompt lookup for example."""
+
+
+@dataclass(frozen=True, slots=True)
+class NextDraft:
+    """What the pool proposes after an outcome."""
+
+    kind: LookupKind | None = None
+    """None: nothing was looked up, since no speculator knows the sequence."""
+    tokens: tuple[int, ...] = ()
+    """To verify next; empty when late, missed or not looked up."""
+    rank: int | None = None
+    """Of the bonus token among the guesses of its position, from 0; None: not among them."""

@@ -1,0 +1,159 @@
+"""The speculators that the directory names, and what is known of each without a stream to it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from specpool.rpc.client import channel
+from specpool.speculation.choice import Candidate
+from specpool.speculation.connection import Connection, PlacedSequence
+from specpool.speculation.link import SpeculatorLink
+from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+
+_STATUS_TIMEOUT_S: Final = 2.0
+_HOPEFUL_S: Final = 1.0
+_ROUND_TRIPS: Final = 12
+_UNKNOWN_ROW_BUDGET: Final = 64
+_FREE_KV_SHARE: Final = 0.02
+
+
+@dataclass(slots=True)
+class Member:
+    """One speculator. Belongs to the pool's event loop; engines read it."""
+
+    address: str
+    labels: Mapping[str, str]
+    is_named: bool = True
+    """Whether the directory names it."""
+    is_terminating: bool = False
+    """Whether it names it as one that goes."""
+    link: SpeculatorLink | None = None
+    status: speculator_pb2.GetSpeculatorStatusResponse | None = None
+    """The last one that it answered."""
+    was_asked: bool = False
+    """Whether it answered, or did not, at least once."""
+    is_reachable: bool = False
+    """Whether it answered the last time."""
+    round_trip_s: float = 0.0
+    """The shortest of the last few."""
+    refused_until_s: float = 0.0
+    """It takes no further sequences before (`monotonic`)."""
+    idle_since_s: float | None = None
+    """It has had no sequence since."""
+    leaving_since_s: float | None = None
+    """It said that it goes away."""
+    crowded_since_s: float | None = None
+    """There has been a better place for its sequences since."""
+    task: asyncio.Task[None] | None = None
+    ask_now: asyncio.Event = field(default_factory=asyncio.Event)
+    _round_trips_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ROUND_TRIPS))
+
+    @property
+    def connection(self) -> Connection | None:
+        """The live one."""
+        link = self.link
+        return None if link is None else link.connection
+
+    def placed(self) -> list[PlacedSequence]:
+        """Sequences of this pool that it has."""
+        connection = self.connection
+        return [] if connection is None else connection.placed()
+
+    def is_connecting(self, now_s: float) -> bool:
+        """Whether the first attempt is still running, and not for long."""
+        link = self.link
+        is_first = link is not None and link.connection is None and not link.has_failed
+        return is_first and link is not None and now_s - link.created_at_s < _HOPEFUL_S
+
+    def takes_sequences(self, now_s: float) -> bool:
+        """Connected, staying, answering, and not full."""
+        connection = self.connection
+        return (
+            connection is not None
+            and connection.is_open
+            and self.is_named
+            and not self.is_terminating
+            and self.leaving_since_s is None
+            and now_s >= self.refused_until_s
+            and not connection.is_stalled(now_s)
+        )
+
+    def reason_to_leave(self, now_s: float) -> str | None:
+        """Why its sequences should go elsewhere, if they should."""
+        connection = self.connection
+        if self.leaving_since_s is not None:
+            return "going_away"
+        if not self.is_named or self.is_terminating:
+            return "unlisted"
+        return "silent" if connection is not None and connection.is_stalled(now_s) else None
+
+    def is_worth_connecting(self, now_s: float, fingerprint: str) -> bool:
+        """Not connected, and nothing is known that speaks against it."""
+        stays = self.is_named and not self.is_terminating
+        if self.link is not None or not stays or not self.was_asked or now_s < self.refused_until_s:
+            return False
+        status = self.status
+        return status is None or (
+            status.state == types_pb2.SERVING_STATE_SERVING and status.model.tokenizer_fingerprint == fingerprint
+        )
+
+    def candidate(self, own_labels: Mapping[str, str]) -> Candidate:
+        """As the choice sees it."""
+        connection, status = self.connection, self.status
+        told: speculator_pb2.HelloAck | speculator_pb2.GetSpeculatorStatusResponse
+        if connection is not None:
+            told, load, num_reported_ours = connection.ack, connection.measured.load, connection.measured.num_placed
+            num_ours = connection.num_placed
+        else:
+            told = status or speculator_pb2.GetSpeculatorStatusResponse()
+            load, num_ours, num_reported_ours = told.load, 0, 0
+        num_reported = load.num_sequences_running + load.num_sequences_waiting
+        return Candidate(
+            address=self.address,
+            num_sequences=max(num_ours, num_reported - num_reported_ours + num_ours),
+            row_budget=told.row_budget or _UNKNOWN_ROW_BUDGET,
+            max_sequences=told.max_sequences,
+            num_labels_apart=sum(self.labels.get(key, value) != value for key, value in own_labels.items()),
+            round_trip_s=self.round_trip_s,
+            has_free_kv=load.num_free_kv_blocks >= _FREE_KV_SHARE * load.num_kv_blocks,
+        )
+
+    async def ask_forever(self, interval_s: Callable[[], float], on_answer: Callable[[], None]) -> None:
+        """Ask it for its status now and then, over a connection that is closed again."""
+        while True:
+            await self._ask()
+            self.was_asked = True
+            on_answer()
+            self.ask_now.clear()
+            try:
+                await asyncio.wait_for(self.ask_now.wait(), interval_s() * random.uniform(0.8, 1.2))
+            except TimeoutError:
+                continue
+
+    async def _ask(self) -> None:
+        try:
+            async with channel(self.address) as to:
+                self.is_reachable = await asyncio.wait_for(self._ask_over(to), _STATUS_TIMEOUT_S)
+        except (grpc.aio.AioRpcError, TimeoutError):
+            self.is_reachable = False
+
+    async def _ask_over(self, to: grpc.aio.Channel) -> bool:
+        await to.channel_ready()
+        asked_s = time.perf_counter()
+        stub: Any = speculator_pb2_grpc.SpeculatorServiceStub(to)
+        try:
+            self.status = await stub.GetSpeculatorStatus(speculator_pb2.GetSpeculatorStatusRequest())
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.UNIMPLEMENTED
+        self._round_trips_s.append(time.perf_counter() - asked_s)
+        self.round_trip_s = min(self._round_trips_s)
+        return True

@@ -1,0 +1,70 @@
+"""Messages to speculators on their way from engine threads to the event loop."""
+
+from __future__ import annotations
+
+import threading
+
+from specpool.speculation.connection import Connection
+from specpool.v1 import speculator_pb2
+
+Request = speculator_pb2.SpeculateRequest
+
+
+class _Waiting:
+    """For one connection. The order of messages about one sequence is kept; outcomes of all travel in one message."""
+
+    def __init__(self) -> None:
+        self.sealed: list[Request] = []
+        self.outcomes: Request | None = None
+        self.after: list[Request] = []
+        self.named_after: set[str] = set()
+        """Sequences that `after` is about."""
+
+    def seal(self) -> list[Request]:
+        if self.outcomes is not None:
+            self.sealed.append(self.outcomes)
+        self.sealed += self.after
+        self.outcomes, self.after, self.named_after = None, [], set()
+        return self.sealed
+
+
+class Outbox:
+    """May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[Connection, _Waiting] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return not self._waiting
+
+    def outcome(self, connection: Connection, outcome: speculator_pb2.Outcome) -> None:
+        """Joins the other outcomes of the step, unless something else about its sequence was said since."""
+        with self._lock:
+            waiting = self._of(connection)
+            if outcome.sequence_id in waiting.named_after:
+                waiting.seal()
+            if waiting.outcomes is None:
+                waiting.outcomes = Request(outcomes=speculator_pb2.Outcomes())
+            waiting.outcomes.outcomes.outcomes.append(outcome)
+
+    def send(self, connection: Connection, sequence_id: str, request: Request) -> None:
+        """After all that was said about the sequence before."""
+        with self._lock:
+            waiting = self._of(connection)
+            waiting.after.append(request)
+            waiting.named_after.add(sequence_id)
+
+    def take(self) -> list[tuple[Connection, list[Request]]]:
+        """Everything."""
+        with self._lock:
+            taken, self._waiting = self._waiting, {}
+        return [(connection, waiting.seal()) for connection, waiting in taken.items()]
+
+    def _of(self, connection: Connection) -> _Waiting:
+        waiting = self._waiting.get(connection)
+        if waiting is None:
+            waiting = self._waiting[connection] = _Waiting()
+        return waiting

@@ -1,0 +1,74 @@
+"""Which sequence is where, and which place is the best for one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from specpool.speculation.choice import Candidate, choose
+from specpool.speculation.connection import Connection, PlacedSequence
+from specpool.speculation.identity import PoolIdentity
+from specpool.speculation.members import Member
+
+
+class Placement:
+    """Changed by the pool's event loop; `place` may be called from any thread."""
+
+    def __init__(self, identity: PoolIdentity, on_move: Callable[[str], None]) -> None:
+        """`on_move`: told why, each time a sequence changes its place."""
+        self.members: dict[str, Member] = {}
+        """The speculators, by address."""
+        self.unplaced: dict[str, PlacedSequence] = {}
+        """Sequences that have none."""
+        self._identity = identity
+        self._on_move = on_move
+
+    def place(self, sequence: PlacedSequence) -> bool:
+        """Give it to the best speculator that is connected; False if there is none."""
+        return self.put(sequence, self.best_for(sequence, list(self.members.values())))
+
+    def put(self, sequence: PlacedSequence, member: Member | None) -> bool:
+        """Give it to this one; False if that is none, or has just been lost."""
+        connection = None if member is None else member.connection
+        if connection is not None:
+            sequence.move(connection)
+        return connection is not None
+
+    def move(self, sequence: PlacedSequence, member: Member | None, reason: str) -> bool:
+        """As `put`, for a sequence that has a place."""
+        has_moved = self.put(sequence, member)
+        if has_moved:
+            self._on_move(reason)
+        return has_moved
+
+    def lost(self, sequence: PlacedSequence, connection: Connection, reason: str) -> None:
+        """It has no place any more."""
+        if sequence.lost(connection):
+            self._on_move(reason)
+            self.unplaced[sequence.id] = sequence
+
+    def release(self, sequence: PlacedSequence) -> None:
+        """It leaves its place for none."""
+        sequence.move(None)
+        self.unplaced[sequence.id] = sequence
+
+    def usable(self, now_s: float) -> list[Member]:
+        """Those that take sequences."""
+        return [member for member in self.members.values() if member.takes_sequences(now_s)]
+
+    def best_for(self, sequence: PlacedSequence, members: Iterable[Member]) -> Member | None:
+        """The best of those that take it."""
+        now_s = time.monotonic()
+        return self.choose(
+            m for m in members if m.takes_sequences(now_s) and sequence.avoided.get(m.address, 0.0) <= now_s
+        )
+
+    def choose(self, members: Iterable[Member]) -> Member | None:
+        """The best place for another sequence."""
+        by_address = {member.address: member for member in members}
+        chosen = choose([self.candidate(member) for member in by_address.values()], self._identity.peer.id)
+        return None if chosen is None else by_address[chosen.address]
+
+    def candidate(self, member: Member) -> Candidate:
+        """As the choice sees it."""
+        return member.candidate(self._identity.labels)

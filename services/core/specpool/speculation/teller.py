@@ -1,0 +1,86 @@
+"""What the speculator of one sequence is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specpool.speculation import messages
+from specpool.speculation.connection import Connection, PlacedSequence
+from specpool.speculation.draft import DraftSource
+from specpool.speculation.outbox import Outbox
+from specpool.v1 import speculator_pb2, types_pb2
+
+_SSD = types_pb2.SPECULATION_MODE_SSD
+
+
+class Teller:
+    """Used under the lock of its handle."""
+
+    def __init__(self, outbox: Outbox, opening: speculator_pb2.OpenSequence) -> None:
+        """`opening`: all that does not change."""
+        self.connection: Connection | None = None
+        """Where the sequence is placed."""
+        self.knows = False
+        """Whether it was opened there."""
+        self.outcome: tuple[int, int] | None = None
+        """Of the round that has ended, until it is told."""
+        self._outbox = outbox
+        self._opening = opening
+        self._id = opening.sequence_id
+
+    def attach(self, connection: Connection, sequence: PlacedSequence) -> bool:
+        """The sequence is placed there; False if that stream has ended."""
+        if not connection.attach(self._id, sequence):
+            connection.detach(self._id)
+            return False
+        self.connection = connection
+        return True
+
+    def leave(self) -> None:
+        """It is placed nowhere, and closed where it was."""
+        connection, knew = self.connection, self.knows
+        self.forget()
+        self.connection = None
+        if connection is not None:
+            connection.detach(self._id)
+            if knew:
+                self._outbox.send(connection, self._id, messages.close_sequence(self._id))
+
+    def forget(self) -> None:
+        """The speculator does not have it (any more)."""
+        self.knows, self.outcome = False, None
+
+    def open(self, tokens: Sequence[int], round_: int, draft: Sequence[int]) -> None:
+        """Hand over every token, and what the running round verifies."""
+        if self.connection is not None:
+            self.knows = True
+            self._send(self.connection, messages.open_sequence(self._opening, tokens, round_, draft))
+
+    def start(self, round_: int, draft: Sequence[int], source: DraftSource) -> None:
+        """What `round_` verifies, with the outcome before it unless that was told already."""
+        if self.outcome is not None:
+            self._report(round_, draft, source, awaits=False)
+        elif self.connection is not None:
+            self._send(self.connection, messages.start_round(self._id, round_, draft, source))
+
+    def ask(self, round_: int, num_tokens: int, deadline_s: float) -> bool:
+        """Have `round_` drafted now; False if nobody can."""
+        connection = self.connection
+        if connection is None or not connection.is_open or self.outcome is None:
+            return False
+        self._report(round_, (), DraftSource.NONE, awaits=True)
+        self._send(connection, messages.speculate_now(self._id, round_ - 1, num_tokens, deadline_s))
+        return True
+
+    def _report(self, round_: int, draft: Sequence[int], source: DraftSource, *, awaits: bool) -> None:
+        assert self.outcome is not None, "checked by both callers"
+        num_accepted, bonus_token = self.outcome
+        self.outcome = None
+        if self.connection is not None:
+            outcome = messages.outcome(self._id, round_ - 1, num_accepted, bonus_token, draft, source, awaits=awaits)
+            self._outbox.outcome(self.connection, outcome)
+            if awaits or self._opening.mode == _SSD:
+                self.connection.expect_answer()
+
+    def _send(self, connection: Connection, request: speculator_pb2.SpeculateRequest) -> None:
+        self._outbox.send(connection, self._id, request)
