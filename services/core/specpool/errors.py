@@ -178,6 +178,12 @@ class RequestCostTargets(Internal):
     default_reason = "REQUEST_COST_TARGETS"
 
 
+class SequenceFailed(Internal):
+    """An engine failed on this one sequence; it goes on with the others."""
+
+    default_reason = "SEQUENCE_FAILED"
+
+
 class EngineFailed(Internal):
     """An engine thread died; the process cannot serve until it restarts."""
 
@@ -215,6 +221,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     DeadlineExceeded: "DEADLINE_EXCEEDED",
     Internal: "INTERNAL",
     RequestCostTargets: "INTERNAL",
+    SequenceFailed: "INTERNAL",
     EngineFailed: "INTERNAL",
     FollowerLost: "INTERNAL",
 }

@@ -72,7 +72,7 @@ class TargetMetrics:
         self._phases = children(
             Histogram(
                 "specpool_round_duration_seconds",
-                "Time of a round by phase.",
+                "Time of a step, which ends one round of each of its sequences, by phase.",
                 ["phase"],
                 buckets=STEP_BUCKETS_S,
                 registry=self.registry,
@@ -86,11 +86,6 @@ class TargetMetrics:
         self._stale = Counter(
             "specpool_stale_messages",
             "Messages dropped because their incarnation, sequence or round has passed.",
-            registry=self.registry,
-        )
-        self._fallback_batch_size = Gauge(
-            "specpool_fallback_batch_size",
-            "Batch size b* from which a miss uses the backup; 0: not measured yet.",
             registry=self.registry,
         )
         self._links = Gauge(
@@ -145,10 +140,6 @@ class TargetMetrics:
     def stale_message(self, count: int = 1) -> None:
         """Messages from a speculator were dropped as stale."""
         self._stale.inc(count)
-
-    def set_fallback_batch_size(self, size: int) -> None:
-        """b* was computed anew."""
-        self._fallback_batch_size.set(size)
 
     def set_links(self, num_connected: int) -> None:
         """Speculators connected now."""

@@ -75,7 +75,7 @@ async def serve(
     receiver = DenseReceiver(
         device=model.device, vocab_size=model.vocab_size, on_received=metrics.dense_distributions
     )  # fmt: skip
-    links = LinkRegistry(partial(_hello, peer, info, config), engine, receiver)
+    links = LinkRegistry(partial(_hello, peer, info, config), engine.speculators, receiver)
     server = create_server()
     reader = RequestReader(
         model=info,

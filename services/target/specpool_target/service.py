@@ -134,8 +134,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             load=self._engine.load(),
             speculators=self._links.statuses(),
             max_lookahead=self._reader.max_lookahead,
-            fallback_batch_size=self._engine.policy.batch_size_threshold,
-            plan=self._engine.lookahead_planner.explain(),
+            plan=self._engine.lookahead.explain(),
             num_steps=self._engine.thread.heartbeat.num_steps,
             seconds_in_step=self._engine.thread.heartbeat.age_s,
         )

@@ -1,4 +1,4 @@
-"""Expected speed, b* and the choice after a miss."""
+"""Expected tokens, times of batches, and the choice after a miss."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 from specpool.algorithm.fallback import (
     NO_WAIT,
     DraftTimes,
-    MissCosts,
     TimeTable,
-    batch_size_threshold,
     choose_fallback,
-    expected_speed,
     expected_tokens,
 )
 
@@ -22,44 +19,6 @@ def test_expected_tokens() -> None:
     assert expected_tokens(0, 0.9) == 1
     assert expected_tokens(3, 0.5) == 1.875
     assert expected_tokens(4, 1.0) == 5
-
-
-def test_expected_speed_is_the_formula() -> None:
-    speed = expected_speed(hit_rate=0.8, tokens_on_hit=4.0, tokens_on_miss=3.0, predict_time=0.7, backup_time=0.5)
-    assert speed == pytest.approx((0.8 * 4 + 0.2 * 3) / (0.8 * 1 + 0.2 * 1.5))
-
-
-def test_drafting_longer_than_a_verification_is_not_hidden() -> None:
-    arguments = {"hit_rate": 1.0, "tokens_on_hit": 4.0, "tokens_on_miss": 1.0, "backup_time": 0.0}
-    assert expected_speed(**arguments, predict_time=1.0) == 4
-    assert expected_speed(**arguments, predict_time=2.0) == 2
-
-
-COSTS = MissCosts(hit_rate=0.85, tokens_on_hit=4.0, tokens_just_in_time=3.5, tokens_backup=1.2, lookahead=4)
-
-
-def threshold(costs: MissCosts = COSTS, *, draft_step_s: float = 0.01, max_batch_size: int = 64) -> int:
-    return batch_size_threshold(
-        costs, verify_s=lambda b: 0.1, draft_step_s=lambda b: draft_step_s, max_batch_size=max_batch_size
-    )
-
-
-def test_small_batches_draft_just_in_time_and_large_ones_do_not_wait() -> None:
-    # both sides by hand: tokens / time, with all of b sequences hitting with probability .85^b
-    def speed(tokens_on_miss: float, backup_time: float, b: int) -> float:
-        all_hit = 0.85**b
-        return (0.85 * 4 + 0.15 * tokens_on_miss) / (all_hit + (1 - all_hit) * (1 + backup_time))
-
-    expected = next(b for b in range(1, 65) if speed(1.2, 0.0, b) >= speed(3.5, 0.4, b))
-    assert threshold() == expected
-    assert 1 < expected < 64
-
-
-def test_a_slower_draft_lowers_the_threshold() -> None:
-    values = [threshold(draft_step_s=step) for step in (0.001, 0.01, 0.02, 0.1)]
-    assert values == sorted(values, reverse=True)
-    assert values[0] == 65  # a nearly free draft is always worth waiting for
-    assert values[-1] == 1
 
 
 def test_a_time_table_interpolates_and_never_extrapolates() -> None:

@@ -12,7 +12,7 @@ from specpool_target.next_round.fallback_policy import FallbackPolicy
 
 def measured(**options):
     """Rounds of 100 ms that bring 3 to 4 tokens, at any batch size."""
-    policy = FallbackPolicy(max_batch_size=16, lookahead=4, **options)
+    policy = FallbackPolicy(**options)
     for _ in range(40):
         policy.observe_round(4, 3, 0.1, from_backup=False)
         for size in (1, 8, 16):
@@ -31,7 +31,7 @@ def test_fast_draft_is_waited_for_and_a_slow_one_is_not():
 
 
 def test_nothing_is_waited_for_without_measurements():
-    assert choose(FallbackPolicy(max_batch_size=16, lookahead=4)) == 0
+    assert choose(FallbackPolicy()) == 0
     assert choose(measured(), step_s=0.0) == 0
 
 
@@ -46,17 +46,6 @@ def test_a_speculator_that_reports_nonsense_is_not_waited_for(step_s, batch_size
 def test_in_a_batch_waiting_costs_the_others_forward():
     policy = measured()
     assert choose(policy, batch_size=2) == 0
-
-
-def test_the_threshold_is_where_misses_stop_to_wait():
-    policy = measured()
-    for _ in range(40):
-        choose(policy)
-        policy.observe_step(1, 0.1)
-    threshold = policy.batch_size_threshold
-    assert threshold == 2
-    assert choose(policy, batch_size=threshold - 1) > 0
-    assert choose(policy, batch_size=threshold) == 0
 
 
 def test_fixed_policies():
@@ -75,7 +64,7 @@ def test_what_follows_counts_too():
 
 def test_a_large_batch_does_not_wait_before_misses_have_taught_it():
     """Rounds are shallow and a wait brings all tokens: but so does the backup, a forward later."""
-    policy = FallbackPolicy(max_batch_size=32, lookahead=6)
+    policy = FallbackPolicy()
     for _ in range(200):
         policy.observe_round(1, 1, 0.1, from_backup=False)
         policy.observe_step(32, 0.1)

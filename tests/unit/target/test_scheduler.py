@@ -48,10 +48,10 @@ def test_rounds_come_before_prefill_and_share_the_budget(scheduler_for, sequence
     scheduler, _ = scheduler_for(tokens=12)
     first, second = sequence_for("a", 5), sequence_for("b", 30)
     scheduler.add(first)
-    compute(scheduler.plan())
+    compute(scheduler.schedule())
     scheduler.add(second)
     first.draft = Draft([2, 2, 2], DraftSource.SPECULATOR)
-    plan = scheduler.plan()
+    plan = scheduler.schedule()
     assert names(plan.segments) == {"a": 4, "b": 8}
     assert [s.is_complete for s in plan.segments] == [True, False]
     assert [len(s.segment().tokens) for s in plan.segments] == [4, 8]
@@ -64,30 +64,30 @@ def test_rounds_over_the_budget_still_leave_a_token_for_prefill(scheduler_for, s
     scheduler, _ = scheduler_for(tokens=2)
     first, second = sequence_for("a", 2), sequence_for("b", 6)
     scheduler.add(first)
-    compute(scheduler.plan())
+    compute(scheduler.schedule())
     first.draft = Draft([2, 2, 2], DraftSource.SPECULATOR)
     scheduler.add(second)
-    assert names(scheduler.plan().segments) == {"a": 4, "b": 1}
+    assert names(scheduler.schedule().segments) == {"a": 4, "b": 1}
 
 
 def test_batch_size_and_order_of_admission(scheduler_for, sequence_for):
     scheduler, _ = scheduler_for(batch=2)
     for name in "abc":
         scheduler.add(sequence_for(name, 3))
-    assert [s.id for s in scheduler.plan().admitted] == ["a", "b"]
+    assert [s.id for s in scheduler.schedule().admitted] == ["a", "b"]
     scheduler.remove(scheduler.running[0])
-    assert [s.id for s in scheduler.plan().admitted] == ["c"]
+    assert [s.id for s in scheduler.schedule().admitted] == ["c"]
 
 
 def test_admission_waits_for_blocks_of_the_whole_prompt(scheduler_for, sequence_for):
     scheduler, pool = scheduler_for(num_blocks=8, tokens=8)
     scheduler.add(sequence_for("a", 20))  # 5 blocks
     scheduler.add(sequence_for("b", 16))  # 4: does not fit beside it, though its first chunk would
-    compute(scheduler.plan())
-    assert [s.id for s in scheduler.plan().admitted] == []
+    compute(scheduler.schedule())
+    assert [s.id for s in scheduler.schedule().admitted] == []
     assert [s.id for s in scheduler.running] == ["a"]
     scheduler.remove(scheduler.running[0])
-    assert [s.id for s in scheduler.plan().admitted] == ["b"]
+    assert [s.id for s in scheduler.schedule().admitted] == ["b"]
     assert pool.num_used == 0  # nothing reserved before the forward
 
 
@@ -96,17 +96,17 @@ def test_youngest_is_preempted_and_keeps_its_tokens_and_draft(scheduler_for, seq
     old, young = sequence_for("a", 8), sequence_for("b", 8)
     for sequence in (old, young):
         scheduler.add(sequence)
-    compute(scheduler.plan())
+    compute(scheduler.schedule())
     young.draft = Draft([5], DraftSource.BACKUP)
     young.round = 3
-    plan = scheduler.plan()
+    plan = scheduler.schedule()
     assert [s.id for s in plan.preempted] == ["b"]
     assert names(plan.segments) == {"a": 1}
     compute(plan)
     assert (young.state, young.kv, young.round, young.draft.tokens) == (SequenceState.WAITING, None, 3, [5])
     assert len(young.tokens) == 9
     scheduler.remove(old)
-    plan = scheduler.plan()
+    plan = scheduler.schedule()
     assert [s.id for s in plan.admitted] == ["b"]
     # Its prompt is still cached; the rest and the draft are computed at once.
     (segment,) = plan.segments
@@ -122,10 +122,10 @@ def test_sequences_that_await_a_speculation_are_left_out(scheduler_for, sequence
     scheduler, _ = scheduler_for()
     for name in "ab":
         scheduler.add(sequence_for(name, 3))
-    compute(scheduler.plan())
+    compute(scheduler.schedule())
     scheduler.running[0].await_deadline_s = 1.0
     assert scheduler.running[0].state is SequenceState.AWAITING_SPECULATION
-    assert names(scheduler.plan().segments) == {"b": 1}
+    assert names(scheduler.schedule().segments) == {"b": 1}
 
 
 def test_draft_is_never_cut_by_the_prefill_budget(scheduler_for, sequence_for):
@@ -133,7 +133,7 @@ def test_draft_is_never_cut_by_the_prefill_budget(scheduler_for, sequence_for):
     sequence = sequence_for("a", 6)
     sequence.draft = Draft([1, 2, 3], DraftSource.BACKUP)
     scheduler.add(sequence)
-    plan = scheduler.plan()
+    plan = scheduler.schedule()
     assert names(plan.segments) == {"a": 5}
     compute(plan)
-    assert names(scheduler.plan().segments) == {"a": 4}
+    assert names(scheduler.schedule().segments) == {"a": 4}

@@ -7,7 +7,7 @@ import torch
 
 from specpool.algorithm.verification import DenseDistribution
 from specpool.v1 import speculator_pb2
-from specpool_target.verify.verify_step import ArrivedDistributions, read_dense, read_distributions
+from specpool_target.verify.arrived_distributions import ArrivedDistributions, read_dense, read_distributions
 
 DRAFT = [3, 5]
 

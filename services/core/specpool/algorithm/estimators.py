@@ -14,9 +14,24 @@ from specpool.algorithm.fan_out import (
     PowerLaw,
 )
 
+_SMOOTHING: Final = 0.1
 _GRID: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _CONSTANT_RANGE: Final = (1e-3, 1.0)
 _EXPONENT_RANGE: Final = (0.1, 4.0)
+
+
+class Average:
+    """Exponential average; its first value is the first observation."""
+
+    def __init__(self, smoothing: float = _SMOOTHING) -> None:
+        self._smoothing = smoothing
+        self.value = 0.0
+        self.is_empty = True
+
+    def observe(self, value: float) -> None:
+        """One more observation."""
+        self.value = value if self.is_empty else self.value + self._smoothing * (value - self.value)
+        self.is_empty = False
 
 
 class AcceptanceEstimator:

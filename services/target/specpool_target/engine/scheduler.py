@@ -32,14 +32,14 @@ class ScheduledSegment:
     def segment(self) -> Segment:
         """For the model."""
         sequence = self.sequence
-        assert sequence.kv is not None, "only admitted sequences are planned"
+        assert sequence.kv is not None, "only admitted sequences are scheduled"
         pending = sequence.tokens[sequence.kv.length :] + sequence.draft.tokens
         num_logits = 1 + len(sequence.draft.tokens) if self.is_complete else 0
         return Segment(kv=sequence.kv, tokens=pending[: self.num_tokens], num_logits=num_logits)
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class ScheduledStep:
     """A step of the engine."""
 
     segments: Sequence[ScheduledSegment]
@@ -113,24 +113,24 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
-    def remove(self, sequence: TargetSequence) -> None:
-        """Finished or cancelled: frees its KV."""
+    def remove(self, sequence: TargetSequence, *, publish: bool = True) -> None:
+        """It has ended: frees its KV, with `publish` keeping full blocks findable."""
         if sequence.is_admitted:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         sequence.is_admitted = False
-        sequence.publish_and_free()
+        sequence.free(publish=publish)
 
-    def plan(self) -> StepPlan:
+    def schedule(self) -> ScheduledStep:
         """Segments of the next forward: what is in the batch, oldest first, then admissions."""
-        planner = _Planner(self.pool, prefill_budget=self._prefill_budget())
+        places = _Places(self.pool, prefill_budget=self._prefill_budget())
         preempted: list[TargetSequence] = []
         for sequence in list(self.running):
             if sequence.is_admitted and sequence.await_deadline_s is None:
-                self._plan_running(sequence, planner, preempted)
-        admitted = [] if preempted else list(self._admit(planner))
-        return StepPlan(planner.segments, admitted, preempted)
+                self._place_running(sequence, places, preempted)
+        admitted = [] if preempted else list(self._admit(places))
+        return ScheduledStep(places.segments, admitted, preempted)
 
     def _prefill_budget(self) -> int:
         """Rounds always run; prefill gets what they leave, and a token at least, or it might starve."""
@@ -139,32 +139,32 @@ class Scheduler:
         )
         return max(1, self._max_batch_tokens - num_round_tokens)
 
-    def _plan_running(self, sequence: TargetSequence, planner: _Planner, preempted: list[TargetSequence]) -> None:
-        num_tokens = planner.chunk_of(sequence)
-        while num_tokens and not planner.fits(sequence, num_tokens):
+    def _place_running(self, sequence: TargetSequence, places: _Places, preempted: list[TargetSequence]) -> None:
+        num_tokens = places.chunk_of(sequence)
+        while num_tokens and not places.fits(sequence, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
             preempted.append(victim)
             if victim is sequence:
                 return
         if num_tokens:
-            planner.add(sequence, num_tokens)
+            places.add(sequence, num_tokens)
 
     def _preempt(self, victim: TargetSequence) -> None:
         """Its tokens, round and draft stay: it recomputes its KV later and goes on as if nothing had happened."""
         self.running.remove(victim)
         victim.is_admitted = False
-        victim.publish_and_free()
+        victim.free()
         self.waiting.appendleft(victim)
 
-    def _admit(self, planner: _Planner) -> Iterator[TargetSequence]:
+    def _admit(self, places: _Places) -> Iterator[TargetSequence]:
         # Blocks that sequences in the batch still need for their prefill are spoken for.
-        num_promised = sum(self._blocks_to_finish(s) for s in self.running) - planner.num_blocks
-        while self.waiting and len(self.running) < self._max_batch_size and planner.prefill_budget > 0:
+        num_promised = sum(self._blocks_to_finish(s) for s in self.running) - places.num_blocks
+        while self.waiting and len(self.running) < self._max_batch_size and places.prefill_budget > 0:
             sequence = self.waiting[0]
             sequence.kv = SequenceKV.from_prefix(self.pool, sequence.tokens, sequence.salt)
             wanted = self._blocks_to_finish(sequence)
-            if max(0, num_promised) + planner.num_blocks + wanted > self.pool.num_free:
+            if max(0, num_promised) + places.num_blocks + wanted > self.pool.num_free:
                 sequence.kv.free()
                 sequence.kv = None
                 return
@@ -172,9 +172,9 @@ class Scheduler:
             self.running.append(sequence)
             sequence.is_admitted = True
             num_promised += wanted
-            num_tokens = planner.chunk_of(sequence) if sequence.await_deadline_s is None else 0
+            num_tokens = places.chunk_of(sequence) if sequence.await_deadline_s is None else 0
             if num_tokens:
-                num_promised -= planner.add(sequence, num_tokens)
+                num_promised -= places.add(sequence, num_tokens)
             yield sequence
 
     @staticmethod
@@ -183,7 +183,7 @@ class Scheduler:
         return sequence.kv.blocks_to_reserve(sequence.num_uncomputed + len(sequence.draft.tokens))
 
 
-class _Planner:
+class _Places:
     """Adds up tokens and blocks of one step."""
 
     def __init__(self, pool: BlockPool, *, prefill_budget: int) -> None:
@@ -204,12 +204,12 @@ class _Planner:
 
     def fits(self, sequence: TargetSequence, num_tokens: int) -> bool:
         """Whether blocks are left for that."""
-        assert sequence.kv is not None, "only sequences in the batch are planned"
+        assert sequence.kv is not None, "only sequences in the batch are scheduled"
         return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self._pool.num_free
 
     def add(self, sequence: TargetSequence, num_tokens: int) -> int:
         """Schedule it; returns the blocks it takes."""
-        assert sequence.kv is not None, "only sequences in the batch are planned"
+        assert sequence.kv is not None, "only sequences in the batch are scheduled"
         num_blocks = sequence.kv.blocks_to_reserve(num_tokens)
         is_complete = num_tokens == sequence.num_uncomputed + len(sequence.draft.tokens)
         self.segments.append(ScheduledSegment(sequence, num_tokens, is_complete, sequence.num_uncomputed > 1))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from specpool.algorithm.prompt_lookup import PromptLookup
 from specpool.algorithm.sampling import SamplingParams
-from specpool.algorithm.verification import VerificationMode
+from specpool.algorithm.verification import DraftDistribution, VerificationMode
 from specpool.errors import SpecPoolError
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_target.engine.statistics import Phases, SequenceStats
+from specpool_target.verify.verify_step import TokenLogprobs, VerifyItem
 
 if TYPE_CHECKING:
     from specpool_target.links.inbox import SpeculationInbox
@@ -85,9 +86,9 @@ class SequenceRequest:
     mode: SpeculationMode = SpeculationMode.SSD
     verification: VerificationMode = VerificationMode.COUPLED
     max_lookahead: int = 8
-    """K of this request, or the largest K if it is planned."""
-    plans_lookahead: bool = False
-    """The request named no K."""
+    """K of this request, or the largest K if it is the target's choice."""
+    leaves_lookahead: bool = False
+    """The request named no K: it is the target's choice."""
     committed_tokens: Sequence[int] = ()
     """Output of an earlier target that this one continues."""
     stop_token_ids: frozenset[int] = frozenset()
@@ -96,16 +97,6 @@ class SequenceRequest:
     tenant_weight: float = 1.0
     cache_salt: bytes = b""
     traceparent: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities of one committed token."""
-
-    token_id: int
-    chosen: float
-    top: tuple[tuple[int, float], ...]
-    """(token, log-probability), best first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,9 +259,27 @@ class TargetSequence:
         self._num_indexed = len(self.tokens)
         return self._backup.propose(num_tokens, after=after, min_ngram=min_ngram)
 
-    def publish_and_free(self) -> None:
-        """Give the KV back, keeping its full blocks findable."""
-        if self.kv is not None:
-            self.kv.publish_prefix(self.tokens, self.salt)
-            self.kv.free()
-            self.kv = None
+    def verify_item(self, rows: slice, distribution: DraftDistribution | None) -> VerifyItem:
+        """What verification needs to know of it; `rows` of the step's logits are its."""
+        params = self.request.sampling
+        has_penalties = params.has_penalties
+        return VerifyItem(
+            rows=rows,
+            draft_tokens=self.draft.tokens,
+            params=params,
+            mode=self.request.verification,
+            seed=self.seed,
+            position=len(self.tokens),
+            distribution=distribution,
+            prompt_tokens=self.request.prompt_tokens if has_penalties else (),
+            output_tokens=self.output_tokens if has_penalties else (),
+        )
+
+    def free(self, *, publish: bool = True) -> None:
+        """Give the KV back; with `publish` its full blocks stay findable."""
+        if self.kv is None:
+            return
+        kv, self.kv = self.kv, None
+        if publish:
+            kv.publish_prefix(self.tokens, self.salt)
+        kv.free()

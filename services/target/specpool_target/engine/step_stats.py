@@ -17,7 +17,8 @@ class StepStats:
     kv_cache_usage: float = 0.0
     """Share of KV blocks in use, 0 to 1."""
     waiting_s: float = 0.0
-    """Waiting for speculations."""
+    """Nothing was computed, since all of the batch waited for speculations, or rounds for distributions. What one
+    sequence waits while others are computed is no time of a step."""
     forward_s: float = 0.0
     """The model's forward."""
     verify_s: float = 0.0

@@ -6,7 +6,7 @@ import threading
 
 from specpool.algorithm.speculation_cache import Lookup, SpeculationCache
 from specpool.v1 import speculator_pb2
-from specpool_target.verify.verify_step import ArrivedDistributions
+from specpool_target.verify.arrived_distributions import ArrivedDistributions
 
 Distributions = speculator_pb2.DraftDistributions | ArrivedDistributions
 """Sparse ones, or what came through a process group."""

@@ -34,7 +34,7 @@ from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_p
 from specpool_engine.distributions.transport import Transport
 from specpool_target.links.inbox import Distributions, SpeculationInbox
 from specpool_target.links.receiving_group import DenseReceiver, ReceivingGroup
-from specpool_target.verify.verify_step import ArrivedDistributions
+from specpool_target.verify.arrived_distributions import ArrivedDistributions
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from specpool_engine.distributions.group import CREATION_S, TARGET_RANK, GroupPl
 from specpool_engine.distributions.stream_store import StreamStore
 from specpool_engine.distributions.transport import BODY_TYPES, Transport
 from specpool_engine.distributions.worker import PairWorker
-from specpool_target.verify.verify_step import ArrivedDistributions, read_dense
+from specpool_target.verify.arrived_distributions import ArrivedDistributions, read_dense
 
 _logger = logging.getLogger(__name__)
 _FIRST_BACKOFF_S: Final = 1.0

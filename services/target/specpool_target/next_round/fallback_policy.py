@@ -6,33 +6,17 @@ import math
 from dataclasses import replace
 from typing import Final
 
-from specpool.algorithm.estimators import AcceptanceEstimator
+from specpool.algorithm.estimators import AcceptanceEstimator, Average
 from specpool.algorithm.fallback import NO_WAIT, DraftTimes, FallbackChoice, TimeTable, choose_fallback, expected_tokens
 from specpool_target.config import Fallback
 
-_SMOOTHING: Final = 0.1
 _ROUNDS_AFTER_MISS: Final = 32
 """Of the rounds after misses about so many are remembered."""
 _PRIOR_WEIGHT: Final = 8.0
 """What is expected of the rounds after misses counts as so many of them."""
 _CHOICES_PER_TRIAL: Final = 16
 """Every so many misses what is usually not done is done, so that both are measured."""
-_STEPS_PER_THRESHOLD: Final = 32
 _BACKUP_ACCEPTANCE_PRIOR: Final = 0.4
-
-
-class Average:
-    """Exponential average; its first value is the first observation."""
-
-    def __init__(self, smoothing: float = _SMOOTHING) -> None:
-        self._smoothing = smoothing
-        self.value = 0.0
-        self.is_empty = True
-
-    def observe(self, value: float) -> None:
-        """One more observation."""
-        self.value = value if self.is_empty else self.value + self._smoothing * (value - self.value)
-        self.is_empty = False
 
 
 class _Recent:
@@ -54,27 +38,21 @@ class _Recent:
 
 
 class FallbackPolicy:
-    """Keeps the measurements and recomputes b* now and then."""
+    """Keeps the measurements, and chooses by them."""
 
-    def __init__(self, *, max_batch_size: int, lookahead: int, fallback: Fallback = "auto") -> None:
+    def __init__(self, fallback: Fallback = "auto") -> None:
+        """`fallback`: of the settings."""
         self._fallback = fallback
-        self._lookahead = lookahead
-        self._max_batch_size = max_batch_size
         self._acceptance = AcceptanceEstimator()
         self._waited_acceptance = AcceptanceEstimator()
         """Of what was drafted just in time after a miss: what nobody guessed is followed by what is hard to guess."""
         self._backup_acceptance = AcceptanceEstimator(_BACKUP_ACCEPTANCE_PRIOR)
-        self._backup_length = Average()
         self._round_s = Average()
         self._tokens_per_round = Average()
         self._tokens_after_backup = _Recent()
         self._tokens_after_wait = _Recent()
         self._num_choices = 0
         self._verify_s: dict[int, Average] = {}
-        self._draft_step_s = Average()
-        self._num_steps = 0
-        self.batch_size_threshold = 0
-        """b*: from this batch size on a miss goes on at once; 0: not measured yet."""
 
     @property
     def acceptance(self) -> float:
@@ -94,9 +72,6 @@ class FallbackPolicy:
     def observe_step(self, batch_size: int, seconds: float) -> None:
         """One verification of so many sequences."""
         self._verify_s.setdefault(batch_size, Average()).observe(seconds)
-        self._num_steps += 1
-        if self._num_steps % _STEPS_PER_THRESHOLD == 1:
-            self._update_threshold()
 
     def observe_round(
         self,
@@ -141,10 +116,8 @@ class FallbackPolicy:
             lookahead: K.
             num_backup: tokens of the backup at hand.
         """
-        self._backup_length.observe(num_backup)
         if not 0 < times.step_s < math.inf:
             return NO_WAIT  # nothing measured yet, or nonsense: the speculator reports it
-        self._draft_step_s.observe(times.step_s)
         if self._fallback == "backup" or self._round_s.value <= 0:
             return NO_WAIT  # never wait on a guess
         if self._fallback == "wait":
@@ -190,14 +163,3 @@ class FallbackPolicy:
         if not self._verify_s:
             return 0.0
         return TimeTable({size: average.value for size, average in self._verify_s.items()})(batch_size)
-
-    def _update_threshold(self) -> None:
-        """b*: from which batch size on a miss does not wait, on average."""
-        step_s = self._draft_step_s.value
-        if step_s <= 0 or self._round_s.value <= 0:
-            return
-        times = DraftTimes(first_s=step_s, step_s=step_s)
-        num_backup = round(self._backup_length.value)
-        sizes = range(1, self._max_batch_size + 1)
-        waits = (size for size in sizes if not self._choose(times, size, self._lookahead, num_backup).depth)
-        self.batch_size_threshold = next(waits, self._max_batch_size + 1)

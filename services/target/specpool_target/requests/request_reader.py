@@ -84,7 +84,7 @@ class RequestReader:
             mode=mode,
             verification=verification,
             max_lookahead=lookahead,
-            plans_lookahead=not request.HasField("max_lookahead"),
+            leaves_lookahead=not request.HasField("max_lookahead"),
             stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self.eos_token_ids,
             tenant=message.tenant,
             tenant_weight=message.tenant_weight or 1.0,

@@ -11,7 +11,8 @@ from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, TokenLogprobs
+from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate
+from specpool_target.verify.verify_step import TokenLogprobs
 
 Response = target_pb2.RunSequenceResponse
 

@@ -60,9 +60,7 @@ class SimulatedTarget:
         self._clock, self._profile, self._mode, self._text = clock, profile, scenario.mode, text
         self._speculator, self._connection = speculator, connection
         self._is_busy = False
-        self._policy = FallbackPolicy(
-            max_batch_size=scenario.batch_size, lookahead=profile.lookahead, fallback=scenario.fallback
-        )
+        self._policy = FallbackPolicy(scenario.fallback)
         self.sequences = [
             _Sequence(f"{connection}.{index}", _PROMPT_LENGTH, SpeculationCache(profile.lookahead))
             for index in range(scenario.batch_size)

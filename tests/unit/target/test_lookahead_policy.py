@@ -9,14 +9,14 @@ import pytest
 from specpool_target.engine.sequence import SpeculationMode
 from specpool_target.links.link import LinkMeasurements
 from specpool_target.next_round.fallback_policy import FallbackPolicy
-from specpool_target.next_round.lookahead import LookaheadPlanner
+from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.speculation_trials import Output, Verdict
 
 
-def planner(free_tokens: int) -> LookaheadPlanner:
+def planner(free_tokens: int) -> LookaheadPolicy:
     """After forwards that take 100 ms up to so many tokens, and 20 ms more for each further one."""
-    policy = FallbackPolicy(max_batch_size=4, lookahead=8)
-    made = LookaheadPlanner(policy, max_lookahead=8)
+    policy = FallbackPolicy()
+    made = LookaheadPolicy(policy, max_lookahead=8)
     for index in range(400):
         num_tokens = 1 + index % 12
         made.observe_step(num_tokens, 0.100 + 0.020 * max(0, num_tokens - free_tokens))
@@ -26,7 +26,7 @@ def planner(free_tokens: int) -> LookaheadPlanner:
 
 
 def test_before_anything_is_measured_all_of_the_backup_is_verified() -> None:
-    made = LookaheadPlanner(FallbackPolicy(max_batch_size=4, lookahead=8), max_lookahead=8)
+    made = LookaheadPolicy(FallbackPolicy(), max_lookahead=8)
     assert made.worthwhile_backup(2, 5, 1) == 5
 
 
@@ -42,7 +42,7 @@ def test_in_a_batch_everyone_pays_for_a_token() -> None:
     assert planner(5).worthwhile_backup(0, 5, 1) >= 3
 
 
-def lookahead(made: LookaheadPlanner, batch_size: int) -> int:
+def lookahead(made: LookaheadPolicy, batch_size: int) -> int:
     return made.lookahead(SpeculationMode.SSD, LinkMeasurements(draft_step_s=0.010, max_lookahead=8), batch_size)
 
 

@@ -10,20 +10,20 @@ from specpool_target.links.link import LinkMeasurements
 from specpool_target.next_round.fallback_policy import FallbackPolicy
 from specpool_target.next_round.speculation_trials import SpeculationTrials, Verdict
 
-_STEPS_PER_PLAN: Final = 16
+_STEPS_PER_CHOICE: Final = 16
 _PLAIN_STEPS_PER_SAMPLE: Final = 16
 """While speculation pauses: the times of other numbers of tokens must not be forgotten for those of one."""
 
 
-class LookaheadPlanner:
-    """Plans K anew every few steps, so that it follows what drifts."""
+class LookaheadPolicy:
+    """Computes K anew every few steps, so that it follows what drifts."""
 
-    def __init__(self, policy: FallbackPolicy, *, max_lookahead: int) -> None:
-        self._policy = policy
+    def __init__(self, fallback: FallbackPolicy, *, max_lookahead: int) -> None:
+        self._fallback = fallback
         self._max_lookahead = max_lookahead
         self._verify_time = RowTimes()
         self._num_steps = 0
-        self._plans: dict[tuple[SpeculationMode, int], int] = {}
+        self._lookaheads: dict[tuple[SpeculationMode, int], int] = {}
         """By batch size."""
         self.trials = SpeculationTrials(self._verify_time)
         """Whether to speculate at all."""
@@ -33,36 +33,36 @@ class LookaheadPlanner:
         self._num_steps += 1
         if not self.trials.is_pausing or self._num_steps % _PLAIN_STEPS_PER_SAMPLE == 0:
             self._verify_time.observe(num_tokens, seconds)
-        if self._num_steps % _STEPS_PER_PLAN == 0:
-            self._plans.clear()
+        if self._num_steps % _STEPS_PER_CHOICE == 0:
+            self._lookaheads.clear()
 
     def lookahead(self, mode: SpeculationMode, measured: LinkMeasurements | None, batch_size: int) -> int:
         """K in mode SD or SSD; 0: plain decoding. In a pause it is the most of the backup's tokens."""
         if self.trials.verdict(mode, batch_size) is Verdict.PLAIN:
             return 0
-        if self._num_steps < _STEPS_PER_PLAN or measured is None:
+        if self._num_steps < _STEPS_PER_CHOICE or measured is None:
             return self._max_lookahead
-        if (mode, batch_size) not in self._plans:
+        if (mode, batch_size) not in self._lookaheads:
             step_s = measured.draft_step_s if mode is SpeculationMode.SD else 0.0
-            self._plans[mode, batch_size] = best_lookahead(
+            self._lookaheads[mode, batch_size] = best_lookahead(
                 self._max_lookahead,
-                acceptance=self._policy.acceptance,
+                acceptance=self._fallback.acceptance,
                 verify_s=lambda k: self._verify_time(batch_size * (k + 1)),
                 draft_s=lambda k: measured.round_trip_s + k * step_s if step_s else 0.0,
             )
-        return self._plans[mode, batch_size]
+        return self._lookaheads[mode, batch_size]
 
     def worthwhile_backup(self, num_draft: int, num_backup: int, batch_size: int) -> int:
         """How many of the backup's tokens behind `num_draft` others are worth the time that they add to the forward.
 
         Others in the batch have about as many tokens, and wait as long.
         """
-        if self._num_steps < _STEPS_PER_PLAN:
+        if self._num_steps < _STEPS_PER_CHOICE:
             return num_backup
-        accepted = self._policy.acceptance**num_draft
-        tokens_per_s = batch_size * self._policy.tokens_per_s
+        accepted = self._fallback.acceptance**num_draft
+        tokens_per_s = batch_size * self._fallback.tokens_per_s
         for count in range(num_backup):
-            accepted *= self._policy.backup_acceptance
+            accepted *= self._fallback.backup_acceptance
             num_tokens = batch_size * (1 + num_draft) + count
             added_s = self._verify_time(num_tokens + 1) - self._verify_time(num_tokens)
             if accepted < added_s * tokens_per_s:
@@ -71,12 +71,14 @@ class LookaheadPlanner:
 
     def explain(self) -> str:
         """For status."""
-        if self._num_steps < _STEPS_PER_PLAN:
+        if self._num_steps < _STEPS_PER_CHOICE:
             return f"K={self._max_lookahead}: nothing measured yet"
         time = self._verify_time
-        plans = [f"K={k} for {mode.value} in batches of {size}" for (mode, size), k in sorted(self._plans.items())]
+        chosen = [
+            f"K={k} for {mode.value} in batches of {size}" for (mode, size), k in sorted(self._lookaheads.items())
+        ]
         return (
-            f"{', '.join([*plans, *self.trials.paused()]) or 'no K in use'}: "
+            f"{', '.join([*chosen, *self.trials.paused()]) or 'no K in use'}: "
             f"a forward takes {time.base_s * 1e3:.1f} ms and {time.per_row_s * 1e3:.2f} ms per token, "
-            f"{self._policy.acceptance:.1%} of draft tokens are accepted"
+            f"{self._fallback.acceptance:.1%} of draft tokens are accepted"
         )

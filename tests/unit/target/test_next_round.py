@@ -13,11 +13,12 @@ from specpool_target.engine.outbox import TargetOutbox
 from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
 from specpool_target.engine.streams import Streams
 from specpool_target.links.inbox import SpeculationInbox
+from specpool_target.links.knowledge import SpeculatorKnowledge
 from specpool_target.links.link import LinkMeasurements
 from specpool_target.links.live_links import LiveLinks
 from specpool_target.next_round.fallback_policy import FallbackPolicy
-from specpool_target.next_round.lookahead import LookaheadPlanner
-from specpool_target.next_round.next_round import Speculation
+from specpool_target.next_round.lookahead_policy import LookaheadPolicy
+from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.speculation_trials import Verdict
 
 LOOKAHEAD, STOP = 4, 9
@@ -45,24 +46,21 @@ def next_draft(request_for):
         request = replace(
             request_for("a", prompt, stop_token_ids=(STOP,)), mode=SpeculationMode.SSD, max_lookahead=LOOKAHEAD
         )
-        policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
-        speculation = Speculation(
-            TargetOutbox(asyncio.get_running_loop(), Streams()),
-            LiveLinks(),
-            policy,
-            LookaheadPlanner(policy, max_lookahead=LOOKAHEAD),
-            vocab_size=24,
-            deadline_s=1.0,
+        policy = FallbackPolicy()
+        knowledge = SpeculatorKnowledge(TargetOutbox(asyncio.get_running_loop(), Streams()), LiveLinks())
+        next_round = NextRound(
+            knowledge, policy, LookaheadPolicy(policy, max_lookahead=LOOKAHEAD), vocab_size=24, deadline_s=1.0
         )
         link, inbox = ConnectedLink(), SpeculationInbox(LOOKAHEAD)
         sequence = TargetSequence(request, link=link, inbox=inbox, max_length=100, backup_ngram=3)
         sequence.was_admitted = True
-        speculation.link_up(link, 1, [sequence])
+        knowledge.link_up(link, 1)
+        knowledge.reopen(sequence)
         table = speculator_pb2.Table(round=0)
         table.entries.add(num_accepted=0, bonus_token=BONUS, draft_tokens=drafted)
         inbox.add_table(table)
         sequence.tokens.append(BONUS)
-        speculation.next_round(sequence, OUTCOME, batch_size=1)
+        next_round.choose(sequence, OUTCOME, batch_size=1)
         return sequence.draft, sequence.stats
 
     return run
@@ -86,8 +84,8 @@ async def test_prompt_lookup_lengthens_a_draft_unless_it_ends_the_output(next_dr
     assert (draft.tokens, draft.num_tail) == ([5, STOP], 0)
 
 
-class Plan:
-    """A planner that is told what to plan."""
+class Told:
+    """A policy that is told what to choose."""
 
     def __init__(self) -> None:
         self.trials = self
@@ -106,24 +104,24 @@ class Plan:
         return num_backup
 
 
-class Planned:
-    """A sequence whose K is planned, and what its speculator is told of it."""
+class Chosen:
+    """A sequence whose K is the target's choice, and what its speculator is told of it."""
 
     def __init__(self, request, mode) -> None:
-        request = replace(request, mode=mode, plans_lookahead=True)
-        self.plan, self.outbox = Plan(), TargetOutbox(asyncio.get_running_loop(), Streams())
-        policy = FallbackPolicy(max_batch_size=4, lookahead=LOOKAHEAD)
-        self.speculation = Speculation(self.outbox, LiveLinks(), policy, self.plan, vocab_size=24, deadline_s=1.0)
+        request = replace(request, mode=mode, leaves_lookahead=True)
+        self.policy, self.outbox = Told(), TargetOutbox(asyncio.get_running_loop(), Streams())
+        self.knowledge = SpeculatorKnowledge(self.outbox, LiveLinks())
+        self.next_round = NextRound(self.knowledge, FallbackPolicy(), self.policy, vocab_size=24, deadline_s=1.0)
         self.link = ConnectedLink()
         inbox = SpeculationInbox(LOOKAHEAD)
         self.sequence = TargetSequence(request, link=self.link, inbox=inbox, max_length=100, backup_ngram=3)
-        self.speculation.link_up(self.link, 1, [])
+        self.knowledge.link_up(self.link, 1)
 
     async def told(self, act=None):
         """By `act`, or by the next round."""
         if act is None:
             self.sequence.tokens.append(BONUS)
-            self.speculation.next_round(self.sequence, OUTCOME, batch_size=1)
+            self.next_round.choose(self.sequence, OUTCOME, batch_size=1)
         else:
             act()
         self.outbox.flush()
@@ -133,44 +131,47 @@ class Planned:
 
     def admit(self):
         self.sequence.was_admitted = True
-        self.speculation.admit(self.sequence, batch_size=1)
+        self.next_round.admit(self.sequence, batch_size=1)
 
 
 async def test_no_speculator_holds_a_sequence_while_speculation_pauses(request_for):
-    planned = Planned(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
-    assert await planned.told(planned.admit) == ["open_sequence"]
-    assert await planned.told() == ["outcomes"]
-    planned.plan.now = Verdict.PLAIN
-    assert await planned.told() == ["outcomes"]
-    assert planned.sequence.draft.tokens == []
-    planned.plan.now = Verdict.PAUSE
-    assert await planned.told() == ["close_sequence"]
-    assert await planned.told() == []
-    assert planned.sequence.draft.source is DraftSource.BACKUP  # prompt lookup goes on: it needs no speculator
-    assert planned.speculation.is_served(planned.sequence)
-    planned.plan.now = Verdict.SPECULATE
-    assert await planned.told() == ["open_sequence"]
-    assert await planned.told() == ["outcomes"]
-    assert planned.sequence.stats.num_misses == 2  # where there was no reason to look, nothing was missed
+    chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
+    assert await chosen.told(chosen.admit) == ["open_sequence"]
+    assert await chosen.told() == ["outcomes"]
+    chosen.policy.now = Verdict.PLAIN
+    assert await chosen.told() == ["outcomes"]
+    assert chosen.sequence.draft.tokens == []
+    chosen.policy.now = Verdict.PAUSE
+    assert await chosen.told() == ["close_sequence"]
+    assert await chosen.told() == []
+    assert chosen.sequence.draft.source is DraftSource.BACKUP  # prompt lookup goes on: it needs no speculator
+    assert chosen.knowledge.is_served(chosen.sequence)
+    chosen.policy.now = Verdict.SPECULATE
+    assert await chosen.told() == ["open_sequence"]
+    assert await chosen.told() == ["outcomes"]
+    assert chosen.sequence.stats.num_misses == 2  # where there was no reason to look, nothing was missed
 
 
 async def test_a_sequence_that_arrives_in_a_pause_is_not_opened(request_for):
-    planned = Planned(request_for("a", (1, 2, 3)), SpeculationMode.SD)
-    planned.plan.now = Verdict.PAUSE
-    assert await planned.told(planned.admit) == []
-    assert await planned.told() == []
-    planned.plan.now = Verdict.SPECULATE
-    assert await planned.told() == ["open_sequence"]
-    assert planned.speculation.fallbacks == {}
-    assert await planned.told() == ["outcomes", "speculate_now"]
+    chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SD)
+    chosen.policy.now = Verdict.PAUSE
+    assert await chosen.told(chosen.admit) == []
+    assert await chosen.told() == []
+    chosen.policy.now = Verdict.SPECULATE
+    assert await chosen.told() == ["open_sequence"]
+    assert chosen.next_round.fallbacks == {}
+    assert await chosen.told() == ["outcomes", "speculate_now"]
 
 
 async def test_a_speculator_that_comes_back_ends_the_pause(request_for):
-    planned = Planned(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
-    await planned.told(planned.admit)
-    planned.plan.now = Verdict.PAUSE
-    await planned.told()
-    speculation, link, sequence = planned.speculation, planned.link, planned.sequence
-    assert await planned.told(lambda: speculation.link_down(link, 1, [sequence])) == []
-    assert await planned.told(lambda: speculation.link_up(link, 2, [sequence])) == ["open_sequence"]
-    assert await planned.told() == ["outcomes"]
+    chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
+    await chosen.told(chosen.admit)
+    chosen.policy.now = Verdict.PAUSE
+    await chosen.told()
+    knowledge = chosen.knowledge
+    knowledge.link_down(chosen.link, 1)
+    assert await chosen.told(lambda: knowledge.abandon(chosen.sequence)) == []
+    knowledge.link_up(chosen.link, 2)
+    chosen.policy.forget()
+    assert await chosen.told(lambda: knowledge.reopen(chosen.sequence)) == ["open_sequence"]
+    assert await chosen.told() == ["outcomes"]

@@ -13,7 +13,8 @@ import torch
 from specpool.algorithm.verification import DraftDistribution, VerificationMode
 from specpool_target.engine.sequence import DraftSource, TargetSequence
 from specpool_target.links.live_links import LiveLinks
-from specpool_target.verify.verify_step import effective_mode, read_distributions
+from specpool_target.verify.arrived_distributions import read_distributions
+from specpool_target.verify.verify_step import effective_mode
 
 
 class DraftDistributions:
