@@ -32,7 +32,9 @@ def test_readme_and_schema_are_generated_from_the_values() -> None:
 
 
 def test_one_resource_per_file(render) -> None:
-    for path in (CHART / "templates").rglob("*.yaml"):
+    paths = list((CHART / "templates").rglob("*.yaml"))
+    assert len(paths) > 5
+    for path in paths:
         assert path.read_text().count("\nkind: ") <= 1, path
 
 

@@ -189,7 +189,9 @@ async def test_tokens_per_minute(store: SessionStore) -> None:
     assert 0 < refusal.retry_after_s <= 60
     await store.add_tokens("t", "another router", 0, 3)
     refusal = await store.acquire("t", "b", limits)
-    assert refusal is None or refusal.used == 13
+    if refusal is None:
+        pytest.skip("a minute ended during the test")
+    assert refusal.used == 13
 
 
 async def test_memory_of_sessions_that_do_not_run_is_bounded() -> None:

@@ -197,6 +197,14 @@ async def test_closed_sequence_gets_no_tables(stub: Any) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while (await _status(stub)).load.num_sequences_running:
             await asyncio.sleep(0.02)
+    await stream.open("next")
+    while ("next", 0) not in stream.tables:
+        await stream.receive()
+    stream.tables.clear()
+    await stream.open("last")
+    while not any(len(tokens) == 3 for tokens in stream.tables.get(("last", 0), {}).values()):
+        await stream.receive()
+    assert {name for name, _ in stream.tables} <= {"next", "last"}
     stream.call.cancel()
 
 

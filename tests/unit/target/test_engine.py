@@ -123,6 +123,7 @@ async def test_logprobs_are_those_of_the_unmodified_distribution(bench_for, requ
     request = request_for("a", [1, 2], max_tokens=6, num_logprobs=3, logit_bias={5: 9.0}, **SAMPLED)
     result = await bench.run(request)
     tokens = [1, 2]
+    assert len(result.tokens) == 6
     for token, got in zip(result.tokens, result.logprobs, strict=True):
         expected = bench.table.logits(tokens[-2], tokens[-1]).log_softmax(0)
         assert got.token_id == token

@@ -42,7 +42,18 @@ def test_round_events_are_capped_and_counted() -> None:
     assert finished.attributes["specpool.num_rounds_without_event"] == 2
 
 
+class UnrecordedSpan(trace.NonRecordingSpan):
+    """Counts the events it is given in vain."""
+
+    num_events = 0
+
+    def add_event(self, *args: object, **kwargs: object) -> None:
+        self.num_events += 1
+
+
 def test_events_of_an_unrecorded_span_cost_nothing() -> None:
-    events = RoundEvents(trace.INVALID_SPAN)
+    span = UnrecordedSpan(trace.INVALID_SPAN_CONTEXT)
+    events = RoundEvents(span)
     events.add(num_draft_tokens=1, num_accepted=1, outcome="hit", duration_s=0.01)
     events.finish()
+    assert span.num_events == 0
