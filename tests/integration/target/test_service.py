@@ -166,6 +166,23 @@ async def test_continuation_leaves_out_text_that_the_client_has_of_later_tokens(
     assert rest.text == whole.text[17:]
 
 
+@pytest.mark.parametrize("stop", [[], ["zz!"]])
+async def test_continuation_says_how_much_text_its_tokens_had_brought(target_for, stop):
+    """So a client that only counted its tokens can be given exactly the rest."""
+    target = await target_for()
+    options = {"temperature": 0.8, "frequency_penalty": 0.5, "max_tokens": 30, "stop": stop}
+    num_tokens, num_chars, seen = 0, 0, []
+    async for event in target.stub.RunSequence(target.message(**options)):
+        num_tokens += len(event.delta.token_ids)
+        num_chars += len(event.delta.text)
+        seen.append((num_tokens, num_chars))
+    whole = await target.generate(**options)
+    for num_tokens, num_chars in [each for each in seen if 0 < each[0] < len(whole.tokens)]:
+        rest = await target.generate(committed=whole.tokens[:num_tokens], **options)
+        assert rest.started.num_committed_text_chars == num_chars
+    assert not whole.started.HasField("num_committed_text_chars")
+
+
 async def test_continuation_of_a_complete_output_only_finishes(target_for):
     target = await target_for()
     whole = await target.generate(max_tokens=10)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from specpool.errors import TargetUnavailable
 from specpool_engine.modeling import BlockPool
 from specpool_target.engine.scheduler import Scheduler
 from specpool_target.engine.sequence import Draft, DraftSource, SequenceState, TargetSequence
@@ -137,3 +140,28 @@ def test_draft_is_never_cut_by_the_prefill_budget(scheduler_for, sequence_for):
     assert names(plan.segments) == {"a": 5}
     compute(plan)
     assert names(scheduler.schedule().segments) == {"a": 4}
+
+
+def continuation_of(request_for, name):
+    request = replace(request_for(name, [1, 2, 3], max_tokens=60), committed_tokens=(7, 8))
+    return TargetSequence(request, max_length=64)
+
+
+def test_what_another_target_began_goes_before_what_is_new(scheduler_for, sequence_for, request_for):
+    scheduler, _ = scheduler_for(batch=1)
+    for name in "ab":
+        scheduler.add(sequence_for(name, 3))
+    for name in "cd":
+        scheduler.add(continuation_of(request_for, name))
+    assert [sequence.id for sequence in scheduler.waiting] == ["c", "d", "a", "b"]
+
+
+def test_a_full_target_has_places_left_for_what_another_one_began(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(batch=4)
+    scheduler.check_admissible(3, num_submitted=12)
+    with pytest.raises(TargetUnavailable, match="9 sequences are waiting already, at most 9 may"):
+        scheduler.check_admissible(3, num_submitted=13)
+    # As many as a target like this one has when it is lost: 4 in the batch and 9 that wait.
+    scheduler.check_admissible(3, num_submitted=25, is_continuation=True)
+    with pytest.raises(TargetUnavailable, match="22 sequences are waiting already, at most 22 may"):
+        scheduler.check_admissible(3, num_submitted=26, is_continuation=True)
