@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -139,6 +141,28 @@ async def test_a_store_that_is_away_is_no_obstacle(start_router: Any, valkey: An
         received = await receive(former, 9)
         await valkey.kill()
         check_whole(received, await resume(other, **what_is_said("ids chars request", received)))
+
+
+async def test_a_store_that_comes_back_does_not_end_what_went_on_without_it(start_router: Any, valkey: Any) -> None:
+    """It knows the stream before as the session's owner."""
+    first, second = FakeTarget(num_per_delta=3), FakeTarget(delay_s=0.4, num_per_delta=2)
+    async with running(first, second) as (one, two):
+        former = await start_router(targets=(one,), session_store=valkey.url)
+        other = await start_router(targets=(two,), session_store=valkey.url)
+        received = await receive(former, 9)
+        async with detached(valkey.url):
+            pass
+        os.kill(valkey.pid, signal.SIGSTOP)
+        try:
+            rest = asyncio.create_task(resume(other, **what_is_said("ids chars request", received)))
+            async with asyncio.timeout(20):
+                while not second.num_running:
+                    await asyncio.sleep(0.01)
+        finally:
+            os.kill(valkey.pid, signal.SIGCONT)
+        check_whole(received, await rest)
+        # By now the store has the whole of it.
+        check_whole(received, await resume(former, **what_is_said("count", received)))
 
 
 @pytest.mark.parametrize("num_entries", [1, 3])

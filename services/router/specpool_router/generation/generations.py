@@ -135,7 +135,7 @@ class Generations:
         request = await self._completed(_original(point), stop)
         if point.token_ids is None:
             check_can_regenerate(request, Journal(()), point)
-        lease = await self._sessions.open(_session(request, tenant, owner), tenant, stop.stop)
+        lease = await self._sessions.adopt(_session(request, tenant, owner), tenant, stop.stop)
         async with aclosing(self._continued(request, lease, Journal(()), point, stop)) as events:
             async for event in events:
                 yield event

@@ -103,6 +103,8 @@ class JournalWriter:
                 lease.num_written = 0
                 await self._store.create(lease.session)
                 state = await self._send(lease)
+            if state is LeaseState.LOST and lease.is_adopted and await self._take_over(lease):
+                state = await self._send(lease)
         except OperationRefused as error:  # it would be refused again
             self._state.failed(error)
             self._forget(lease)
@@ -134,6 +136,15 @@ class JournalWriter:
             lease.end_written = ended is not None
             lease.last_write = self._clock()
         return state
+
+    async def _take_over(self, lease: Lease) -> bool:
+        """The client went on here while the store was away; it still knows the stream before as the owner."""
+        lease.is_adopted = False
+        session = await self._store.load(lease.session.request_id)
+        if session is None or session.tenant != lease.tenant.name or session.ending:
+            return False
+        lease.num_written = 0
+        return await self._store.take_over(session.request_id, lease.session.owner, session.owner)
 
     def _keep_ended(self, lease: Lease) -> None:
         request_id = lease.session.request_id

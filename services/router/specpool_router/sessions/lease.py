@@ -22,6 +22,8 @@ class Lease:
     num_written: int = 0
     began: bool = False
     """Whether its client got anything."""
+    is_adopted: bool = False
+    """Whether it was begun without asking the store, which may know it as another owner's."""
     pairing_written: bool = True
     ended: tuple[SessionState, bytes] | None = None
     end_written: bool = False

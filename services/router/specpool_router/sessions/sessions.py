@@ -127,12 +127,8 @@ class Sessions:
 
     async def take_over(self, request_id: str, tenant: Tenant, owner: str) -> Session:
         """Make `owner` the owner of a session, unless it has ended meanwhile, and stop the stream that runs it."""
-        lease = self._leases.get(request_id)
-        if lease is not None and lease.tenant.name == tenant.name:
-            del self._leases[request_id]
-            lease.began = True  # it goes on elsewhere
-            self._lose(lease)
-            await _written(lease)
+        if (former := self._stop_here(request_id, tenant)) is not None:
+            await _written(former)
         for _ in range(_MAX_TAKE_OVERS):
             session = await self.find(request_id, tenant)
             if session.ending:
@@ -141,6 +137,26 @@ class Sessions:
                 if await self.store.take_over(request_id, owner, session.owner):
                     return Session(request_id=request_id, tenant=tenant.name, owner=owner, request=session.request)
         raise TargetUnavailable(f"other streams take over {request_id!r}; retry", reason="SESSION_TAKEN_OVER")
+
+    async def adopt(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
+        """Begin a session that the store has lost, or cannot be asked about, and that its client knows.
+
+        Whoever may still be running it loses it, also in a store that comes back and knows of it.
+        """
+        self._stop_here(session.request_id, tenant)
+        lease = await self.open(session, tenant, stop)
+        lease.is_adopted = not self._state.up
+        return lease
+
+    def _stop_here(self, request_id: str, tenant: Tenant) -> Lease | None:
+        """Stop the stream of this router that runs a session, since another takes it over."""
+        lease = self._leases.get(request_id)
+        if lease is None or lease.tenant.name != tenant.name:
+            return None
+        del self._leases[request_id]
+        lease.began = True  # it goes on elsewhere
+        self._lose(lease)
+        return lease
 
     def reopen(
         self, session: Session, journal: list[bytes], tenant: Tenant, stop: Callable[[SessionState], None]
@@ -212,7 +228,10 @@ class Sessions:
         if state is LeaseState.CANCEL_REQUESTED:
             lease.stop(SessionState.CANCELLED)
         elif state is LeaseState.LOST:
-            self._lose(lease)
+            if lease.is_adopted:
+                self._journal.mark(lease)  # writes take it over
+            else:
+                self._lose(lease)
         elif state is LeaseState.UNKNOWN:
             self._journal.mark(lease)
 
