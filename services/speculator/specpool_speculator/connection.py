@@ -19,8 +19,6 @@ class Connection:
     def __init__(self, target: types_pb2.Peer) -> None:
         self.target = target
         """Who is at the other end."""
-        self.num_dropped_tables = 0
-        """Not sent because the target did not read."""
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[speculator_pb2.SpeculateResponse] = deque()
         self._wake = asyncio.Event()
@@ -36,9 +34,7 @@ class Connection:
     def send(self, *responses: speculator_pb2.SpeculateResponse) -> None:
         """Queue responses."""
         for response in responses:
-            if len(self._waiting) >= _MAX_WAITING_TABLES and response.HasField("tables"):
-                self.num_dropped_tables += 1
-            else:
+            if len(self._waiting) < _MAX_WAITING_TABLES or not response.HasField("tables"):
                 self._waiting.append(response)
         self._wake.set()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from metric_series import series_names
 
-from specpool.telemetry.metrics import series_names
 from specpool_router.metrics import RouterMetrics
 from specpool_speculator.metrics import SpeculatorMetrics
 from specpool_target.metrics import TargetMetrics

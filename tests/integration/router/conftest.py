@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from embedded_valkey import EmbeddedValkey
 
 from specpool_router.config import RouterConfig
 from specpool_router.metrics import RouterMetrics
 from specpool_router.server import serve
-from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
+from specpool_tools.local.embedded_store import find_binary
 
 # Under --import-mode=importlib a folder of tests is no package: its helper modules are loaded by path.
 for _name, _file in (("router_fakes", "fakes.py"), ("store_servers", "store_servers.py")):

@@ -8,22 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from embedded_valkey import EmbeddedValkey
 
 from specpool.errors import SessionStoreUnavailable
-from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
-
-_PARENT = """
-import asyncio
-from specpool_tools.local.embedded_store import EmbeddedValkey
-async def main():
-    server = EmbeddedValkey()
-    await server.start()
-    print(server.pid, flush=True)
-    await asyncio.sleep(60)
-asyncio.run(main())
-"""
+from specpool_tools.local.embedded_store import find_binary, server_command
 
 
 def _is_alive(pid: int) -> bool:
@@ -34,14 +25,24 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def test_killed_parent_leaves_no_server() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE, text=True)
+def test_killed_parent_leaves_no_server(tmp_path: Path) -> None:
+    socket = tmp_path / "valkey.sock"
+    command = server_command(find_binary(), socket, directory=tmp_path)
+    code = (
+        "import os, subprocess, sys, time\n"
+        "shim = (sys.executable, '-m', 'specpool_tools.local.shim', str(os.getpid()))\n"
+        f"print(subprocess.Popen((*shim, *{command!r})).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
+    deadline = time.monotonic() + 30
+    while not socket.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert _is_alive(pid)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 5
     while _is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _is_alive(pid)

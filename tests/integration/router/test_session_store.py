@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from embedded_valkey import EmbeddedValkey
 
 from specpool.v1 import inference_pb2
 from specpool_router.sessions.memory_store import MemorySessionStore
 from specpool_router.sessions.redis_store import RedisSessionStore
 from specpool_router.sessions.session_store import LeaseState, QuotaLimits, Session, SessionState, SessionStore
-from specpool_tools.local.embedded_store import EmbeddedValkey, find_binary
+from specpool_tools.local.embedded_store import find_binary
 
 
 @pytest.fixture(params=["memory", "valkey", "redis-server"])

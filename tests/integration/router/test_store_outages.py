@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio as redis
+from embedded_valkey import EmbeddedValkey
 from router_fakes import FakeTarget, running
 from store_servers import redis_server
 
@@ -25,7 +26,6 @@ from specpool_router.server import serve
 from specpool_router.sessions.redis_store import RedisSessionStore
 from specpool_router.sessions.session_store import Session
 from specpool_router.sessions.sessions import Sessions
-from specpool_tools.local.embedded_store import EmbeddedValkey
 
 TENANT = Tenant(name="t")
 

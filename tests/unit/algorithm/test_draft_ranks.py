@@ -8,11 +8,15 @@ from scipy.stats import chisquare
 
 from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.noise import gumbel
-from specpool.algorithm.saguaro import saguaro_distribution
+from specpool.algorithm.saguaro import saguaro_scores
 from specpool.algorithm.verification import DenseDistribution, VerificationMode, verify_coupled
 
 SCORES = torch.tensor([[3.0, 1.0, 2.0, 0.0, -torch.inf]])
 POSITIONS = torch.tensor([8])
+
+
+def _saguaro(scores: torch.Tensor, fan_out: int, constant: float) -> torch.Tensor:
+    return saguaro_scores(scores, fan_out, constant).softmax(dim=1)
 
 
 def test_greedy_ranks_are_the_most_likely_tokens() -> None:
@@ -56,7 +60,7 @@ def test_rejection_samples_from_the_distribution_it_reports(constant: float) -> 
         num_kept=4,
     )
     assert ranks.distribution is not None
-    expected = saguaro_distribution(SCORES[:, :4], 2, constant)[0].double()
+    expected = _saguaro(SCORES[:, :4], 2, constant)[0].double()
     reported = torch.zeros(5).scatter(0, ranks.distribution.token_ids[0], ranks.distribution.probabilities[0])
     torch.testing.assert_close(reported[:4].double(), expected)
     counts = torch.bincount(ranks.token_ids[:, 0], minlength=5)
@@ -83,23 +87,23 @@ def test_sampling_modes_need_positions() -> None:
 def test_saguaro_scales_the_top_tokens_only() -> None:
     weights = SCORES[0].exp()
     expected = weights * torch.tensor([0.25, 1, 0.25, 1, 1])
-    torch.testing.assert_close(saguaro_distribution(SCORES, 2, 0.25)[0], expected / expected.sum())
+    torch.testing.assert_close(_saguaro(SCORES, 2, 0.25)[0], expected / expected.sum())
 
 
 def test_saguaro_without_effect_is_softmax() -> None:
     for fan_out, constant in ((2, 1.0), (0, 0.3)):
-        assert saguaro_distribution(SCORES, fan_out, constant).equal(SCORES.softmax(1))
+        assert _saguaro(SCORES, fan_out, constant).equal(SCORES.softmax(1))
 
 
 def test_saguaro_at_zero_never_leaves_a_row_empty() -> None:
-    assert saguaro_distribution(SCORES, 4, 0.0).equal(SCORES.softmax(1))
-    assert saguaro_distribution(SCORES, 9, 0.0).equal(SCORES.softmax(1))
+    assert _saguaro(SCORES, 4, 0.0).equal(SCORES.softmax(1))
+    assert _saguaro(SCORES, 9, 0.0).equal(SCORES.softmax(1))
 
 
 @pytest.mark.parametrize("constant", [-0.1, 1.1, float("nan")])
 def test_saguaro_refuses_other_constants(constant: float) -> None:
     with pytest.raises(ValueError, match="must be between 0 and 1"):
-        saguaro_distribution(SCORES, 2, constant)
+        _saguaro(SCORES, 2, constant)
 
 
 def test_a_smaller_constant_moves_the_residual_onto_the_guesses() -> None:
@@ -109,7 +113,7 @@ def test_a_smaller_constant_moves_the_residual_onto_the_guesses() -> None:
     top = draft.topk(3, dim=1).indices
 
     def share_on_guesses(constant: float) -> float:
-        residual = (target - saguaro_distribution(draft, 3, constant)).clamp(min=0)
+        residual = (target - _saguaro(draft, 3, constant)).clamp(min=0)
         return float((residual.gather(1, top).sum(1) / residual.sum(1)).mean())
 
     assert share_on_guesses(0.0) > share_on_guesses(0.5) > share_on_guesses(1.0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specpool.algorithm.prompt_lookup import PromptLookup, prompt_lookup
+from specpool.algorithm.prompt_lookup import PromptLookup
 from specpool.algorithm.speculation_cache import Lookup, LookupKind, SpeculationCache
 
 
@@ -86,13 +86,13 @@ def longest_suffix_match(tokens: list[int], max_ngram: int, num_tokens: int) -> 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 4), st.integers(0, 6), st.integers(0, 40))
 def test_prompt_lookup_equals_a_plain_search(tokens: list[int], max_ngram: int, num_tokens: int, split: int) -> None:
     expected = longest_suffix_match(tokens, max_ngram, num_tokens)
-    assert prompt_lookup(tokens, max_ngram, num_tokens) == expected
+    assert PromptLookup(tokens, max_ngram=max_ngram).propose(num_tokens) == expected
     incremental = PromptLookup(tokens[:split], max_ngram=max_ngram)
     incremental.extend(tokens[split:])
     assert incremental.propose(num_tokens) == expected
 
 
 def test_prompt_lookup_copies_what_followed() -> None:
-    assert prompt_lookup([1, 2, 3, 4, 5, 2, 3], 3, 2) == [4, 5]
-    assert prompt_lookup([1, 2, 3], 3, 2) == []
-    assert prompt_lookup([], 3, 2) == []
+    assert PromptLookup([1, 2, 3, 4, 5, 2, 3]).propose(2) == [4, 5]
+    assert PromptLookup([1, 2, 3]).propose(2) == []
+    assert PromptLookup([]).propose(2) == []

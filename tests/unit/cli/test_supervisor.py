@@ -91,7 +91,7 @@ async def test_a_child_that_may_not_start_again_stays_down(tmp_path: Path, guard
     spec = ChildSpec(name="failing", command=(sys.executable, "-c", "import sys; sys.exit('error: X: y')"))
     child = Child(spec, tmp_path, guardian)
     child.start(lambda *_: False)
-    await eventually(lambda: child.is_finished)
+    await eventually(lambda: child.last_exit is not None)
     assert (child.num_starts, child.last_exit) == (1, 1)
     assert child.log_tail(1)[0].endswith("error: X: y")
 

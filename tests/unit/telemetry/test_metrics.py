@@ -5,9 +5,10 @@ from __future__ import annotations
 import urllib.request
 
 import pytest
+from metric_series import series_names
 
 from specpool.errors import ConfigError
-from specpool.telemetry.metrics import LabelCap, series_names, serve_metrics
+from specpool.telemetry.metrics import LabelCap, serve_metrics
 from specpool_router.metrics import RouterMetrics
 from specpool_speculator.engine.step_stats import DraftStepStats
 from specpool_speculator.metrics import SpeculatorMetrics

@@ -67,16 +67,6 @@ def outcome_probabilities(lookahead: int, acceptance: float) -> tuple[float, ...
     return (*rejected, acceptance**lookahead)
 
 
-def expected_hit_rate(
-    fan_out: Sequence[int], acceptance: float, after_rejection: PowerLaw, after_acceptance: PowerLaw
-) -> float:
-    """Probability that the outcome is among the guesses."""
-    lookahead = len(fan_out) - 1
-    laws = [after_rejection] * lookahead + [after_acceptance]
-    outcomes = zip(outcome_probabilities(lookahead, acceptance), laws, fan_out, strict=True)
-    return sum(probability * (1 - law.miss_rate(num)) for probability, law, num in outcomes)
-
-
 def continuous_fan_out(
     budget: float,
     lookahead: int,

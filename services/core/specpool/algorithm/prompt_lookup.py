@@ -42,8 +42,3 @@ class PromptLookup:
             if start is not None:
                 return self._tokens[start : start + num_tokens]
         return []
-
-
-def prompt_lookup(tokens: Sequence[int], max_ngram: int, num_tokens: int) -> list[int]:
-    """Propose up to ``num_tokens`` after ``tokens``; empty when no suffix of it occurred before."""
-    return PromptLookup(tokens, max_ngram=max_ngram).propose(num_tokens)

@@ -30,8 +30,3 @@ def saguaro_scores(scores: Tensor, fan_out: int, constant: float) -> Tensor:
     changed = scores.scatter_add(1, top, torch.full_like(top, shift, dtype=scores.dtype))
     some_left = (changed > -torch.inf).any(dim=1, keepdim=True)
     return torch.where(some_left, changed, scores)
-
-
-def saguaro_distribution(scores: Tensor, fan_out: int, constant: float) -> Tensor:
-    """sigma_{fan_out, constant} of ``scores`` [N, V] as probabilities [N, V]."""
-    return saguaro_scores(scores, fan_out, constant).softmax(dim=1)

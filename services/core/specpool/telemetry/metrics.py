@@ -114,11 +114,3 @@ def children(metric: _Metric, values: Iterable[str]) -> dict[str, _Metric]:
 def add(counter: Counter, amount: int) -> None:
     if amount:
         counter.inc(amount)
-
-
-def series_names(registry: CollectorRegistry) -> frozenset[str]:
-    """Every series name that a registry exports, as queries spell it (``_total``, ``_bucket``, ...)."""
-    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
-    return frozenset(
-        family.name + suffix for family in registry.collect() for suffix in suffixes.get(family.type, ("",))
-    )

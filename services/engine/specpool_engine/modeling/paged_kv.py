@@ -46,7 +46,6 @@ class BlockPool:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_evictions = 0
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -58,11 +57,6 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that can be allocated now, evicting cached ones."""
         return len(self._free) + len(self._cached)
-
-    @property
-    def num_cached(self) -> int:
-        """Unreferenced blocks kept for their contents."""
-        return len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -139,15 +133,9 @@ class BlockPool:
         self._pending_copies.clear()
         return sources, destinations
 
-    def drop_cached(self) -> None:
-        """Forget every cached prefix that no sequence uses."""
-        while self._cached:
-            self._free.append(self._evict())
-
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         self._forget(block)
-        self.num_evictions += 1
         return block
 
     def _forget(self, block: int) -> None:

@@ -56,11 +56,6 @@ class Child:
         process = self._process
         return process.pid if process and process.returncode is None else None
 
-    @property
-    def is_finished(self) -> bool:
-        """True once it is not going to run again."""
-        return self._task is not None and self._task.done()
-
     def start(self, on_exit: Callable[[Child, int], bool]) -> None:
         """Run it until stopped. After each exit `on_exit(child, status)` says whether to start it again."""
         self._task = asyncio.create_task(self._run(on_exit), name=self.spec.name)
