@@ -14,8 +14,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Coroutine
-from typing import Any, Final
+from collections.abc import Awaitable
+from typing import Final
 
 _logger = logging.getLogger(__name__)
 EXIT_S: Final = 12.0
@@ -36,38 +36,38 @@ async def close_within(timeout_s: float, **parts: Awaitable[object]) -> None:
         task.cancel()
 
 
-def run_service(serving: Coroutine[Any, Any, None], *, stop: asyncio.Event, drain_grace_s: float) -> None:
-    """Run a service as the work of this process, which exits soon after it was told to stop, whatever hangs.
+class StopEvent(asyncio.Event):
+    """Set: a service stops. From then on its process lives for a limited time, whatever hangs."""
 
-    Args:
-        serving: the service; it ends when ``stop`` is set, and sets it when something else ends it.
-        stop: of the service.
-        drain_grace_s: how long running work may go on after that.
-    """
-    asyncio.run(_watched(serving, stop, drain_grace_s + EXIT_S))
+    def __init__(self, *, drain_grace_s: float) -> None:
+        super().__init__()
+        self._limit_s = drain_grace_s + EXIT_S
 
-
-async def _watched(serving: Coroutine[Any, Any, None], stop: asyncio.Event, limit_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    watcher = asyncio.create_task(_watch(stop, loop, limit_s), name="exit watchdog")
-    try:
-        await serving
-    finally:
-        watcher.cancel()
+    def set(self) -> None:
+        """Stop."""
+        if not self.is_set():
+            _end_process_after(self._limit_s)
+        super().set()
 
 
-async def _watch(stop: asyncio.Event, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
-    await stop.wait()
+def _end_process_after(limit_s: float) -> None:
     # A thread, because the event loop may be what hangs; a timer that needs no interpreter, because that may hang, too.
-    threading.Thread(target=_end_process, args=(loop, limit_s), name="exit watchdog", daemon=True).start()
+    threading.Thread(target=_end_process, args=(limit_s, _running_loop()), name="exit watchdog", daemon=True).start()
     with contextlib.suppress(ValueError, OSError, AttributeError):  # standard error is no file
         faulthandler.dump_traceback_later(limit_s + _LAST_RESORT_S, exit=True)
 
 
-def _end_process(loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _end_process(limit_s: float, loop: asyncio.AbstractEventLoop | None) -> None:
     time.sleep(limit_s)
     _logger.critical("still alive %g s after it was told to stop: ending this process; what it does:", limit_s)
-    for task in asyncio.all_tasks(loop):
+    for task in asyncio.all_tasks(loop) if loop is not None else ():
         task.print_stack(file=sys.stderr)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     os._exit(STUCK_EXIT_STATUS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from specpool.config import Settings, invalid
 
@@ -47,8 +47,8 @@ class RouterConfig(Settings):
     """redis://..., rediss://..., unix://SOCKET or memory:// (one router only)."""
     session_ttl_s: PositiveFloat = 600.0
     """How long an ended or abandoned session can be resumed."""
-    max_request_bytes: PositiveInt = 8 << 20
-    """Largest request; it is kept in the session store until it has ended."""
+    max_request_bytes: int = Field(default=2 << 20, ge=1 << 10, le=32 << 20)
+    """Largest request, about four bytes per token of text; it is kept in the session store until it has ended."""
     tenants_file: str = ""
     """YAML file of tenants by hash of their key; empty: one tenant, "default", without credentials."""
     poll_interval_s: PositiveFloat = 1.0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from specpool.addresses import parse_address
 from specpool.discovery.discovery import Discovery, StaticDiscovery
+from specpool.rpc.parsing import Authentication
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
 from specpool.shutdown import close_within
 from specpool.telemetry import tracing
@@ -52,7 +53,7 @@ async def serve(
     try:
         await sessions.start()
         await cluster.start()
-        server = create_server()
+        server = create_server(Authentication(tenants.authenticate), max_request_bytes=config.max_request_bytes)
         endpoint = bind(server, config.listen)
         admission = Admission(sessions, metrics)
         generations = Generations(

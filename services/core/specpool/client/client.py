@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc.aio
 
+from specpool.client.checks import checked_api_key
 from specpool.client.resuming import Request, ResumableStream, ResumePolicy
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
@@ -44,10 +45,10 @@ class Client:
     """Calls a router. Use as an asynchronous context manager. Every method raises `specpool.errors` types."""
 
     def __init__(self, endpoint: str, *, api_key: str = "", resume: ResumePolicy | None = None) -> None:
+        self._metadata = (("authorization", f"Bearer {checked_api_key(api_key)}"),) if api_key else ()
         self._endpoint = endpoint
         self._resume = resume or ResumePolicy()
         self._channel = channel(endpoint)
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._router = router_pb2_grpc.RouterServiceStub(self._channel)
 
     async def __aenter__(self) -> Client:

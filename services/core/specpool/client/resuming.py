@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from specpool.backoff import Backoff
-from specpool.errors import Draining, SpecPoolError
+from specpool.errors import Draining, Overloaded, SpecPoolError
 from specpool.rpc.errors import from_rpc_error, has_details
 from specpool.v1 import inference_pb2
 
@@ -117,7 +117,7 @@ class ResumableStream:
     def _may_go_on(self, error: grpc.aio.AioRpcError, typed: SpecPoolError) -> bool:
         """Whether the stream was cut, rather than the request refused; one that did not begin may begin elsewhere."""
         if not self._has_started:
-            return isinstance(typed, Draining)
+            return isinstance(typed, Draining | Overloaded)
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return typed.reason != _TAKEN_OVER
         return error.code() in _BROKEN and not has_details(error)

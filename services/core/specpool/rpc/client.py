@@ -24,9 +24,10 @@ def channel(
         own_connection: whether it connects for itself, perhaps to another server behind the same name; the channels
             of a process share their connections otherwise.
     """
-    own = [("grpc.use_local_subchannel_pool", 1)] if own_connection else []
     return grpc.aio.insecure_channel(
         channel_target(endpoint),
-        options=[*channel_options(use_http_proxy=use_http_proxy, keepalive_ms=keepalive_ms), *own],
+        options=channel_options(
+            use_http_proxy=use_http_proxy, keepalive_ms=keepalive_ms, own_connection=own_connection
+        ),
         interceptors=[ClientTracing(), ClientStreamTracing()],
     )

@@ -7,6 +7,7 @@ Details sent: ``ErrorInfo`` (reason, domain "specpool", metadata) and, for an in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Final
 
 import grpc
@@ -19,13 +20,18 @@ from specpool import errors
 from specpool.errors import SpecPoolError
 
 DOMAIN: Final = "specpool"
+TOO_LARGE: Final = "REQUEST_TOO_LARGE"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
-# Trailing metadata that outgrows the peer's header limit turns any error into RESOURCE_EXHAUSTED.
-_MAX_MESSAGE_CHARS: Final = 1500
-_MAX_VALUE_CHARS: Final = 300
+# Trailing metadata that outgrows the peer's header limit (8 KiB) turns any error into RESOURCE_EXHAUSTED. The message
+# travels three times: percent-encoded, which triples what is not ASCII, and in two details, in base 64.
+_MAX_MESSAGE_BYTES: Final = 800
+_MAX_VALUE_BYTES: Final = 200
+_MAX_WORD_BYTES: Final = 64
+_MAX_VALUES: Final = 8
+_TOO_LARGE: Final = "larger than max"
+"""What gRPC says of a message above a limit of the channel or the server."""
 
 _KIND_BY_CODE: Final[Mapping[grpc.StatusCode, type[SpecPoolError]]] = {
-    grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgument,
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgument,
@@ -38,17 +44,22 @@ _KIND_BY_CODE: Final[Mapping[grpc.StatusCode, type[SpecPoolError]]] = {
     grpc.StatusCode.INTERNAL: errors.Internal,
 }
 
+# A caller's own cancellation is no failed call: a bare CANCELLED comes from the peer.
+_GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
 
 def to_status(error: SpecPoolError) -> status_pb2.Status:
     """The ``google.rpc.Status`` that carries ``error``."""
     code = grpc.StatusCode[error.status_code_name]
-    status = status_pb2.Status(code=code.value[0], message=_shorten(error.message, _MAX_MESSAGE_CHARS))
-    metadata = {key: _shorten(value, _MAX_VALUE_CHARS) for key, value in error.metadata.items()}
-    _pack(status, error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
-    if isinstance(error, errors.InvalidArgument) and "field" in error.metadata:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.metadata["field"], description=status.message
-        )
+    status = status_pb2.Status(code=code.value[0], message=_shorten(error.message, _MAX_MESSAGE_BYTES))
+    metadata = {
+        _shorten(key, _MAX_WORD_BYTES): _shorten(value, _MAX_VALUE_BYTES)
+        for key, value in islice(error.metadata.items(), _MAX_VALUES)
+    }
+    reason = _shorten(error.reason, _MAX_WORD_BYTES)
+    _pack(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
+    if isinstance(error, errors.InvalidArgument) and "field" in metadata:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=metadata["field"], description=status.message)
         _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
     return status
 
@@ -70,7 +81,11 @@ def from_rpc_error(
     code = error.code()
     info = _error_info(error)
     message = error.details() or code.name
-    by_code = unavailable if code is grpc.StatusCode.UNAVAILABLE else _KIND_BY_CODE.get(code, errors.Internal)
+    by_code = unavailable if code in _GONE else _KIND_BY_CODE.get(code, errors.Internal)
+    if info is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in message:
+        return errors.InvalidArgument(message, reason=TOO_LARGE)
+    if info is None and code is grpc.StatusCode.CANCELLED:
+        return by_code("the peer ended the call without a reason, as one does that stops; it may be tried again")
     if info is None:
         return by_code(message, reason=_reason_of_bare_status(code, by_code))
     typed = errors.error_from_reason(info.reason, message, info.metadata)
@@ -111,5 +126,9 @@ def _pack(status: status_pb2.Status, detail: Message) -> None:
     status.details.add().Pack(detail)
 
 
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _shorten(text: str, max_bytes: int) -> str:
+    """As much of the text as fits, in valid UTF-8."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode()
+    return encoded[: max_bytes - 3].decode(errors="ignore") + "..."

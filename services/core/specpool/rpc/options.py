@@ -10,8 +10,6 @@ from typing import Final
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 """Of a message between services: a client's request, the tokens committed so far, and room to spare."""
-MAX_REQUEST_BYTES: Final = 8 * 1024 * 1024
-"""Of a client's request: a million tokens, as text or as ids."""
 KEEPALIVE_MS: Final = 10_000
 _KEEPALIVE_TIMEOUT_MS: Final = 5_000
 _SHORTEST_PING_INTERVAL_MS: Final = 500
@@ -48,7 +46,9 @@ def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> _Options:
     ]
 
 
-def channel_options(*, use_http_proxy: bool = False, keepalive_ms: int = KEEPALIVE_MS) -> _Options:
+def channel_options(
+    *, use_http_proxy: bool = False, keepalive_ms: int = KEEPALIVE_MS, own_connection: bool = False
+) -> _Options:
     """Options of a channel. Calls inside a cluster must not go through a proxy that the environment names."""
     return [
         *_common_options(MAX_MESSAGE_BYTES, keepalive_ms),
@@ -57,6 +57,7 @@ def channel_options(*, use_http_proxy: bool = False, keepalive_ms: int = KEEPALI
         # Peers are few and near: to try each second costs nothing, and hits return a second after a restart.
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.enable_http_proxy", int(use_http_proxy)),
+        ("grpc.use_local_subchannel_pool", int(own_connection)),
         ("grpc.service_config", json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": _RETRIES}]})),
     ]
 

@@ -15,6 +15,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from specpool.errors import InvalidArgument
+from specpool.rpc.errors import TOO_LARGE
 from specpool.rpc.interceptors import Context, Handler, ScopeInterceptor, wrap
 
 _STANDARD: Final = "/grpc."
@@ -64,7 +65,7 @@ class Parsing(grpc.aio.ServerInterceptor):
             if len(encoded) > self._max_request_bytes:
                 raise InvalidArgument(
                     f"the request has {len(encoded)} bytes; accepted: up to {self._max_request_bytes}",
-                    reason="REQUEST_TOO_LARGE",
+                    reason=TOO_LARGE,
                     metadata={"num_bytes": len(encoded), "accepted": self._max_request_bytes},
                 )
             try:

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 
-from specpool.client import Client, Completion
+from specpool.client import Client, Completion, valid_text
 from specpool.errors import InvalidArgument
 from specpool.v1 import inference_pb2, types_pb2
 
@@ -74,13 +74,14 @@ def chat_messages(*messages: tuple[str, str]) -> inference_pb2.ChatPrompt:
 
 def run_generate(prompt: str, options: GenerateOptions, *, chat: bool, system: str, output: str, stats: bool) -> None:
     """Send one prompt; stream text, or print one JSON object at the end."""
-    request = build_request(options)
-    if chat:
-        request.chat.CopyFrom(inference_pb2.ChatPrompt(messages=[]))
-        request.chat.MergeFrom(chat_messages(("system", system)))
-        request.chat.messages.add(role="user", content=prompt)
-    else:
-        request.text = prompt
+    with valid_text():
+        request = build_request(options)
+        if chat:
+            request.chat.CopyFrom(inference_pb2.ChatPrompt(messages=[]))
+            request.chat.MergeFrom(chat_messages(("system", system)))
+            request.chat.messages.add(role="user", content=prompt)
+        else:
+            request.text = prompt
     completion = asyncio.run(_stream(request, options, echo=output == "text"))
     if output == "json":
         from specpool_tools.cli.formats import completion_document
@@ -127,8 +128,9 @@ def run_chat(options: GenerateOptions, *, system: str) -> None:
     messages = [("system", system)] if system else []
     while line := _ask():
         messages.append(("user", line))
-        request = build_request(replace(options))
-        request.chat.CopyFrom(chat_messages(*messages))
+        with valid_text():
+            request = build_request(replace(options))
+            request.chat.CopyFrom(chat_messages(*messages))
         completion = asyncio.run(_stream(request, options, echo=True))
         print()
         console.print(f"[dim]{describe_stats(completion)}[/dim]")

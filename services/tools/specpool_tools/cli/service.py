@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specpool import shutdown
 from specpool.config.loading import Parser, load_config, parse_flags
 from specpool.errors import ConfigError
 from specpool.paths import write_atomically
+from specpool.shutdown import StopEvent
 from specpool_tools.models.catalogue import resolve_model
 
 ROLES: Mapping[str, str] = {
@@ -73,9 +73,8 @@ def run_service(role: str, arguments: Sequence[str]) -> None:
     _prepare_process(role, config)
     serve = _module(role, "server").serve
     with _progress(serve) as extra:
-        stop = asyncio.Event()
-        serving = serve(config, on_ready=_announcer(role, options.ready_file), stop=stop, **extra)
-        shutdown.run_service(serving, stop=stop, drain_grace_s=config.drain_grace_s)
+        stop = StopEvent(drain_grace_s=config.drain_grace_s)
+        asyncio.run(serve(config, on_ready=_announcer(role, options.ready_file), stop=stop, **extra))
 
 
 def resolve_up(arguments: Sequence[str]) -> tuple[Any, Path | None]:
