@@ -116,10 +116,10 @@ class TargetRun:
             return TargetLost(str(typed), ran=self._is_stuck and self._ran)
         if typed.reason == OVERLOADED or isinstance(typed, Draining):
             return TargetRefused(typed)
+        if error.code() is grpc.StatusCode.CANCELLED and not has_details(error):  # the call's end, not the target's
+            return TargetRefused(typed)
         if isinstance(typed, EngineFailed | TargetUnavailable):
             return TargetLost(str(typed), ran=self._ran)
         if has_details(error):
             return typed
-        if error.code() is grpc.StatusCode.CANCELLED:  # the call's end, not the target's
-            return TargetRefused(TargetUnavailable(f"the target cancelled the call: {typed}"))
         return TargetLost(str(typed), ran=self._ran) if error.code() in _LOST_CODES else typed
