@@ -34,11 +34,11 @@ class RouterConfig(Settings):
     log_level: str = "info"
     """debug, info, warning or error."""
     targets: tuple[str, ...] = ()
-    """Endpoints of targets (static discovery)."""
+    """Endpoints of targets, or one `dns:NAME:PORT`: all addresses of that name."""
     speculators: tuple[str, ...] = ()
-    """Endpoints of speculators (static discovery)."""
+    """Endpoints of speculators, or one `dns:NAME:PORT`: all addresses of that name."""
     kubernetes_namespace: str = ""
-    """Namespace whose pods are watched; set: Kubernetes discovery, and no static endpoints."""
+    """Namespace whose pods are watched; set: Kubernetes discovery, and no other endpoints."""
     target_selector: str = ""
     """Label selector of target pods."""
     speculator_selector: str = ""

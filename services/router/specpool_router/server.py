@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 
-from specpool.addresses import parse_address
+from specpool.discovery import directory
 from specpool.discovery.discovery import Discovery, StaticDiscovery
 from specpool.rpc.parsing import Authentication
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
@@ -116,13 +116,18 @@ def make_store(config: RouterConfig) -> SessionStore:
 
 def make_discoveries(config: RouterConfig) -> tuple[Discovery, Discovery]:
     """For targets and for speculators."""
-    if config.kubernetes_namespace:
-        from specpool.discovery.kubernetes import KubernetesDiscovery
+    namespace = config.kubernetes_namespace
+    if not namespace:
+        return _listed(config.targets, "targets"), _listed(config.speculators, "speculators")
+    return _watched(namespace, config.target_selector), _watched(namespace, config.speculator_selector)
 
-        targets = KubernetesDiscovery(config.kubernetes_namespace, config.target_selector)
-        if not config.speculator_selector:
-            return targets, StaticDiscovery(())
-        return targets, KubernetesDiscovery(config.kubernetes_namespace, config.speculator_selector)
-    for address in (*config.targets, *config.speculators):
-        parse_address(address)
-    return StaticDiscovery(config.targets), StaticDiscovery(config.speculators)
+
+def _listed(entries: tuple[str, ...], field: str) -> Discovery:
+    if not entries:
+        return StaticDiscovery(())
+    is_name = len(entries) == 1 and entries[0].startswith("dns:")
+    return directory.parse(entries[0] if is_name else f"static:{','.join(entries)}", field=field)
+
+
+def _watched(namespace: str, selector: str) -> Discovery:
+    return directory.parse(f"kubernetes:{namespace}/{selector}") if selector else StaticDiscovery(())

@@ -105,7 +105,7 @@ class SpeculatorConfig(Settings):
     max_prefill_tokens: PositiveInt = 512
     """Prompt and catch-up tokens per draft step."""
     max_sequences: PositiveInt = 256
-    """Sequences held at once; more are not speculated for."""
+    """Sequences held at once; more are refused, so that their targets take them elsewhere."""
     num_threads: NonNegativeInt = 0
     """Compute threads; 0 leaves torch's default."""
     cpu_affinity: tuple[int, ...] = ()

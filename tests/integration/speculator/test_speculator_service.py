@@ -50,10 +50,10 @@ class Stream:
     async def send(self, **message: Any) -> None:
         await self.call.write(speculator_pb2.SpeculateRequest(**message))
 
-    async def open(self, name: str = "s", mode: Any = types_pb2.SPECULATION_MODE_SSD) -> None:
+    async def open(self, name: str = "s", mode: Any = types_pb2.SPECULATION_MODE_SSD, prompt: Any = PROMPT) -> None:
         await self.send(
             open_sequence=speculator_pb2.OpenSequence(
-                sequence_id=name, token_ids=PROMPT, num_prompt_tokens=len(PROMPT), mode=mode, max_lookahead=3
+                sequence_id=name, token_ids=prompt, num_prompt_tokens=len(prompt), mode=mode, max_lookahead=3
             )
         )
 
@@ -76,6 +76,12 @@ class Stream:
                 if len(tokens) == 3:
                     return outcome, tokens
             await self.receive()
+
+    async def some_entry(self, name: str) -> None:
+        """Any entry of the first round."""
+        async with asyncio.timeout(6 * TIMEOUT_S):
+            while not self.tables.get((name, 0)):
+                await self.receive()
 
     async def other(self, kind: str) -> Any:
         """The next message of a kind other than tables and load."""
@@ -102,10 +108,14 @@ class Stream:
 
 
 @pytest.fixture
-async def stub() -> AsyncIterator[Any]:
+async def stub(request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """Of a speculator whose settings a test may change."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
-    config = SpeculatorConfig(model=MODEL, id="spec-0", max_lookahead=4, drain_grace_s=1.0, num_kv_blocks=512)
+    changes = getattr(request, "param", {})
+    config = SpeculatorConfig(
+        model=MODEL, id="spec-0", max_lookahead=4, drain_grace_s=1.0, **{"num_kv_blocks": 512, **changes}
+    )
     task = asyncio.create_task(serve(config, on_ready=ready.set_result, stop=stop))
     done, _ = await asyncio.wait([task, ready], return_when=asyncio.FIRST_COMPLETED, timeout=60)
     if task in done:
@@ -186,6 +196,40 @@ async def test_two_targets_use_the_same_sequence_id(stub: Any) -> None:
     assert (await _status(stub)).load.num_sequences_running == 1
     streams[1].call.cancel()
     await _until_empty(stub)
+
+
+@pytest.mark.parametrize(
+    ("stub", "reason"),
+    [
+        ({"max_sequences": 1}, speculator_pb2.REFUSAL_REASON_TOO_MANY_SEQUENCES),
+        ({"num_kv_blocks": 4}, speculator_pb2.REFUSAL_REASON_KV_CACHE_FULL),
+    ],
+    indirect=["stub"],
+)
+async def test_a_sequence_that_finds_no_place_is_refused(stub: Any, reason: Any) -> None:
+    stream = Stream(stub)
+    ack = await stream.hello()
+    status = await _status(stub)
+    assert ack.max_sequences == status.max_sequences
+    assert ack.load.num_kv_blocks == status.load.num_kv_blocks > 0
+    await stream.open("served")
+    await stream.some_entry("served")
+    await stream.open("refused", prompt=PROMPT[::-1])
+    async with asyncio.timeout(6 * TIMEOUT_S):
+        refusal = await stream.other("sequence_refused")
+    assert (refusal.sequence_id, refusal.reason) == ("refused", reason)
+    assert refusal.message
+    assert refusal.retry_after_ms > 0
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (status := await _status(stub)).refusals:
+            await asyncio.sleep(0.02)
+    assert [(count.reason, count.num_sequences) for count in status.refusals] == [(reason, 1)]
+    assert status.load.num_sequences_running == 1
+    # Given a place, it is taken.
+    await stream.send(close_sequence=speculator_pb2.CloseSequence(sequence_id="served"))
+    await stream.open("refused", prompt=PROMPT[::-1])
+    await stream.some_entry("refused")
+    stream.call.cancel()
 
 
 async def test_closed_sequence_gets_no_tables(stub: Any) -> None:

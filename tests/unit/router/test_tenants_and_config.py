@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from specpool.discovery.discovery import StaticDiscovery
+from specpool.discovery.dns import DnsDiscovery
 from specpool.errors import ConfigError, Unauthenticated
 from specpool_router.auth.tenants import load_tenants
 from specpool_router.config import RouterConfig
+from specpool_router.server import make_discoveries
 
 HASH = hashlib.sha256(b"key").hexdigest()
 
@@ -73,3 +76,13 @@ def test_contradictions_are_refused(settings: dict[str, object], field: str) -> 
     with pytest.raises(ConfigError) as caught:
         RouterConfig(**settings)  # type: ignore[arg-type]
     assert caught.value.metadata["field"] == field
+
+
+def test_endpoints_are_a_list_or_a_name() -> None:
+    targets, speculators = make_discoveries(RouterConfig(targets=("a:1", "b:2"), speculators=("dns:pool:7",)))
+    assert isinstance(targets, StaticDiscovery)
+    assert isinstance(speculators, DnsDiscovery)
+    nothing, _ = make_discoveries(RouterConfig())
+    assert isinstance(nothing, StaticDiscovery)
+    with pytest.raises(ConfigError, match="address must be HOST:PORT"):
+        make_discoveries(RouterConfig(targets=("a:1", "dns:b:2:3")))
