@@ -11,6 +11,7 @@ import logging
 from typing import Any, Final
 
 from specpool.addresses import format_address
+from specpool.backoff import Backoff
 from specpool.discovery.discovery import NODE, RACK, REGION, ZONE, Endpoint, ThreadedDiscovery
 from specpool.errors import ConfigError
 
@@ -57,24 +58,23 @@ class KubernetesDiscovery(ThreadedDiscovery):
         from kubernetes import client
 
         api = client.CoreV1Api(self._api_client)
-        backoff_s = _FIRST_BACKOFF_S
+        backoff = Backoff(first_s=_FIRST_BACKOFF_S, longest_s=_LONGEST_BACKOFF_S)
         while not self._stopping.is_set():
             try:
                 version = self._list(api)
-                backoff_s = _FIRST_BACKOFF_S
+                backoff.reset()
                 self._follow(api, version)
             except client.ApiException as error:
                 if error.status == _GONE:  # the watch is older than the server's memory: list again at once
                     continue
-                backoff_s = self._pause(error, backoff_s)
+                self._pause(error, backoff.next_s())
             except Exception as error:  # whatever the HTTP library raises; the watch must never end
-                backoff_s = self._pause(error, backoff_s)
+                self._pause(error, backoff.next_s())
 
-    def _pause(self, error: Exception, backoff_s: float) -> float:
+    def _pause(self, error: Exception, pause_s: float) -> None:
         if not self._stopping.is_set():
             _logger.warning("watching pods %r in %s failed: %s", self._selector, self._namespace, error)
-            self._stopping.wait(backoff_s)
-        return min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            self._stopping.wait(pause_s)
 
     def _list(self, api: Any) -> str:
         pods = api.list_namespaced_pod(self._namespace, label_selector=self._selector, _request_timeout=10)

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from specpool.backoff import Backoff
 from specpool.errors import ProtocolMismatch, SpecPoolError
 from specpool.v1 import speculator_pb2
 from specpool_engine.distributions.group import CREATION_S, TARGET_RANK, GroupPlan, PairGroup
@@ -73,7 +74,7 @@ class ReceivingGroup:
         self._store: StreamStore | None = None
         self._worker: PairWorker | None = None
         self._retry: asyncio.TimerHandle | None = None
-        self._backoff_s = _FIRST_BACKOFF_S
+        self._backoff = Backoff(first_s=_FIRST_BACKOFF_S, longest_s=_MAX_BACKOFF_S)
         self.error = ""
         """Why the last group is not there."""
 
@@ -161,7 +162,8 @@ class ReceivingGroup:
 
     def _came_up(self, number: int) -> None:
         if number == self._number:
-            self.error, self._backoff_s = "", _FIRST_BACKOFF_S
+            self.error = ""
+            self._backoff.reset()
             _logger.info("dense distributions come from %s over %s", self._peer_host, self._transport.label)
             self._on_change()
 
@@ -176,8 +178,7 @@ class ReceivingGroup:
         self._worker = self._store = None
         self.error = error.message
         self._on_change()
-        self._retry = self._loop.call_later(self._backoff_s, self.open)
-        self._backoff_s = min(2 * self._backoff_s, _MAX_BACKOFF_S)
+        self._retry = self._loop.call_later(self._backoff.next_s(), self.open)
 
     def _on_loop(self, callback: Callable[[], None]) -> None:
         try:
