@@ -185,9 +185,9 @@ class Sessions:
         """The session ended. Does not wait. An ``invalid`` request costs its tenant what its prompt may have cost."""
         if not lease.began and (invalid or state is SessionState.DETACHED):
             self._quotas.count(lease.tenant, len(lease.session.request) // _BYTES_PER_TOKEN)
-        if ending:
-            lease.session = replace(lease.session, request=lease.session.outline())
         lease.ended = (state, ending)
+        if ending or lease.never_began:
+            lease.session = replace(lease.session, request=lease.session.outline() if ending else b"")
         if self._leases.get(lease.session.request_id) is lease:
             del self._leases[lease.session.request_id]
         self._journal.mark(lease)
