@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+from functools import partial
 
+from specpool.background import Background
 from specpool.discovery import directory
 from specpool.discovery.discovery import Discovery, StaticDiscovery
 from specpool.rpc.parsing import Authentication
@@ -49,6 +51,7 @@ async def serve(
     traces = tracing.setup("specpool-router", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
     sessions = Sessions(make_store(config), metrics, max_request_bytes=config.max_request_bytes)
     cluster = Cluster(*make_discoveries(config), metrics, poll_interval_s=config.poll_interval_s)
+    background = Background("router")
     server = None
     try:
         await sessions.start()
@@ -82,13 +85,14 @@ async def serve(
             serve_metrics(metrics.registry, config.metrics_port)
         for name in ("", _OPERATIONS):
             await health.set_service(name, True)
-        readiness = asyncio.create_task(_report_readiness(health, cluster))
+        readiness = background.keep_running(partial(_report_readiness, health, cluster), name="readiness")
         if on_ready is not None:
             on_ready(endpoint)
         await run_until_stopped(server, drain, health=health, grace_s=config.drain_grace_s, stop=stop)
     finally:
         if server is not None:
             await server.stop(None)
+        await background.close()
         await close_within(_CLOSE_S, cluster=cluster.close(), sessions=sessions.close(), traces=traces.aclose())
 
 

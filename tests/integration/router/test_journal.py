@@ -12,6 +12,7 @@ from store_servers import Proxy, redis_server
 
 from specpool_router.auth.tenants import Tenant
 from specpool_router.metrics import RouterMetrics
+from specpool_router.sessions.journal import JournalWriter
 from specpool_router.sessions.lease import Lease
 from specpool_router.sessions.redis_store import RedisSessionStore
 from specpool_router.sessions.session_store import Session, SessionState
@@ -121,4 +122,30 @@ async def test_a_refused_write_of_one_session_leaves_the_others_alone(
     assert sessions.reachable
     assert await store.read_journal("r1") == [b"a", b"b"]
     assert "going on without what the session store did not take" in caplog.text
+    await sessions.close()
+
+
+async def test_a_defect_in_a_background_task_is_told_and_survived(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RedisSessionStore(proxy.url)
+    sessions = Sessions(store, RouterMetrics())
+    await sessions.start()
+    failed = asyncio.Event()
+    write_all = JournalWriter.write_all
+
+    async def fail_once(writer: JournalWriter) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("nobody thought of this")
+        await write_all(writer)
+
+    monkeypatch.setattr(JournalWriter, "write_all", fail_once)
+    lease = await _open(sessions, 0)
+    sessions.append(lease, b"a", 1)
+    await _until_written([lease])
+    assert failed.is_set()
+    assert await store.read_journal("r0") == [b"a"]
+    assert "sessions: journal failed; it starts again" in caplog.text
+    assert "nobody thought of this" in caplog.text
     await sessions.close()

@@ -55,6 +55,7 @@ def test_key_finds_its_tenant(tmp_path: Path) -> None:
         (f"tenants: [{{name: a, key_sha256: {HASH}, weight: 1.0e+9}}]", "at most 1000000"),
         (f"tenants: [{{name: a, key_sha256: {HASH}, tokens_per_minute: 1.0e+300}}]", "from 0 to"),
         (f"tenants: [{{name: a, key_sha256: {HASH}}}, {{name: b, key_sha256: {HASH}}}]", "two tenants"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}, max_concurrent_requests: 0.5}}]", "must be a whole number"),
         ("tenants: [", "cannot be read"),
     ],
 )

@@ -103,8 +103,8 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
     if len(key_hash) != _SHA256_HEX_DIGITS or set(key_hash) - set("0123456789abcdef"):
         raise _invalid(path, f"key_sha256 of tenant {name!r} must be 64 hex digits")
     limits = QuotaLimits(
-        max_concurrent_requests=int(_number(path, entry, "max_concurrent_requests", 0)),
-        tokens_per_minute=int(_number(path, entry, "tokens_per_minute", 0)),
+        max_concurrent_requests=_limit(path, entry, "max_concurrent_requests"),
+        tokens_per_minute=_limit(path, entry, "tokens_per_minute"),
     )
     weight = _number(path, entry, "weight", 1.0)
     if not 0 < weight <= MAX_WEIGHT:
@@ -114,6 +114,13 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
         raise _invalid(path, f"operator of tenant {name!r} must be true or false")
     salt = str(entry.get("cache_salt", name)).encode()
     return key_hash, Tenant(name=name, weight=weight, limits=limits, cache_salt=salt, operator=operator)
+
+
+def _limit(path: str, entry: dict[str, Any], key: str) -> int:
+    value = _number(path, entry, key, 0)
+    if not value.is_integer():  # a half would be cut to 0, which is no limit at all
+        raise _invalid(path, f"{key} of tenant {entry['name']!r} must be a whole number, got {value!r}")
+    return int(value)
 
 
 def _number(path: str, entry: dict[str, Any], key: str, default: float) -> float:

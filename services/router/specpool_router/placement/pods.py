@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 import grpc
 import grpc.aio
 
+from specpool.background import Background
 from specpool.discovery.discovery import Discovery, Endpoint, Endpoints
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
@@ -105,6 +107,7 @@ class Pods(Generic[Status]):
         self._interval_s = interval_s
         self._pods: dict[str, Pod[Status]] = {}
         self._served_s: dict[str, float] = {}
+        self._background = Background(f"{role}s")
         self._leaving: dict[asyncio.Task[None], Pod[Status]] = {}
         self._changed = asyncio.Event()
         discovery.on_change(self._on_endpoints)
@@ -122,7 +125,7 @@ class Pods(Generic[Status]):
         """Stop polling, close channels; what still runs after ``timeout_s`` loses its channel."""
         await self._discovery.close()
         pods = [*self._pods.values(), *self._leaving.values()]
-        closing = [*self._leaving, *(asyncio.create_task(self._close(pod)) for pod in self._pods.values())]
+        closing = [*self._leaving, *map(self._start_closing, self._pods.values())]
         self._pods.clear()
         if closing:
             await asyncio.wait(closing, timeout=timeout_s)
@@ -173,15 +176,19 @@ class Pods(Generic[Status]):
                 pod.endpoint = endpoint
             else:
                 del self._pods[address]
-                closing = asyncio.create_task(self._close(pod))
+                closing = self._start_closing(pod)
                 self._leaving[closing] = pod
                 closing.add_done_callback(self._leaving.pop)
         for endpoint in endpoints:
             if endpoint.address not in self._pods:
                 pod = Pod[Status](endpoint, channel(endpoint.address))
-                pod.task = asyncio.create_task(self._poll_forever(pod), name=f"poll {endpoint.address}")
+                poll = partial(self._poll_forever, pod)
+                pod.task = self._background.keep_running(poll, name=f"poll of {endpoint.address}")
                 self._pods[endpoint.address] = pod
         self._notify()
+
+    def _start_closing(self, pod: Pod[Status]) -> asyncio.Task[None]:
+        return self._background.run(self._close(pod), name=f"closing of {pod.endpoint.address}")
 
     async def _close(self, pod: Pod[Status]) -> None:
         pod.is_leaving = True

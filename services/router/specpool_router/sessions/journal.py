@@ -71,6 +71,7 @@ class JournalWriter:
     async def run(self) -> None:
         """Write behind. Never returns."""
         pause_s = _GATHER_S
+        self._wake.set()  # what a former run that failed left
         while True:
             await self._wake.wait()
             await asyncio.sleep(pause_s)  # gathers the deltas of a few steps into one write
