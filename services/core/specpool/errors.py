@@ -190,6 +190,12 @@ class EngineFailed(Internal):
     default_reason = "ENGINE_FAILED"
 
 
+class EngineHung(EngineFailed):
+    """An engine thread has not come back from what it does; the process ends, to be started anew."""
+
+    default_reason = "ENGINE_HUNG"
+
+
 class FollowerLost(EngineFailed):
     """A process that holds part of a model ended or stopped answering; the engine cannot go on without it."""
 
@@ -223,6 +229,7 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     RequestCostTargets: "INTERNAL",
     SequenceFailed: "INTERNAL",
     EngineFailed: "INTERNAL",
+    EngineHung: "INTERNAL",
     FollowerLost: "INTERNAL",
 }
 """The one table from error to gRPC status code name (``grpc.StatusCode[name]``)."""

@@ -106,6 +106,9 @@ class SpeculatorConfig(Settings):
     """Prompt and catch-up tokens per draft step."""
     max_sequences: PositiveInt = 256
     """Sequences held at once; more are refused, so that their targets take them elsewhere."""
+    stall_timeout_s: PositiveFloat = 300.0
+    """Longest that one step of the engine may take, a forward and what belongs to it; then the engine hangs, and this
+    process ends with an error, to be started anew. A warm-up may take six times as long."""
     num_threads: NonNegativeInt = 0
     """Compute threads; 0 leaves torch's default."""
     cpu_affinity: tuple[int, ...] = ()

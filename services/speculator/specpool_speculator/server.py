@@ -15,10 +15,10 @@ from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_engine.modeling.files import Progress, no_progress
-from specpool_engine.modeling.interface import CausalModel, Segment, close_model, watch_model
+from specpool_engine.modeling.interface import CausalModel, Segment
 from specpool_engine.modeling.paged_kv import SequenceKV
-from specpool_engine.runtime.engine_thread import STOP_S
 from specpool_engine.runtime.loading import EngineSettings, LoadedEngine, load_engine, prepare_process
+from specpool_engine.runtime.running import running
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.engine.drafter import Drafter
 from specpool_speculator.engine.engine import SpeculatorEngine
@@ -56,7 +56,6 @@ async def serve(
 
     stopping = stop or asyncio.Event()
     engine = make_engine(config, loaded, metrics, lambda error: stopping.set())
-    watch_model(loaded.model, engine.thread.abort)
     server = create_server()
     endpoint = bind(server, config.listen)
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(64), endpoint=config.advertise or endpoint)
@@ -65,22 +64,16 @@ async def serve(
     speculator_pb2_grpc.add_SpeculatorServiceServicer_to_server(service, server)
     health = add_standard_services(server, speculator_pb2.DESCRIPTOR)
     freeze_loaded_objects()
-    engine.thread.start()
     try:
-        await asyncio.to_thread(engine.thread.wait_ready)
-        await server.start()
-        await health.set_serving()
-        _logger.info("speculator %s serves %s on %s", config.id, info.name, endpoint)
-        if on_ready is not None:
-            on_ready(endpoint)
-        await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
+        async with running(engine.thread, loaded.model, config.stall_timeout_s):
+            await server.start()
+            await health.set_serving()
+            _logger.info("speculator %s serves %s on %s", config.id, info.name, endpoint)
+            if on_ready is not None:
+                on_ready(endpoint)
+            await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
     finally:
-        engine.thread.stop()
-        await asyncio.to_thread(engine.thread.join, STOP_S)
-        await asyncio.to_thread(close_model, loaded.model)
         await traces.aclose()
-    if engine.thread.failure is not None:
-        raise engine.thread.failure
 
 
 def make_engine(

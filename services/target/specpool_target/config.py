@@ -100,6 +100,9 @@ class TargetConfig(Settings):
     never."""
     backup_ngram: NonNegativeInt = 3
     """Longest n-gram of the prompt-lookup backup; 0 is no backup."""
+    stall_timeout_s: PositiveFloat = 300.0
+    """Longest that one step of the engine may take, a forward and what belongs to it; then the engine hangs, and this
+    process ends with an error, to be started anew. A warm-up may take six times as long."""
     num_threads: NonNegativeInt = 0
     """Compute threads; 0 leaves torch's default."""
     cpu_affinity: tuple[int, ...] = ()

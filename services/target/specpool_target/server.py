@@ -18,10 +18,10 @@ from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.files import Progress, no_progress
-from specpool_engine.modeling.interface import CausalModel, close_model, watch_model
+from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_engine.runtime.engine_thread import STOP_S
 from specpool_engine.runtime.loading import EngineSettings, load_engine, prepare_process
+from specpool_engine.runtime.running import running
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import TargetEngine
 from specpool_target.links.link import LinkRegistry
@@ -67,7 +67,6 @@ async def serve(
         on_failed=stopping.set,
         before_start=loaded.prepare_thread,
     )
-    watch_model(model, engine.thread.abort)
     info.max_context = engine.max_context
     codec = TextCodec(tokenizer)
     info.max_prompt_chars = min(engine.max_context * codec.max_chars_per_token(), _MAX_UINT32)
@@ -97,27 +96,22 @@ async def serve(
     bound = bind(server, config.listen)
     peer.endpoint = config.advertise or bound
     freeze_loaded_objects()
-    engine.thread.start()
     try:
         await speculators.start()
-        await asyncio.to_thread(engine.thread.wait_ready)
-        if config.metrics_port is not None:
-            _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
-        await server.start()
-        await health.set_serving()
-        _logger.info("target %s serves %s on %s", config.id, info.name, bound)
-        if on_ready is not None:
-            on_ready(bound)
-        await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
+        async with running(engine.thread, model, config.stall_timeout_s):
+            if config.metrics_port is not None:
+                _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
+            await server.start()
+            await health.set_serving()
+            _logger.info("target %s serves %s on %s", config.id, info.name, bound)
+            if on_ready is not None:
+                on_ready(bound)
+            await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
+            await links.close()
     finally:
         await speculators.close()
         await links.close()
-        engine.thread.stop()
-        await asyncio.to_thread(engine.thread.join, STOP_S)
-        await asyncio.to_thread(close_model, model)
         await traces.aclose()
-    if engine.failure is not None:
-        raise engine.failure
 
 
 def _hello(peer: types_pb2.Peer, info: types_pb2.ModelInfo, config: TargetConfig) -> speculator_pb2.Hello:

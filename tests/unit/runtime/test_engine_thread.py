@@ -141,7 +141,7 @@ async def test_a_join_is_bounded(bench: Bench) -> None:
     age_s = bench.thread.heartbeat.age_s
     await asyncio.sleep(0.05)
     assert bench.thread.heartbeat.age_s > age_s > 0
-    assert bench.thread.heartbeat.doing == "a step"
+    assert bench.thread.heartbeat.doing == "in a step"
     bench.thread.stop()
     try:
         assert not bench.thread.join(0.05)

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 
@@ -19,8 +19,6 @@ from specpool_engine.runtime.outbox import call_on_loop
 _logger = logging.getLogger(__name__)
 
 Command = Callable[[], None]
-STOP_S: Final = 10.0
-"""How long a server waits at its end for the step that runs."""
 
 
 class Engine(Protocol):
@@ -63,7 +61,7 @@ class EngineThread:
         self.heartbeat = Heartbeat()
         self.failure: EngineFailed | None = None
         self._engine = engine
-        self._name = name
+        self.name = name
         self._loop = loop
         self._on_failed = on_failed
         self._before_start = before_start
@@ -78,6 +76,11 @@ class EngineThread:
 
     # ---- called by the wire -----------------------------------------------------------------------------------
 
+    @property
+    def ident(self) -> int | None:
+        """Of the thread; None before it runs."""
+        return self._thread.ident
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -85,7 +88,7 @@ class EngineThread:
     def wait_ready(self, timeout_s: float | None = None) -> None:
         """Until the warm-up is through; raises if it failed, or is not through in time."""
         if not self._ready.wait(timeout_s):
-            raise EngineFailed(f"the {self._name} is not ready after {timeout_s:g} s")
+            raise EngineFailed(f"the {self.name} is not ready after {timeout_s:g} s")
         if self.failure is not None:
             raise self.failure
 
@@ -137,11 +140,11 @@ class EngineThread:
                 self._ready.set()
                 is_idle = True
                 while self._receive(wait=is_idle):
-                    self.heartbeat.begin("a step")
+                    self.heartbeat.begin("in a step")
                     is_idle = not self._engine.step()
                     self.heartbeat.num_steps += not is_idle
         except BaseException as error:
-            _logger.critical("the %s failed", self._name, exc_info=error)
+            _logger.critical("the %s failed", self.name, exc_info=error)
             self._fail(error)
         finally:
             self.heartbeat.begin(IDLE)
@@ -160,7 +163,7 @@ class EngineThread:
             self.heartbeat.begin(IDLE)
         with suppress(queue.Empty):
             command = self._commands.get(wait, self._engine.seconds_to_deadline() if wait else None)
-            self.heartbeat.begin("a command")
+            self.heartbeat.begin("in a command")
             while not self._is_stopping:
                 command()
                 command = self._commands.get_nowait()
@@ -173,9 +176,10 @@ class EngineThread:
             self.failure = failure = (
                 error
                 if isinstance(error, EngineFailed)
-                else EngineFailed(f"the {self._name} failed: {type(error).__name__}: {error}")
+                else EngineFailed(f"the {self.name} failed: {type(error).__name__}: {error}")
             )
         self._is_stopping = True
+        self._ready.set()
         call_on_loop(self._loop, lambda: self._on_failed(failure))
 
 

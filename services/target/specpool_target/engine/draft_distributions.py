@@ -5,6 +5,7 @@ Runs on the engine thread.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,8 @@ from specpool_target.engine.sequence import DraftSource, TargetSequence
 from specpool_target.links.live_links import LiveLinks
 from specpool_target.verify.arrived_distributions import read_distributions
 from specpool_target.verify.verify_step import effective_mode
+
+_logger = logging.getLogger(__name__)
 
 
 class DraftDistributions:
@@ -58,12 +61,14 @@ class DraftDistributions:
     def _read(self, sequence: TargetSequence) -> DraftDistribution | None:
         if sequence.inbox is None:
             return None
-        distribution = read_distributions(
-            sequence.inbox.take_distributions(sequence.round),
-            sequence.draft.tokens,
-            vocab_size=self._vocab_size,
-            device=self._device,
-        )
+        found = sequence.inbox.take_distributions(sequence.round)
+        distribution = None
+        try:
+            distribution = read_distributions(
+                found, sequence.draft.tokens, vocab_size=self._vocab_size, device=self._device
+            )
+        except Exception:  # whatever a speculator sent: sample-and-match is right
+            _logger.exception("the draft distributions of round %d could not be read", sequence.round)
         if distribution is None:
             self._on_late()
             sequence.stats.num_sample_and_match_rounds += 1

@@ -1,0 +1,197 @@
+"""What goes wrong with one sequence ends that sequence, with a typed error; the others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from specpool.algorithm.verification import VerificationMode
+from specpool.errors import InvalidArgument, KVCacheFull, SequenceFailed
+from specpool_engine.modeling import ToyTokenizer
+from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
+from specpool_target.links.inbox import SpeculationInbox
+from specpool_target.links.link import LinkMeasurements
+from specpool_target.verify import verify_step as verifying
+
+PROMPT = (1, 2, 3)
+
+
+def broken(*args, **kwargs):
+    raise ValueError("broken")
+
+
+class BrokenDetokenizer(IncrementalDetokenizer):
+    """Of a tokenizer that cannot decode what comes."""
+
+    def push(self, tokens):
+        broken()
+
+
+class Link:
+    """Connected, as far as the engine looks at it; with `breaks` nothing can be sent to it any more."""
+
+    def __init__(self) -> None:
+        self.measured = LinkMeasurements(max_lookahead=4)
+        self.is_connected = True
+        self.endpoint, self.transport = "fake", "grpc"
+
+    def send(self, epoch, requests):
+        pass
+
+
+async def assert_only_it_failed(bench, request_for, updates, error=SequenceFailed, beside=None):
+    """`updates` are those of the sequence that fails; `beside` runs with it, and others can follow."""
+    failed = await bench.collect(updates)
+    assert isinstance(failed.error, error)
+    good = request_for("other", PROMPT, max_tokens=30)
+    got = await bench.run(good)
+    assert got.tokens == bench.decode(PROMPT, good.sampling)
+    if beside is not None:
+        assert len((await bench.collect(beside)).tokens) == 40
+    assert bench.engine.failure is None
+    assert bench.engine.num_sequences == 0
+    return failed
+
+
+async def test_text_and_stop_strings(bench_for, request_for):
+    bench = bench_for()
+    request = request_for("bad", PROMPT, stop=("xyz",))
+    updates: asyncio.Queue = asyncio.Queue()
+    beside = bench.submit(request_for("beside", PROMPT, max_tokens=40))
+    bench.engine.submit(request, updates.put_nowait, detokenizer=BrokenDetokenizer(ToyTokenizer(24), stop=("xyz",)))
+    failed = await assert_only_it_failed(bench, request_for, updates, beside=beside)
+    assert "ValueError: broken" in failed.error.message
+    assert failed.error.reason == "SEQUENCE_FAILED"
+
+
+async def test_committing(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    from specpool_target.engine import loop
+
+    whole = loop.commit
+
+    def commit(sequence, outcome, logits):
+        return broken() if sequence.id == "bad" and sequence.round == 2 else whole(sequence, outcome, logits)
+
+    monkeypatch.setattr(loop, "commit", commit)
+    failed = await assert_only_it_failed(bench, request_for, bench.submit(request_for("bad", PROMPT)))
+    assert len(failed.tokens) == 2
+
+
+async def test_verification_inputs(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    whole = TargetSequence.verify_item
+
+    def verify_item(self, rows, distribution):
+        return broken() if self.id == "bad" else whole(self, rows, distribution)
+
+    monkeypatch.setattr(TargetSequence, "verify_item", verify_item)
+    await assert_only_it_failed(bench, request_for, bench.submit(request_for("bad", PROMPT)))
+
+
+@pytest.mark.parametrize("verification", [VerificationMode.COUPLED, VerificationMode.GREEDY])
+async def test_verification_of_a_group(bench_for, request_for, monkeypatch, verification):
+    """Batched with others, it must not end them."""
+    bench = bench_for()
+    whole = verifying._verify_group
+
+    def verify_group(logits, group):
+        return broken() if any(item.seed == 666 for item in group) else whole(logits, group)
+
+    monkeypatch.setattr(verifying, "_verify_group", verify_group)
+    temperature = 0.0 if verification is VerificationMode.GREEDY else 1.0
+    beside = bench.submit(request_for("beside", PROMPT, max_tokens=40, temperature=temperature, seed=5))
+    bad = bench.submit(request_for("bad", PROMPT, max_tokens=40, temperature=temperature, seed=666))
+    assert isinstance((await bench.collect(bad)).error, SequenceFailed)
+    assert len((await bench.collect(beside)).tokens) == 40
+
+
+async def test_tokens_that_the_model_does_not_have(bench_for, request_for):
+    bench = bench_for()
+    beside = bench.submit(request_for("beside", PROMPT, max_tokens=40))
+    bad = bench.submit(request_for("bad", (1, 2, 999)))
+    await assert_only_it_failed(bench, request_for, bad, InvalidArgument, beside=beside)
+
+
+async def test_a_step_without_room_ends_one_sequence(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    whole, calls = bench.model.forward, itertools.count()
+
+    def forward(segments):
+        if next(calls) == 3:
+            raise KVCacheFull("no room")
+        return whole(segments)
+
+    monkeypatch.setattr(bench.model, "forward", forward)
+    first, second = (bench.submit(request_for(name, PROMPT, max_tokens=30)) for name in ("first", "second"))
+    results = [await bench.collect(first), await bench.collect(second)]
+    assert sorted(type(result.error).__name__ for result in results) == ["KVCacheFull", "NoneType"]
+    assert bench.engine.failure is None
+
+
+async def connected(bench, request_for, name, **options):
+    """A sequence with a speculator that sends nothing."""
+    link, inbox = Link(), SpeculationInbox(4)
+    bench.engine.speculators.link_up(link, 1)
+    request = replace(request_for(name, PROMPT, **options), mode=SpeculationMode.SSD, max_lookahead=4)
+    updates: asyncio.Queue = asyncio.Queue()
+    bench.engine.submit(request, updates.put_nowait, link=link, inbox=inbox)
+    return updates, link, inbox
+
+
+async def test_looking_up_and_choosing(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    monkeypatch.setattr(SpeculationInbox, "lookup", broken)
+    updates, _, _ = await connected(bench, request_for, "bad")
+    await assert_only_it_failed(bench, request_for, updates)
+
+
+async def test_resync(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    updates, _, _ = await connected(bench, request_for, "bad", max_tokens=200)
+    await updates.get()
+    knowledge = bench.engine.speculators._knowledge
+    whole = knowledge.open
+    monkeypatch.setattr(knowledge, "open", lambda sequence: broken() if sequence.id == "bad" else whole(sequence))
+    bench.engine.speculators.resync("bad")
+    await assert_only_it_failed(bench, request_for, updates)
+
+
+async def test_a_speculator_that_comes_and_goes(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    updates, link, inbox = await connected(bench, request_for, "bad", max_tokens=200)
+    await updates.get()
+    monkeypatch.setattr(inbox, "clear", broken)
+    bench.engine.speculators.link_down(link, 1)
+    await assert_only_it_failed(bench, request_for, updates)
+
+
+async def test_distributions_that_cannot_be_read_are_sample_and_match(bench_for, request_for, monkeypatch):
+    from specpool_target.engine import draft_distributions
+
+    bench = bench_for()
+    monkeypatch.setattr(draft_distributions, "read_distributions", broken)
+    sequence = SimpleNamespace(
+        request=SimpleNamespace(sampling=request_for("a", PROMPT, temperature=1.0).sampling,
+                                verification=VerificationMode.REJECTION),
+        draft=SimpleNamespace(tokens=[1], source=DraftSource.SPECULATOR),
+        inbox=SpeculationInbox(4), link=None, round=1, stats=SimpleNamespace(num_sample_and_match_rounds=0),
+    )  # fmt: skip
+    assert bench.engine.loop._distributions.take([sequence]) == [None]
+    assert sequence.stats.num_sample_and_match_rounds == 1
+
+
+async def test_cancelling_a_sequence_that_fails_frees_it(bench_for, request_for):
+    bench = bench_for()
+    request = request_for("bad", PROMPT, stop=("xyz",))
+    updates: asyncio.Queue = asyncio.Queue()
+    bench.engine.submit(request, updates.put_nowait, detokenizer=BrokenDetokenizer(ToyTokenizer(24), stop=("xyz",)))
+    bench.engine.cancel("bad")
+    await bench.idle()
+    assert bench.engine.num_sequences == 0
+    assert bench.engine.failure is None
