@@ -6,10 +6,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from specpool.algorithm.draft_distribution import DenseDistribution
 from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.noise import gumbel
 from specpool.algorithm.saguaro import saguaro_scores
-from specpool.algorithm.verification import DenseDistribution, VerificationMode, verify_coupled
+from specpool.algorithm.verification import VerificationMode, verify_coupled
 
 SCORES = torch.tensor([[3.0, 1.0, 2.0, 0.0, -torch.inf]])
 POSITIONS = torch.tensor([8])

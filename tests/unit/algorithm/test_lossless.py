@@ -20,17 +20,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from specpool.algorithm import verification
+from specpool.algorithm.draft_distribution import DenseDistribution, DraftDistribution, SparseDistribution
 from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.noise import Stream
-from specpool.algorithm.verification import (
-    BatchOutcome,
-    DenseDistribution,
-    DraftDistribution,
-    SparseDistribution,
-    VerificationMode,
-    verify_coupled_batch,
-    verify_rejection_batch,
-)
+from specpool.algorithm.verification import BatchOutcome, VerificationMode, verify_coupled_batch, verify_rejection_batch
 
 NUM_SAMPLES = 200_000
 VOCAB_SIZE = 4

@@ -11,11 +11,12 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
+from specpool.algorithm.draft_distribution import SparseDistribution
 from specpool.algorithm.draft_ranks import DraftRanks, draft_ranks
 from specpool.algorithm.noise import gumbel_argmax
 from specpool.algorithm.round import RoundState, Speculation, speculative_round
 from specpool.algorithm.speculation_cache import LookupKind, Outcome, SpeculationCache
-from specpool.algorithm.verification import SparseDistribution, VerificationMode
+from specpool.algorithm.verification import VerificationMode
 
 VOCAB_SIZE = 6
 LOOKAHEAD = 3

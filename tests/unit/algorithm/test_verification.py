@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from specpool.algorithm.draft_distribution import DenseDistribution, DraftDistribution, SparseDistribution
 from specpool.algorithm.noise import gumbel_argmax
 from specpool.algorithm.verification import (
-    DenseDistribution,
-    DraftDistribution,
-    SparseDistribution,
     VerificationMode,
     VerificationOutcome,
     verify,

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from specpool.errors import InvalidArgument
 from specpool_engine.modeling.attention import KVStorage, PackedSegment, flex, get_backend
-from specpool_engine.modeling.attention.flex import TILE_ROWS, list_blocks, padded_rows
+from specpool_engine.modeling.attention.flex_blocks import TILE_ROWS, list_blocks, padded_rows
 from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV, num_blocks_for
 
 BLOCK_SIZE = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specpool.algorithm.verification import DenseDistribution
+from specpool.algorithm.draft_distribution import DenseDistribution
 from specpool.v1 import speculator_pb2
 from specpool_target.verify.arrived_distributions import ArrivedDistributions, read_dense, read_distributions
 

@@ -11,10 +11,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from specpool.algorithm.draft_distribution import DenseDistribution, SparseDistribution
 from specpool.algorithm.noise import Stream, gumbel_argmax, gumbel_topk, uniform
 from specpool.algorithm.saguaro import saguaro_scores
 from specpool.algorithm.top_tokens import top_tokens
-from specpool.algorithm.verification import DenseDistribution, SparseDistribution, VerificationMode
+from specpool.algorithm.verification import VerificationMode
 
 DEFAULT_NUM_KEPT: Final = 64
 _REACH: Final = 12.0

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from specpool.algorithm.draft_distribution import DraftDistribution
 from specpool.algorithm.speculation_cache import Lookup, LookupKind, Outcome, SpeculationCache
-from specpool.algorithm.verification import DraftDistribution, VerificationMode, VerificationOutcome, verify
+from specpool.algorithm.verification import VerificationMode, VerificationOutcome, verify
 
 
 @dataclass(frozen=True, slots=True)

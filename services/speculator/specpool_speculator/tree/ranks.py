@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from specpool.algorithm.calibration import RankCalibration
+from specpool.algorithm.draft_distribution import SparseDistribution
 from specpool.algorithm.draft_ranks import DraftRanks, draft_ranks
 from specpool.algorithm.sampling import process_logits
-from specpool.algorithm.verification import SparseDistribution, VerificationMode
+from specpool.algorithm.verification import VerificationMode
 from specpool_speculator.dense.dense_rows import DenseRow, RowMemory
 from specpool_speculator.tree.node import Node, NodeRanks, TokenDistribution
 from specpool_speculator.tree.sequence import SequenceState

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from specpool.algorithm.verification import DraftDistribution, VerificationMode
+from specpool.algorithm.draft_distribution import DraftDistribution
+from specpool.algorithm.verification import VerificationMode
 from specpool_target.engine.sequence import DraftSource, TargetSequence
 from specpool_target.links.live_links import LiveLinks
 from specpool_target.verify.arrived_distributions import read_distributions

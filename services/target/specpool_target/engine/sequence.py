@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Final
 
+from specpool.algorithm.draft_distribution import DraftDistribution
 from specpool.algorithm.prompt_lookup import PromptLookup
 from specpool.algorithm.sampling import SamplingParams
-from specpool.algorithm.verification import DraftDistribution, VerificationMode
+from specpool.algorithm.verification import VerificationMode
 from specpool.errors import SpecPoolError
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer

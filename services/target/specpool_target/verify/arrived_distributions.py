@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from specpool.algorithm.verification import DenseDistribution, DraftDistribution, SparseDistribution
+from specpool.algorithm.draft_distribution import DenseDistribution, DraftDistribution, SparseDistribution
 from specpool.v1 import speculator_pb2
 
 _SUM_TOLERANCE: Final = 1e-3

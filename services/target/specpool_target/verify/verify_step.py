@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specpool.algorithm.draft_distribution import DraftDistribution
 from specpool.algorithm.noise import Stream
 from specpool.algorithm.sampling import SamplingParams, process_logits, token_logprobs
 from specpool.algorithm.verification import (
-    DraftDistribution,
     VerificationMode,
     VerificationOutcome,
     verify_coupled_batch,
