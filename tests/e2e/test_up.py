@@ -209,10 +209,10 @@ def test_ctrl_c_while_it_starts_leaves_no_process(start_system: SystemStarter) -
             r"draft toy#vocab=32 has 1178c5076e95 \(32 tokens\)",
         ),
         (
-            ("--target", "toy#vocab=64", "--session-store", "redis://127.0.0.1:1"),
-            1,
-            r"^error: SESSION_STORE_UNAVAILABLE: router: session store redis://127\.0\.0\.1:1 cannot be used: "
-            r"Error 111 .*1\)\. Start it, correct session_store, or set memory:// to run one router without it$",
+            ("--target", "toy#vocab=64", "--session-store", "redis://:secret@127.0.0.1:1/abc"),
+            2,
+            r"^error: CONFIG_INVALID: router: session_store is 'redis://:\*\*\*@127\.0\.0\.1:1/abc': what follows the "
+            r"host must be the number of a database",
         ),
     ],
 )

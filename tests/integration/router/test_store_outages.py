@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ from specpool_router.config import RouterConfig
 from specpool_router.metrics import RouterMetrics
 from specpool_router.server import serve
 from specpool_router.sessions.redis_store import RedisSessionStore
-from specpool_router.sessions.session_store import Session
+from specpool_router.sessions.session_store import QuotaLimits, Session
 from specpool_router.sessions.sessions import Sessions
 
 TENANT = Tenant(name="t")
@@ -182,11 +184,39 @@ async def test_what_is_no_redis_is_refused_at_the_start() -> None:
     listener.close()
 
 
+async def test_a_store_that_stops_for_a_moment_does_everything_once(any_server: EmbeddedValkey) -> None:
+    """Longer than the client waits for an answer, shorter than it takes to give up."""
+    sessions = Sessions(RedisSessionStore(any_server.url), RouterMetrics())
+    await sessions.start()
+    limited = Tenant(name="t", limits=QuotaLimits(max_concurrent_requests=50, tokens_per_minute=10_000))
+    assert any_server.pid is not None
+    os.kill(any_server.pid, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(1.3, os.kill, any_server.pid, signal.SIGCONT)
+
+    async def run(number: int) -> None:
+        session = Session(request_id=f"r{number}", tenant="t", owner=f"o{number}", request=b"")
+        await sessions.admit(limited, session.owner)
+        lease = await sessions.open(session, limited, lambda _: None)
+        sessions.append(lease, b"delta", 7)
+        await lease.written.wait()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(run(number) for number in range(50)))
+    assert await sessions.store.read_journal("r7") == [b"delta"]
+    other = RedisSessionStore(any_server.url)
+    refusal = await other.acquire("t", "more", limited.limits)
+    assert refusal is not None
+    assert refusal.used == 50
+    for number in range(50):
+        await sessions.release(limited, f"o{number}")
+    await sessions.close()
+    refusal = await other.acquire("t", "more", QuotaLimits(tokens_per_minute=1))
+    assert refusal is None or refusal.used <= 7 * 50  # None if a minute ended during the test
+    await other.close()
+
+
 async def test_a_store_that_hangs_delays_nobody_for_long(any_server: EmbeddedValkey) -> None:
     """Stopped, not dead: connections stay open and nothing answers."""
-    import os
-    import signal
-
     sessions = Sessions(RedisSessionStore(any_server.url), RouterMetrics())
     await sessions.start()
     assert any_server.pid is not None
@@ -201,7 +231,7 @@ async def test_a_store_that_hangs_delays_nobody_for_long(any_server: EmbeddedVal
     finally:
         os.kill(any_server.pid, signal.SIGCONT)
     await until(lambda: sessions.reachable)
-    limited = Tenant(name="t", limits=type(TENANT.limits)(max_concurrent_requests=1))
+    limited = Tenant(name="t", limits=QuotaLimits(max_concurrent_requests=1))
 
     async def is_free() -> bool:
         try:
