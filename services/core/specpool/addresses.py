@@ -11,7 +11,7 @@ _MAX_CHARS: Final = 300
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Split "host:port" or "[ipv6]:port"."""
+    """Split "host:port" or "[ipv6]:port" into host and port. Raises ConfigError."""
     host, _, port = address.rpartition(":")
     if not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) >= 65536:
         _refuse(address)
@@ -23,7 +23,7 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def format_address(host: str, port: int) -> str:
-    """Inverse of `parse_address`."""
+    """Join host and port to what `parse_address` splits; an IPv6 address gets brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

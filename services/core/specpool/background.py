@@ -35,7 +35,7 @@ class Background:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        """How many run."""
+        """Number of tasks that run."""
         return len(self._tasks)
 
     def keep_running(self, work: Callable[[], Awaitable[None]], *, name: str) -> asyncio.Task[None]:

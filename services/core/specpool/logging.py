@@ -24,7 +24,7 @@ class OneLineFormatter(logging.Formatter):
         )
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line without the traceback."""
+        """Format the line without the traceback, line breaks escaped."""
         record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
         return super().formatMessage(record)
 

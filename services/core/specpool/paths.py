@@ -21,17 +21,17 @@ def cache_directory() -> Path:
 
 
 def models_directory() -> Path:
-    """Fetched models, a directory each."""
+    """Directory of fetched models, which have a directory each."""
     return cache_directory() / "models"
 
 
 def prompts_directory() -> Path:
-    """Fetched prompt sets, a JSONL file each."""
+    """Directory of fetched prompt sets, which are a JSONL file each."""
     return cache_directory() / "prompts"
 
 
 def logs_directory() -> Path:
-    """Logs of `specpool up`."""
+    """Directory of the logs that `specpool up` writes."""
     return cache_directory() / "logs"
 
 

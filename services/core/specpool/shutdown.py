@@ -44,7 +44,7 @@ class StopEvent(asyncio.Event):
         self._limit_s = drain_grace_s + EXIT_S
 
     def set(self) -> None:
-        """Stop."""
+        """Begin to stop, and have the process end in a limited time, whatever hangs."""
         if not self.is_set():
             _end_process_after(self._limit_s)
         super().set()

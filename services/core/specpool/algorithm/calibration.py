@@ -62,7 +62,7 @@ class RankCalibration:
         return max(0.0, squares / count - mean**2) / (mean * (1 - mean)) if 0 < mean < 1 else 0.0
 
     def probabilities(self, scores: Sequence[float]) -> tuple[float, ...]:
-        """Of each rank, from its finite score, best first; they sum to 1 - `outside`."""
+        """Probabilities of the ranks from their finite scores, best first; they sum to 1 - `outside`."""
         inside = 1 - self.outside
         return tuple(inside * share for share in self._shares(scores))
 
@@ -89,7 +89,7 @@ class RankCalibration:
         self._step(*gradient)
 
     def _shares(self, scores: Sequence[float]) -> list[float]:
-        """Softmax over the ranks."""
+        """The ranks' shares of what is not outside: a calibrated softmax of their scores."""
         best = scores[0] if scores else 0.0
         weights = [math.exp(self._slope * (score - best)) for score in scores]
         if weights:

@@ -29,7 +29,7 @@ class Average:
         self.is_empty = True
 
     def observe(self, value: float) -> None:
-        """One more observation."""
+        """Take one more observation into the average."""
         self.value = value if self.is_empty else self.value + self._smoothing * (value - self.value)
         self.is_empty = False
 
@@ -46,7 +46,7 @@ class AcceptanceEstimator:
 
     @property
     def value(self) -> float:
-        """The estimate."""
+        """The estimated probability, from 0 to 1."""
         return (self._accepted + self._prior * self._prior_weight) / (self._trials + self._prior_weight)
 
     def observe(self, num_accepted: int, num_draft: int) -> None:
@@ -92,12 +92,12 @@ class MissPowerLawEstimator:
                 self._trials[i] = self._trials[i] * self._decay + 1
 
     def miss_rate(self, num_guesses: int) -> float:
-        """Fitted miss rate."""
+        """Miss rate with `num_guesses` guesses, by the fitted law."""
         return self.value.miss_rate(num_guesses)
 
     @property
     def value(self) -> PowerLaw:
-        """The fitted power law."""
+        """The power law that fits the observations best."""
         points = [self._point(i) for i in range(len(_GRID))]
         total = sum(weight for _, _, weight in points)
         mean_x = sum(x * weight for x, _, weight in points) / total

@@ -37,14 +37,14 @@ def expected_tokens(num_draft: int, acceptance: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftTimes:
-    """How fast further tokens would come."""
+    """How fast the speculator would draft further tokens."""
 
     first_s: float
     """Seconds until the first token."""
     step_s: float
     """Seconds per further token."""
     forward_s: float = 0.0
-    """Of the others in the batch: they go on meanwhile, and whoever waited joins them between two forwards."""
+    """Seconds of a forward of the batch's others: they go on meanwhile, and whoever waited joins them between two."""
 
     def waiting_s(self, num_tokens: int) -> float:
         """Seconds until `num_tokens` can be verified."""
@@ -54,7 +54,7 @@ class DraftTimes:
 
 @dataclass(frozen=True, slots=True)
 class FallbackChoice:
-    """What to verify after a miss."""
+    """What to verify after a miss: tokens drafted just in time, or the backup's."""
 
     depth: int
     """Tokens to draft just in time; 0 is the backup, at once."""

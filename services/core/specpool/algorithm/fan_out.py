@@ -74,7 +74,7 @@ def continuous_fan_out(
     miss_after_rejection: PowerLaw,
     miss_after_acceptance: PowerLaw,
 ) -> tuple[float, ...]:
-    """The optimum before rounding."""
+    """Guesses per accepted length, [lookahead + 1], that miss least often, before rounding; they sum to `budget`."""
     acceptance = min(max(acceptance, _MIN_ACCEPTANCE), 1 - _MIN_ACCEPTANCE)
     laws = [miss_after_rejection] * lookahead + [miss_after_acceptance]
     weights = [

@@ -191,7 +191,7 @@ def _row_keys(seed: int | Tensor, positions: Tensor, stream: Stream) -> Tensor:
 
 
 def _noise(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Gumbel noise of tokens, float64."""
+    """Gumbel noise, float64, of each (key, token)."""
     least, lanes = _least_of_block(keys, tokens >> _BLOCK_BITS)
     further = _exponential(_hash(keys, tokens))
     return -_log(least + further.masked_fill_(lanes == tokens & (_BLOCK_SIZE - 1), 0.0))
@@ -209,7 +209,7 @@ def _hash(keys: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place."""
+    """Scramble 64-bit integers in place, by SplitMix64's finaliser."""
     _xor_shifted(state, 30)
     state *= _MULTIPLY_1
     _xor_shifted(state, 27)

@@ -21,7 +21,7 @@ class PromptLookup:
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append committed tokens."""
+        """Append committed tokens to the sequence."""
         for token in tokens:
             end = len(self._tokens)
             for n in range(1, min(self._max_ngram, end) + 1):

@@ -20,7 +20,7 @@ from specpool.algorithm.verification import VerificationMode, VerificationOutcom
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Tokens in flight."""
+    """Tokens that the target verifies in a round, and where they come from."""
 
     tokens: tuple[int, ...] = ()
     """What the target verifies; may be empty."""
@@ -29,7 +29,7 @@ class Speculation:
 
 
 class Target(Protocol):
-    """The large model."""
+    """The large model, as the round sees it."""
 
     def score(self, committed: Sequence[int], draft_tokens: Sequence[int]) -> Tensor:
         """Processed logits [K + 1, V] after ``committed + draft_tokens[:j]``, j = 0..K."""
@@ -37,10 +37,10 @@ class Target(Protocol):
 
 
 class Speculator(Protocol):
-    """The draft model."""
+    """The draft model, as the round sees it."""
 
     def speculate(self, committed: Sequence[int]) -> Speculation:
-        """Draft tokens after ``committed``."""
+        """Draft the tokens after ``committed``."""
         ...
 
     def predict(self, committed: Sequence[int], in_flight: Speculation) -> Mapping[Outcome, Sequence[int]]:
@@ -48,13 +48,13 @@ class Speculator(Protocol):
         ...
 
     def distribution(self, committed: Sequence[int], tokens: Sequence[int]) -> DraftDistribution | None:
-        """What ``tokens``, drafted after ``committed``, were sampled from."""
+        """The distributions that ``tokens``, drafted after ``committed``, were sampled from; None if not needed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RoundState:
-    """Between two rounds of one sequence."""
+    """State of one sequence between two rounds."""
 
     committed: tuple[int, ...]
     """Prompt and output so far."""
@@ -66,12 +66,12 @@ class RoundState:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """After one round."""
+    """What one round leaves."""
 
     state: RoundState
-    """For the next round."""
+    """State that the next round begins with."""
     outcome: VerificationOutcome
-    """Of this round."""
+    """Outcome of this round's verification."""
     lookup: Lookup
     """What the cache had for it."""
 

@@ -45,7 +45,7 @@ class LinearTime:
         return max(0.0, self._mean_seconds - self.per_row_s * self._mean_rows)
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """One forward."""
+        """Take one forward of `num_rows` rows into the line."""
         self._weight = self._weight * self._decay + 1
         rows, time = num_rows - self._mean_rows, seconds - self._mean_seconds
         self._mean_rows += rows / self._weight
@@ -54,7 +54,7 @@ class LinearTime:
         self._common = self._common * self._decay + rows * (seconds - self._mean_seconds)
 
     def __call__(self, num_rows: int) -> float:
-        """Expected seconds."""
+        """Expected seconds of a forward of `num_rows` rows."""
         return self.base_s + self.per_row_s * num_rows
 
 
@@ -72,7 +72,7 @@ class RowTimes(LinearTime):
         self._fitted: tuple[list[int], list[float]] | None = None
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """One forward."""
+        """Take one forward into the line and into the mean of its number of rows."""
         super().observe(num_rows, seconds)
         self._num_observed += 1
         if self._num_observed < _EARLY or self._num_observed % _REFIT_EVERY == 0:
@@ -83,7 +83,7 @@ class RowTimes(LinearTime):
         mean.observed_at = self._num_observed
 
     def __call__(self, num_rows: int) -> float:
-        """Expected seconds; never fewer for more rows."""
+        """Expected seconds of a forward of `num_rows` rows; never fewer for more rows."""
         if self._fitted is None:
             self._fitted = self._fit()
         rows, seconds = self._fitted
@@ -119,7 +119,7 @@ class RowTimes(LinearTime):
 
 @dataclass(slots=True)
 class _Mean:
-    """Of the seconds of one number of rows."""
+    """Mean of the seconds that forwards with one number of rows took."""
 
     weight: float = 0.0
     """Forwards, older ones counting less, when it was last observed."""

@@ -48,12 +48,12 @@ class SaguaroTuner:
 
     @property
     def constant(self) -> float:
-        """To draft with now."""
+        """The constant to draft with now."""
         return self._constants[self._current]
 
     @property
     def best(self) -> float:
-        """The fastest so far."""
+        """The constant that was fastest so far."""
         return self._constants[self._best()]
 
     def observe(self, num_tokens: int, seconds: float) -> None:

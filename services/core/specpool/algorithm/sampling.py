@@ -27,7 +27,7 @@ class SamplingParams:
     """How one request is sampled and when it stops."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """Scores are divided by it before sampling; 0 is greedy."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
     top_k: int = 0
@@ -145,11 +145,11 @@ class TokenLogprobs:
     """Log-probabilities under the model itself (before any processing)."""
 
     chosen: Tensor
-    """[N], of the chosen token."""
+    """[N], natural logarithm of the chosen token's probability."""
     top_token_ids: Tensor
     """[N, n], the most likely tokens, best first."""
     top_logprobs: Tensor
-    """[N, n]."""
+    """[N, n], natural logarithms, in the order of `top_token_ids`."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> TokenLogprobs:

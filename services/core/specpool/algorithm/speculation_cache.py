@@ -29,7 +29,7 @@ class LookupKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """The result of a lookup."""
+    """What a lookup found, and the tokens if there are any."""
 
     kind: LookupKind
     tokens: tuple[int, ...] = ()

@@ -52,9 +52,9 @@ class BatchOutcome:
     """Verification outcomes of B sequences."""
 
     num_accepted: Tensor
-    """[B] int64."""
+    """[B] int64: leading drafted tokens that are committed."""
     bonus_tokens: Tensor
-    """[B] int64."""
+    """[B] int64: the token after them."""
 
     def unbind(self) -> list[VerificationOutcome]:
         """One outcome per sequence, on the host."""
@@ -108,7 +108,10 @@ def verify_coupled(scores: Tensor, draft_tokens: Sequence[int], *, seed: int, po
 def verify_sample_and_match(
     scores: Tensor, draft_tokens: Sequence[int], *, seed: int, position: int
 ) -> VerificationOutcome:
-    """The same with noise the draft never saw: lossless whatever the draft did. ``scores`` [K + 1, V]."""
+    """Accept while the drafted token is a sample with noise that the draft never saw. ``scores`` [K + 1, V].
+
+    Lossless whatever the draft did, but accepts less than `verify_coupled`.
+    """
     own = gumbel_argmax(scores, seed, _positions(scores, position), Stream.RECOVER)
     return _match_one(own, draft_tokens)
 
@@ -192,7 +195,7 @@ class _Layout:
     """Where each sequence's rows and drafted tokens lie in the ragged batch."""
 
     num_draft: Tensor
-    """[B]."""
+    """[B]: drafted tokens of each sequence."""
     first_rows: Tensor
     """[B], index of each sequence's first row."""
     first_draft: Tensor
@@ -226,7 +229,10 @@ def _match(own_tokens: Tensor, draft_tokens: Tensor, layout: _Layout) -> BatchOu
 
 
 def _match_one(own_tokens: Tensor, draft_tokens: Sequence[int]) -> VerificationOutcome:
-    """The same for one sequence, on the host: the engine needs the tokens there anyway."""
+    """Accept drafted tokens of one sequence while they equal the target's own [K + 1].
+
+    On the host: the engine needs the tokens there anyway.
+    """
     own = own_tokens.tolist()
     num_accepted = 0
     while num_accepted < len(draft_tokens) and own[num_accepted] == draft_tokens[num_accepted]:

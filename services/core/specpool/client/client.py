@@ -19,7 +19,7 @@ from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb
 
 @dataclass(kw_only=True, slots=True)
 class Completion:
-    """A finished generation."""
+    """A generation, as far as its events have come."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Client:
                     yield event
 
     async def complete(self, request: inference_pb2.GenerateRequest) -> Completion:
-        """The whole completion at once."""
+        """Wait for the whole completion. Raises the typed error of a request that fails."""
         completion = Completion()
         async for event in self.stream(request):
             completion.add(event)

@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Instead of usage and exit."""
+        """Raise ConfigError, where argparse would print its usage and exit."""
         raise ConfigError(f"{message}; `{self.prog} --help` lists the flags")
 
 
@@ -100,12 +100,12 @@ def _explained(error: ConfigError, message: str) -> ConfigError:
 
 
 def flag_name(field: str) -> str:
-    """``max_lookahead`` -> ``--max-lookahead``."""
+    """The flag of a field: ``--max-lookahead`` of ``max_lookahead``."""
     return "--" + field.replace("_", "-")
 
 
 def variable_name(section: str, field: str) -> str:
-    """``target``, ``max_lookahead`` -> ``SPECPOOL_TARGET_MAX_LOOKAHEAD``."""
+    """The environment variable of a field: ``SPECPOOL_TARGET_MAX_LOOKAHEAD`` of ``target``, ``max_lookahead``."""
     return _prefix(section) + field.upper()
 
 

@@ -18,7 +18,7 @@ _WORDS: Final = {
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
 }
-"""For pydantic's kinds of errors: what is accepted."""
+"""What is accepted, in words, for each of pydantic's kinds of errors."""
 
 
 class Settings(BaseModel):

@@ -43,7 +43,7 @@ _propagator: Final = TraceContextTextMapPropagator()
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """What `setup` set up."""
+    """The tracing of this process, to be ended with it."""
 
     enabled: bool
     """Whether spans are exported."""
@@ -90,7 +90,7 @@ def setup(service_name: str, instance_id: str, otlp_endpoint: str = "", ratio: f
 
 
 def tracer() -> Tracer:
-    """SpecPool's tracer."""
+    """The tracer of all of SpecPool's spans."""
     return trace.get_tracer("specpool", specpool.__version__)
 
 
@@ -114,7 +114,7 @@ def traceparent(context: Context | None = None) -> str:
 
 
 def context_of(traceparent: str) -> Context:
-    """Inverse of `traceparent`."""
+    """The trace context of a `traceparent` header; empty for none or nonsense."""
     return extract({_TRACEPARENT: traceparent} if traceparent else {})
 
 

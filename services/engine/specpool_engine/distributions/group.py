@@ -43,34 +43,34 @@ class PairGroup(ABC):
     """Where the tensors lie that it moves."""
 
     def context(self) -> AbstractContextManager[object]:
-        """In which everything that touches a body happens."""
+        """The context in which everything that touches a body must happen: a CUDA stream, or nothing."""
         return nullcontext()
 
     @abstractmethod
     def send(self, body: Tensor, number: int, timeout_s: float = TRANSFER_S) -> None:
-        """From rank 0, contiguous and on `device`. Raises `TransportUnavailable`: the group is then lost."""
+        """Send `body`, contiguous and on `device`, from rank 0. Raises `TransportUnavailable`: the group is lost."""
 
     @abstractmethod
     def receive(self, body: Tensor, number: int, timeout_s: float = TRANSFER_S) -> None:
-        """Into `body` at rank 1; shape, type and number are those of the sender. Raises like `send`."""
+        """Fill `body` at rank 1; shape, type and number must be the sender's. Raises `TransportUnavailable`."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Give it up; never waits for the other rank."""
+        """Give the group up, without waiting for the other rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupPlan:
-    """What one rank needs to build its half."""
+    """Everything that one rank needs to build its half of a group."""
 
     transport: Transport
     rank: int
     store: StreamStore
-    """Shared with the other rank, and with no other group."""
+    """Where both ranks of this group meet; no other group uses it."""
     peer_host: str
-    """The other rank as this side reaches it."""
+    """The host of the other rank, as this side reaches it."""
     device: torch.device
-    """Of the model."""
+    """Device of the model: NCCL's transfers begin or end there."""
     creation_s: float = CREATION_S
 
     def make(self) -> PairGroup:
@@ -108,10 +108,10 @@ class GroupPlan:
 
 
 class GlooGroup(PairGroup):
-    """Over TCP, from host memory."""
+    """A group whose transfers go over TCP, from host memory to host memory."""
 
     def __init__(self, store: Store, rank: int, address: str, creation_s: float = CREATION_S) -> None:
-        """Meet and connect. `address` is this side's own."""
+        """Meet the other rank in `store` and connect to it from this side's own `address`. Raises RuntimeError."""
         options = torch.distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [_gloo_device(address, os.environ.get("GLOO_SOCKET_IFNAME", ""))]
         options._threads = 1
@@ -138,10 +138,10 @@ class GlooGroup(PairGroup):
 
 
 class NcclGroup(PairGroup):
-    """From GPU to GPU, on a stream of its own."""
+    """A group whose transfers go from GPU to GPU, on a CUDA stream of their own."""
 
     def __init__(self, store: Store, rank: int, device: torch.device) -> None:
-        """Meet and make the communicator."""
+        """Meet the other rank in `store` and make a communicator with it on `device`. Raises RuntimeError."""
         # torch would end the process when a communicator fails: here that is an event like any other.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")

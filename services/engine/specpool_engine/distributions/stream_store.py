@@ -23,7 +23,7 @@ class StreamStore(Store):
     """One side's view; what is set on one side becomes known on both."""
 
     def __init__(self, send: Callable[[str, bytes], None], timeout_s: float) -> None:
-        """An empty store.
+        """Begin with an empty store.
 
         Args:
             send: hands a key and its value to the other side's `receive`, without waiting.
@@ -52,18 +52,18 @@ class StreamStore(Store):
     # What torch calls, from any thread. It takes any RuntimeError for a failed rendezvous.
 
     def set(self, key: str, value: str | bytes) -> None:
-        """See `torch.distributed.Store`."""
+        """Set a key here and, without waiting, on the other side."""
         encoded = value.encode() if isinstance(value, str) else bytes(value)
         self.receive(key, encoded)
         self._send(key, encoded)
 
     def get(self, key: str) -> bytes:
-        """See `torch.distributed.Store`."""
+        """The value of a key, once it is set on either side. Raises RuntimeError as `wait` does."""
         self.wait([key])
         return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        """See `torch.distributed.Store`; the deadline is the store's own."""
+        """Wait until all `keys` are set, until the store's own deadline: `timeout` is ignored. Raises RuntimeError."""
         with self._changed:
             is_there = self._changed.wait_for(
                 lambda: self._is_closed or all(key in self._values for key in keys),
@@ -75,15 +75,15 @@ class StreamStore(Store):
             raise RuntimeError("the other side did not come in time")
 
     def check(self, keys: Sequence[str]) -> bool:
-        """See `torch.distributed.Store`."""
+        """Whether all `keys` are set now."""
         return all(key in self._values for key in keys)
 
     def delete_key(self, key: str) -> bool:
-        """See `torch.distributed.Store`; on this side only."""
+        """Remove a key on this side only; returns whether it was there."""
         return self._values.pop(key, None) is not None
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """See `torch.distributed.Store`; it has its own."""
+        """Ignore the timeout that torch would set: the store has its own deadline."""
 
 
 def local_address(host: str, port: int = 1) -> str:

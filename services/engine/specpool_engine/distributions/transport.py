@@ -30,12 +30,12 @@ class Transport(IntEnum):
 
     @property
     def label(self) -> str:
-        """grpc, gloo, nccl."""
+        """Its name in settings, status and metrics: grpc, gloo or nccl."""
         return self.name.lower()
 
     @property
     def is_dense(self) -> bool:
-        """Whether it needs a process group."""
+        """Whether whole distributions travel, over a process group, rather than sparse ones in the stream."""
         return self is not Transport.GRPC
 
 

@@ -17,20 +17,20 @@ from specpool_engine.distributions.group import PairGroup
 
 _logger = logging.getLogger(__name__)
 MAX_QUEUED_BYTES: Final = 256 << 20
-"""Of bodies that wait for their transfer; a sender refuses more, a receiver gives up the group."""
+"""Most bytes of bodies that wait for their transfer: a sender refuses more, a receiver gives up the group."""
 
 Transfer = Callable[[PairGroup], None]
 
 
 class MakesGroup(Protocol):
-    """What builds the group: see `GroupPlan`."""
+    """A recipe for a process group, such as `GroupPlan`."""
 
     def make(self) -> PairGroup:
-        """Raises `TransportUnavailable`."""
+        """Build the group; blocks until the other rank is there. Raises `TransportUnavailable`."""
         ...
 
     def cancel(self) -> None:
-        """End `make` soon."""
+        """Have a running `make` fail soon. Callable from any thread."""
         ...
 
 
@@ -46,18 +46,18 @@ class PairWorker(threading.Thread):
         name: str,
         is_receiver: bool = False,
     ) -> None:
-        """Not started.
+        """Prepare a thread that is not started yet.
 
         Args:
             plan: builds the group, on this thread.
             on_up: called on this thread once the group is there.
             on_down: called on this thread when the group could not be made or is lost, not after `close`.
-            name: of the thread.
+            name: of the thread, for logs and debuggers.
             is_receiver: takes transfers from the start: the other side may be ready a moment earlier.
         """
         super().__init__(name=name, daemon=True)
         self.num_bytes = 0
-        """Moved so far."""
+        """Bytes of all bodies that were moved so far."""
         self._plan = plan
         self._on_up = on_up
         self._on_down = on_down
@@ -70,7 +70,7 @@ class PairWorker(threading.Thread):
 
     @property
     def is_up(self) -> bool:
-        """Whether the group is there."""
+        """Whether the group was made and is not lost."""
         return self._is_up
 
     def submit(self, transfer: Transfer, num_bytes: int) -> bool:
@@ -90,7 +90,7 @@ class PairWorker(threading.Thread):
         self._transfers.put(None)
 
     def run(self) -> None:
-        """Until `close` or the first failure."""
+        """Make the group and move what is submitted, until `close` or the first failure."""
         try:
             self._work()
         except SpecPoolError as error:

@@ -115,7 +115,7 @@ class BucketedForward:
 
 
 class GraphedForward(BucketedForward):
-    """The same as CUDA graphs, all captured at the start, over one pool of memory."""
+    """Padded forwards as CUDA graphs, all captured at the start, over one pool of memory."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class GraphedForward(BucketedForward):
         on_progress("capture graphs", len(keys), len(keys))
 
     def replay(self, bucket: int, *, shares: bool) -> Tensor:
-        """Start the graph."""
+        """Logits [B, V] of what was filled in, by starting the bucket's graph."""
         graph, logits = self._graphs[bucket, shares]
         graph.replay()
         return logits

@@ -43,7 +43,7 @@ class DeviceShare:
     multiprocessors: float = 1.0
     """Share of the multiprocessors; 1 is no limit."""
     priority: StreamPriority = "normal"
-    """Of this process's kernels."""
+    """Whether this process's kernels go before those of others: `high` or `normal`."""
 
     @property
     def settings(self) -> dict[str, float | str]:
@@ -120,7 +120,7 @@ def limit_memory(device: torch.device, share: float) -> None:
 
 
 def num_multiprocessors(total: int, share: float) -> int:
-    """Of a green context: whole groups, at least one, and no more than there are."""
+    """Multiprocessors of a green context with this share: whole groups, at least one, and no more than there are."""
     return min(total, max(_SM_GRANULARITY, int(total * share) // _SM_GRANULARITY * _SM_GRANULARITY))
 
 

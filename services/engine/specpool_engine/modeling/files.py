@@ -21,7 +21,7 @@ _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """The default progress callback."""
+    """Report progress to nobody."""
 
 
 def resolve_model_directory(source: str, on_progress: Progress = no_progress) -> Path:

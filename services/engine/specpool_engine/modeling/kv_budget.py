@@ -10,7 +10,7 @@ from specpool.errors import InvalidArgument
 
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_KV_CACHE_SHARE = 0.85
-"""Of the memory that is left after the weights are loaded."""
+"""Share of the memory that is left after the weights are loaded."""
 CUDA_CONTEXT_BYTES = 1 << 29
 """What a process needs on the device besides tensors, roughly."""
 

@@ -113,7 +113,7 @@ def load_model(
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """Torch data type by name."""
+    """The torch data type of a name: float32, bfloat16 or float16. Raises InvalidArgument."""
     if name not in DTYPES:
         raise InvalidArgument(
             f"unknown dtype {name!r}; accepted: {', '.join(DTYPES)}",

@@ -235,7 +235,7 @@ class PackedInputs:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], packed: Sequence[PackedSegment], block_size: int) -> PackedInputs:
-        """Of segments that have room."""
+        """The inputs of a forward over segments whose block tables have room for their tokens."""
         return cls(
             tokens=[token for segment in segments for token in segment.tokens],
             positions=[position for segment in packed for position in range(segment.kv.length, segment.end)],

@@ -33,10 +33,10 @@ _OPTIONS: Mapping[ModelKind, frozenset[str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """A parsed model specification."""
+    """A model specification, `SOURCE[#key=value[,key=value...]]`, taken apart."""
 
     text: str
-    """As the user wrote it."""
+    """The specification as the user wrote it."""
     kind: ModelKind
     """Which loader is responsible."""
     source: str
@@ -66,7 +66,7 @@ class ModelSpec:
         return self.integer("layers", None, minimum=1)
 
     def integer(self, name: str, default: int | None, *, minimum: int = 0) -> int | None:
-        """An integer option."""
+        """The value of an integer option, or `default` where it is not given. Raises InvalidArgument."""
         value = self.options.get(name)
         if value is None:
             return default
@@ -75,7 +75,7 @@ class ModelSpec:
         return int(value)
 
     def number(self, name: str, default: float, *, maximum: float = float("inf")) -> float:
-        """A non-negative number option."""
+        """The value of a number option that is not negative, or `default`. Raises InvalidArgument."""
         value = self.options.get(name)
         try:
             number = default if value is None else float(value)

@@ -39,7 +39,7 @@ class StaticTensors:
         return self._tensors[name]
 
     def wait(self) -> None:
-        """Until the last upload has read the host's memory: before anything is put there."""
+        """Wait until the last upload has read the host's memory: to be called before anything is put there."""
         if self._copied is not None:
             self._copied.synchronize()  # type: ignore[no-untyped-call, unused-ignore]
 

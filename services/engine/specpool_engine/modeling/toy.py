@@ -61,7 +61,7 @@ class DraftTable(ToyTable):
         self.noise = noise
 
     def logits(self, before: int, last: int) -> Tensor:
-        """Logits [V] of the draft."""
+        """Logits [V] of the draft for a pair of tokens."""
         pair = (before, last)
         if pair not in self._rows:
             agrees = torch.rand((), generator=_generator(self.seed, *pair, 1)).item() < self.agreement
@@ -73,7 +73,7 @@ class DraftTable(ToyTable):
 
 
 class ToyModel:
-    """A `CausalModel` over a `ToyTable`."""
+    """A `CausalModel` whose logits are those of a `ToyTable`, and whose KV cache holds token ids."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ToyModel:
         self._slots = torch.full((pool.num_blocks, pool.block_size, 2), _EMPTY, dtype=torch.long)
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Logits [sum of num_logits, V]."""
+        """Logits [sum of num_logits, V], after checking that every block table leads to the sequence's own tokens."""
         check_segments(segments, max_context=self.max_context, vocab_size=self.vocab_size)
         reserve_all(self.pool, ((segment.kv, len(segment.tokens)) for segment in segments))
         sources, destinations = self.pool.take_copies()
@@ -193,7 +193,7 @@ class ToyTokenizer:
         return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """Token text to id."""
+        """The vocabulary: token text to id."""
         return dict(self._ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -202,11 +202,11 @@ class ToyTokenizer:
         return [self._ids.get(c) or 1 + ord(c) % (self.vocab_size - 1) for c in text]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of the tokens."""
+        """The characters of the tokens, with or without the end token."""
         return "".join(self._characters[t] for t in token_ids if t or not skip_special_tokens)
 
     def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str]:
-        """Token texts."""
+        """The text of each token."""
         return [self._characters[token] for token in token_ids]
 
     def apply_chat_template(
@@ -215,7 +215,7 @@ class ToyTokenizer:
         add_generation_prompt: bool = True,
         tokenize: bool = False,
     ) -> str | list[int]:
-        """The contents, one per line."""
+        """The contents of the messages, one per line, as text or as tokens."""
         text = "\n".join(message["content"] for message in conversation)
         text += "\n" if add_generation_prompt else ""
         return self.encode(text) if tokenize else text

@@ -37,7 +37,7 @@ class FrequentTokensHead(nn.Module):
             self.kept.bias = nn.Parameter(head.bias.detach()[kept], requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., V]
-        """Logits over the whole vocabulary."""
+        """Logits over the whole vocabulary: -inf for tokens that were left out."""
         kept: Tensor = self.kept(x)  # [..., N]
         logits: Tensor = kept.new_full((*kept.shape[:-1], self._vocab_size), -torch.inf)
         logits[..., : self._num_first] = kept[..., : self._num_first]

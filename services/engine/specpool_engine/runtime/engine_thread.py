@@ -22,7 +22,7 @@ Command = Callable[[], None]
 
 
 class Engine(Protocol):
-    """What the thread runs. Every method is called on it alone."""
+    """An engine as its thread sees it. Every method is called on that thread alone."""
 
     def warm_up(self) -> None:
         """The first forwards allocate, compile and page in; nobody should wait for that."""
@@ -33,7 +33,7 @@ class Engine(Protocol):
         ...
 
     def seconds_to_deadline(self) -> float | None:
-        """How long that wait may be; None without a deadline."""
+        """Seconds until the engine wants its next step without a command; None: not before one."""
         ...
 
 
@@ -78,7 +78,7 @@ class EngineThread:
 
     @property
     def ident(self) -> int | None:
-        """Of the thread; None before it runs."""
+        """The thread's identifier; None before it runs."""
         return self._thread.ident
 
     def start(self) -> None:
@@ -86,7 +86,7 @@ class EngineThread:
         self._thread.start()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Until the warm-up is through; raises if it failed, or is not through in time."""
+        """Wait until the warm-up is through. Raises EngineFailed if it failed, or is not through in time."""
         if not self._ready.wait(timeout_s):
             raise EngineFailed(f"the {self.name} is not ready after {timeout_s:g} s")
         if self.failure is not None:
@@ -184,4 +184,4 @@ class EngineThread:
 
 
 def _nothing() -> None:
-    """Wakes the thread."""
+    """Do nothing but wake the thread."""

@@ -21,7 +21,7 @@ class Heartbeat:
         self.since_s = time.monotonic()
         """When it began that (`time.monotonic`)."""
         self.num_steps = 0
-        """Steps that ended."""
+        """Steps that ended so far."""
 
     def begin(self, doing: str) -> None:
         """The thread goes on to this."""

@@ -71,7 +71,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedEngine:
-    """A model, ready to compute."""
+    """A model that is ready to compute, and what belongs to it."""
 
     model: CausalModel
     tokenizer: Any

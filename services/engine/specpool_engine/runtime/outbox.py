@@ -31,7 +31,7 @@ class Outbox(Generic[Item]):
         self._items.append(item)
 
     def flush(self) -> None:
-        """Hand everything over."""
+        """Hand everything over that was put since the last flush."""
         if self._items:
             items, self._items = self._items, []
             call_on_loop(self._loop, lambda: self._deliver(items))

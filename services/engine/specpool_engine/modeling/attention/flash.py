@@ -37,7 +37,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 class FlashAttnKernel:
-    """flash-attn 2."""
+    """Attention by the kernels of flash-attn 2, on CUDA devices."""
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None) -> None:
         """Name the first thing that is missing."""
@@ -124,7 +124,7 @@ class FlashBackend:
         self._kernel: VarlenKernel = kernel or FlashAttnKernel()
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
-        """What the kernel needs."""
+        """Raise `InvalidArgument` unless the kernel runs with these, here and now."""
         self._kernel.check(dtype=dtype, device=device, block_size=block_size, head_dim=head_dim)
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
@@ -136,13 +136,13 @@ class FlashBackend:
         return FlashPlan(self._kernel, storage, whole, shared)
 
     def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans:
-        """For CUDA graphs."""
+        """Block tables that a CUDA graph can hold, for forwards of up to `max_tokens` tokens."""
         return StaticFlashPlans(self._kernel, storage, max_tokens=max_tokens, max_context=max_context)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """Attention in two parts."""
+    """Entries for attention in two parts, prefixes that segments share and their tails, and where each token went."""
 
     order: Tensor
     """[T]: packed token of each place in the groups' order."""
@@ -159,7 +159,7 @@ class _Shared:
 
 
 class FlashPlan:
-    """Block tables of one forward."""
+    """Block tables of one forward, of whole segments and, where prefixes are shared, of prefixes and tails."""
 
     def __init__(self, kernel: VarlenKernel, storage: KVStorage, whole: VarlenBatch, shared: _Shared | None) -> None:
         self._kernel = kernel
@@ -176,7 +176,7 @@ class FlashPlan:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:  # [1, T, H, D]
-        """In one part, or in two merged by log-sum-exp."""
+        """Attend in one part, or in two that are merged by their log-sum-exp."""
         rows = query[0].transpose(0, 1)  # [T, H, D]
         if self._shared is None or sliding_window is not None:
             options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}

@@ -36,7 +36,7 @@ _LARGE_BLOCK = 64
 
 
 class FlexBackend:
-    """Block masks, no gather."""
+    """Attention by `flex_attention` with block masks: reads blocks where they lie, a shared one once per tile."""
 
     name = "flex"
     has_static_plans = False
@@ -66,7 +66,7 @@ class FlexBackend:
         return FlexPlan(segments, storage)
 
     def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
-        """None: its indices have a new shape in every forward."""
+        """There are none: indices have a new shape in every forward."""
 
 
 class FlexPlan:

@@ -109,7 +109,7 @@ class StaticPlans(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Makes plans. Stateless."""
+    """Makes the plan of each forward; keeps nothing from one to the next."""
 
     name: str
     has_static_plans: bool
@@ -124,7 +124,7 @@ class AttentionBackend(Protocol):
         ...
 
     def write(self, storage: KVStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Like `KVStorage.write`."""
+        """Put keys and values [1, Hkv, T, D] of a layer into `slots` [T] of the flattened cache."""
         ...
 
     def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans | None:

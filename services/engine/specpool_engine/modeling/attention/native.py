@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class NativeBackend:
-    """Our own kernel."""
+    """Attention by our own C++ kernel for CPUs, over the blocks where they lie."""
 
     name = NAME
     has_static_plans = False
@@ -40,7 +40,7 @@ class NativeBackend:
         _write_kernel()
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
-        """Block tables."""
+        """Block tables of the segments, in the layout that the kernel reads."""
         return NativePlan(segments, storage)
 
     def write(self, storage: KVStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -63,11 +63,11 @@ class NativeBackend:
             )
 
     def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
-        """None: CPUs have no CUDA graphs."""
+        """There are none: CPUs have no CUDA graphs."""
 
 
 class _Plan(ctypes.Structure):
-    """`SpecpoolAttentionPlan`."""
+    """The C struct `SpecpoolAttentionPlan` of `paged_attention.cpp`, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("segments", "tables", "keys", "values")),
@@ -77,7 +77,7 @@ class _Plan(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    """`SpecpoolAttentionCall`."""
+    """The C struct `SpecpoolAttentionCall` of `paged_attention.cpp`, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "output")),
@@ -88,7 +88,7 @@ class _Call(ctypes.Structure):
 
 
 class NativePlan:
-    """Block tables of one forward."""
+    """Block tables of one forward, for the kernel; made once, used by every layer."""
 
     def __init__(self, segments: Sequence[PackedSegment], storage: KVStorage) -> None:
         assert storage.keys.is_contiguous()
@@ -124,7 +124,7 @@ class NativePlan:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:  # [1, T, H, D]
-        """One call of the kernel."""
+        """Attend by one call of the kernel, for all segments and heads."""
         rows = query if query.dtype is self._dtype else query.to(self._dtype)
         _, num_heads, num_tokens, head_dim = rows.shape
         output = rows.new_empty(1, num_tokens, num_heads, head_dim)

@@ -29,14 +29,14 @@ _UNSEEN = 1 << 40
 
 
 class SdpaBackend:
-    """Gather and mask."""
+    """Attention by torch's `scaled_dot_product_attention` over gathered keys, with masks: runs everywhere."""
 
     name = "sdpa"
     has_static_plans = False
     write = staticmethod(KVStorage.write)
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
-        """Runs everywhere."""
+        """Accept everything: torch's attention runs everywhere."""
 
     def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
         """Group, bucket, and build indices and masks."""
@@ -48,11 +48,11 @@ class SdpaBackend:
         return SdpaPlan([_Batch(groups, storage, num_tokens) for groups in buckets.values()], storage)
 
     def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
-        """None: its indices have a new shape in every forward."""
+        """There are none: indices have a new shape in every forward."""
 
 
 class SdpaPlan:
-    """The batches of one forward."""
+    """The batches of groups that one forward is computed in."""
 
     def __init__(self, batches: Sequence[_Batch], storage: KVStorage) -> None:
         self._batches = batches
@@ -199,7 +199,7 @@ class _Batch:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:  # [1, tokens of this batch, H, D]
-        """Attention of this batch's queries."""
+        """The output for this batch's queries, in the order of `tokens`."""
         num_heads, head_dim = query.shape[1], query.shape[3]
         num_kv_heads = keys.shape[2]
         repeats = num_heads // num_kv_heads

@@ -37,7 +37,7 @@ class VarlenBatch:
     query_starts: Tensor
     """[E+1]: where an entry's queries start; the last one is where they end."""
     key_starts: Tensor
-    """[E+1]: the same for the keys, were they packed."""
+    """[E+1]: where an entry's keys would start, were they packed."""
     key_lengths: Tensor
     """[E]"""
     block_table: Tensor
@@ -53,7 +53,7 @@ class VarlenBatch:
 
     @classmethod
     def of(cls, entries: Sequence[Entry], *, causal: bool, device: torch.device) -> VarlenBatch:
-        """Just large enough."""
+        """Tensors that are just large enough for `entries`."""
         counts = [entry.num_queries for entry in entries]
         lengths = [entry.num_keys for entry in entries]
         width = max(1, *(len(entry.blocks) for entry in entries), 1)
@@ -71,7 +71,7 @@ class VarlenBatch:
 
 
 def starts(counts: Sequence[int]) -> list[int]:
-    """[E+1] running sums, from 0."""
+    """Running sums of `counts` [E], from 0 on: [E+1]."""
     return list(accumulate(counts, initial=0))
 
 
@@ -80,7 +80,7 @@ def _int32(values: Sequence[object], device: torch.device) -> Tensor:
 
 
 class VarlenKernel(Protocol):
-    """Attention over paged keys."""
+    """A kernel for runs of queries of different length over paged keys."""
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None) -> None:
         """Raise `InvalidArgument` unless it runs with these here, now."""
@@ -105,10 +105,10 @@ class VarlenKernel(Protocol):
 
 
 class TorchVarlenKernel:
-    """The same in plain torch, entry by entry: obviously right, slow, on any device. Others are tested against it."""
+    """Attention in plain torch, entry by entry: obviously right, slow, on any device. Others are tested against it."""
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None) -> None:
-        """Runs everywhere."""
+        """Accept everything: plain torch runs everywhere."""
 
     def attend(
         self,
@@ -121,7 +121,7 @@ class TorchVarlenKernel:
         sliding_window: int | None,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # [T, H, D], [H, T] float32
-        """One softmax per entry."""
+        """Attend with one softmax per entry."""
         assert batch.causal or sliding_window is None
         output = torch.full_like(query, torch.nan)
         lse = query.new_full((query.shape[1], query.shape[0]), torch.nan, dtype=torch.float32)

@@ -20,7 +20,7 @@ from specpool.errors import SpecPoolError
 from specpool_engine.modeling.tensor_parallel.messages import Failure, Imported, Ready, ShardSetup, decode_step
 
 _GRACE_S: Final = 2.0
-"""For a step that runs when rank 0 ends: it waits for rank 0, perhaps for ever."""
+"""How long a step may go on that runs when rank 0 ends: it waits for rank 0, perhaps for ever."""
 
 
 def main() -> None:

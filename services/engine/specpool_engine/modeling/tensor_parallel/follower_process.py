@@ -15,7 +15,7 @@ from specpool_engine.modeling.tensor_parallel.messages import Failure
 
 _FOLLOWER: Final = "specpool_engine.modeling.tensor_parallel.follower"
 STOP_S: Final = 5.0
-"""For a follower that was told to end; then it is killed."""
+"""How long a follower that was told to end may take; then it is killed."""
 Message = TypeVar("Message")
 
 
@@ -50,7 +50,7 @@ class FollowerProcess:
         return message
 
     def lost(self) -> SpecPoolError:
-        """Why the connection ended."""
+        """The error that says why the connection to the follower ended."""
         with contextlib.suppress(EOFError, OSError):
             if self.connection.poll() and isinstance(message := self.connection.recv(), Failure):
                 return self._reported(message)

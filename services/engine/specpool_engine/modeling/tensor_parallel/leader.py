@@ -80,12 +80,12 @@ class Watch(threading.Thread):
             raise self.error
 
     def close(self) -> None:
-        """What ends from now on was told to."""
+        """Take the end of a follower for what was wanted from now on."""
         self._closing.set()
         self.join()
 
     def run(self) -> None:
-        """Until `close`, or a loss."""
+        """Watch the followers, until `close` or the loss of one."""
         poller = select.poll()
         for file_descriptor in self._followers:
             poller.register(file_descriptor, 0)  # a hang-up is reported whatever is asked for
@@ -148,11 +148,11 @@ class TensorParallelModel:
         return logits
 
     def on_lost(self, listener: Listener) -> None:
-        """See `DistributedModel`."""
+        """Have `callback` called, from any thread, once a follower is lost."""
         self._watch.listen(listener)
 
     def close(self) -> None:
-        """See `DistributedModel`. May be called again."""
+        """End the followers. May be called again."""
         _close(self._followers, self._watch)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:

@@ -31,31 +31,31 @@ class ShardSetup:
     rank: int
     size: int
     store_port: int
-    """Of the store on this machine where the ranks meet."""
+    """Port of the store on this machine where the ranks meet."""
     dtype: torch.dtype
     device: torch.device
     backend: str
-    """Attention backend."""
+    """Name of the attention backend."""
     budget: KVBudget
-    """Of this rank's KV cache."""
+    """Size of this rank's KV cache."""
     timeout_s: float
-    """Of joining, and of every exchange between the ranks."""
+    """Longest that joining, and every exchange between the ranks, may take."""
 
 
 class Imported:
-    """The follower's libraries are loaded."""
+    """Sent once the follower's libraries are loaded."""
 
 
 class Ready:
-    """The follower waits for steps."""
+    """Sent once the follower waits for steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a follower ends."""
+    """Sent by a follower that ends: the reason."""
 
     reason: str
-    """Of a `SpecPoolError`; empty for any other."""
+    """The reason of a `SpecPoolError`; empty for any other error."""
     message: str
 
 

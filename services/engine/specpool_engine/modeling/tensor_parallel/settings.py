@@ -26,7 +26,7 @@ class TensorParallelism:
     """Longest that one forward may take."""
 
     def devices(self, first: torch.device) -> list[torch.device]:
-        """Of all ranks: `first` and those after it."""
+        """The devices of all ranks: `first` and those after it; a CPU is shared by all."""
         if first.type == "cpu":
             return [first] * self.size
         return [torch.device(first.type, (first.index or 0) + rank) for rank in range(self.size)]
@@ -36,7 +36,7 @@ SINGLE: Final = TensorParallelism()
 
 
 def describe_device(first: torch.device, size: int) -> str:
-    """For status and metrics: the device, and with how many others it computes."""
+    """The device as status and metrics show it, and with how many others it computes."""
     return str(first) if size == 1 else f"{first}, tensor parallel over {size}"
 
 

@@ -42,7 +42,7 @@ class LinearPart(nn.Module):
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        """The layer's output."""
+        """The layer's part of the fused product; computes the product if no other layer did for this input."""
         return self._fused.part(x, self._index)
 
 

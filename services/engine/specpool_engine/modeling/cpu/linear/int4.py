@@ -22,7 +22,8 @@ _BLOCK = 32
 _SCALE_BYTES = 2 * _BLOCK
 _GROUP_BYTES = _SCALE_BYTES + _BLOCK * _GROUP // 2
 _TRIED_SCALES = (1.0, 0.96, 0.92, 0.88, 0.84, 1.04, -1.0, -1.07, -1.14)
-"""Of the one that brings the largest weight to -8; a negative one brings it to the other end, where 7 is the most."""
+"""Factors, to be tried, of the scale that brings the largest weight to -8; a negative one brings it to the other end,
+where 7 is the most."""
 
 
 class Int4Linear(PackedLinear):
@@ -38,7 +39,7 @@ class Int4Linear(PackedLinear):
         self._kernel.restype = None
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """With the bias."""
+        """The product with the bias, of inputs that are rounded to 8 bits in groups."""
         inputs = rows.float().contiguous()
         if self._padding:
             inputs = F.pad(inputs, (0, self._padding))

@@ -11,7 +11,7 @@ from specpool_engine.modeling.cpu.linear.packed import PackedLinear
 
 
 class Int8Linear(PackedLinear):
-    """`nn.Linear`, approximately."""
+    """`nn.Linear` with weights rounded to 8 bits, one scale per output, and inputs rounded on the way."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -28,7 +28,7 @@ class Int8Linear(PackedLinear):
         self._reduce_range = not torch.cpu._is_vnni_supported()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        """The product, approximately."""
+        """The layer's output, approximately: every row is scaled on its own before it is rounded."""
         rows = x.reshape(-1, self.in_features).float()
         # FBGEMM quantises all rows with one scale: bring every row to the same range first, or one row with large
         # values would take the precision of all others.
@@ -39,6 +39,6 @@ class Int8Linear(PackedLinear):
         return output.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """Without scale and bias."""
+        """The product of rows that are scaled already, without the bias."""
         output: Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, self._reduce_range)
         return output

@@ -30,16 +30,16 @@ class PackedLinear(nn.Module, ABC):
         _layers[self._id] = self
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., O]
-        """The layer's output."""
+        """The layer's output for inputs of any shape that ends with I features."""
         return self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
     def product(self, rows: Tensor) -> Tensor:  # [M, I] -> [M, O]
-        """`multiply`, as an operator."""
+        """What `multiply` computes, as an operator that a compiler can keep in its graph."""
         return _multiply(rows, self._id, self.out_features)
 
     @abstractmethod
     def multiply(self, rows: Tensor) -> Tensor:  # [M, I] -> [M, O]
-        """What the kernel computes."""
+        """Call the kernel: the product with the weight and, unless the layer says otherwise, the bias."""
 
 
 _multiply = define_operator(

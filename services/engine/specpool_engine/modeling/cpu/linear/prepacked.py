@@ -24,7 +24,7 @@ class PrepackedLinear(PackedLinear):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _PACKING_ROWS)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """With the bias."""
+        """The product with the bias; few rows are padded, so that all numbers of rows go through one kernel."""
         num_rows = rows.shape[0]
         if num_rows < _MIN_ROWS:
             rows = F.pad(rows, (0, 0, 0, _MIN_ROWS - num_rows))

@@ -31,7 +31,7 @@ class StreamedLinear(PackedLinear):
         self._kernel.restype = None
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """With the bias."""
+        """The product with the bias; a row's result does not depend on the other rows."""
         num_rows = rows.shape[0]
         rows = rows.contiguous()
         if self.in_features % 2:
