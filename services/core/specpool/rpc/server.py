@@ -81,17 +81,28 @@ class Server(grpc.aio.Server):
         """Wait until it has stopped; False if it has."""
         return await self._inner.wait_for_termination(timeout)
 
+    async def send_clients_elsewhere(self) -> None:
+        """Take no new connections, and tell clients (GOAWAY) to make their next calls over a connection to another.
+
+        Running calls go on. Returns when calls that were taken before have reached their handlers.
+        """
+        closing = await self._begin_to_close()
+        await asyncio.wait({closing}, timeout=_ADMISSION_S)
+
+    async def _begin_to_close(self) -> asyncio.Task[None]:
+        if self._closing is None:
+            await self._calls.wait_until_quiet(_QUIET_LIMIT_S)
+        if self._closing is None:  # somebody else may have been quicker
+            self._closing = asyncio.create_task(self._inner.stop(_NEVER_S))
+        return self._closing
+
     async def stop(self, grace: float | None) -> None:
         """Take nothing new, let running calls go on for ``grace`` seconds, end what is left with `Draining`.
 
         It may be called again with another grace: the shorter one counts. Returns within a few seconds after the grace,
         whatever handlers do.
         """
-        if self._closing is None:
-            await self._calls.wait_until_quiet(_QUIET_LIMIT_S)
-            # What begins here: no new connections, and GOAWAY on all there are.
-            self._closing = self._closing or asyncio.create_task(self._inner.stop(_NEVER_S))
-        closing = self._closing
+        closing = await self._begin_to_close()
         await asyncio.wait({closing}, timeout=grace or 0.0)
         if not closing.done():
             self._calls.end("this server stops; the same call may go on at another")
@@ -210,10 +221,9 @@ async def run_until_stopped(
         _logger.info("stopping (up to %g s for running work)", grace_s)
         if health is not None:
             await health.stop_serving()
-        stopped = asyncio.create_task(server.stop(grace_s))
-        # Calls that were taken before clients were told are served like those that run.
-        await asyncio.wait({stopped}, timeout=_ADMISSION_S)
-        running = asyncio.shield(stopped) if drain is None else drain(grace_s)
+        # Before anything is refused: calls that were taken by then are served like those that run.
+        await server.send_clients_elsewhere()
+        running = server.stop(grace_s) if drain is None else drain(grace_s)
         await _first_of(running, hurry.wait(), timeout_s=grace_s)
         await server.stop(None if hurry.is_set() else _CLOSE_S)
     _logger.info("stopped")
