@@ -12,7 +12,7 @@ from specpool.discovery import directory
 from specpool.discovery.discovery import Discovery, StaticDiscovery
 from specpool.rpc.parsing import Authentication
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
-from specpool.shutdown import close_within
+from specpool.shutdown import CLOSE_S, close_within
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2
@@ -32,7 +32,6 @@ from specpool_router.sessions.sessions import Sessions
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _OPERATIONS = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
-_CLOSE_S = 5.0
 _READINESS_INTERVAL_S = 1.0
 """At least this often; changes are seen at once."""
 
@@ -93,7 +92,7 @@ async def serve(
         if server is not None:
             await server.stop(None)
         await background.close()
-        await close_within(_CLOSE_S, cluster=cluster.close(), sessions=sessions.close(), traces=traces.aclose())
+        await close_within(CLOSE_S, cluster=cluster.close(), sessions=sessions.close(), traces=traces.aclose())
 
 
 async def _report_readiness(health: Health, cluster: Cluster) -> None:

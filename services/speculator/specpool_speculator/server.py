@@ -11,6 +11,7 @@ from functools import partial
 from specpool.errors import EngineFailed
 from specpool.process import freeze_loaded_objects
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
+from specpool.shutdown import CLOSE_S, close_within
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
@@ -73,7 +74,7 @@ async def serve(
                 on_ready(endpoint)
             await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
     finally:
-        await traces.aclose()
+        await close_within(CLOSE_S, traces=traces.aclose())
 
 
 def make_engine(

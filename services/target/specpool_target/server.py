@@ -12,6 +12,7 @@ from typing import Any, Final
 from specpool.discovery import directory
 from specpool.process import freeze_loaded_objects
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
+from specpool.shutdown import CLOSE_S, close_within
 from specpool.speculation.handshake import PROTOCOL_VERSION
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
@@ -107,11 +108,9 @@ async def serve(
             if on_ready is not None:
                 on_ready(bound)
             await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
-            await links.close()
+            await close_within(CLOSE_S, links=links.close())
     finally:
-        await speculators.close()
-        await links.close()
-        await traces.aclose()
+        await close_within(CLOSE_S, discovery=speculators.close(), links=links.close(), traces=traces.aclose())
 
 
 def _hello(peer: types_pb2.Peer, info: types_pb2.ModelInfo, config: TargetConfig) -> speculator_pb2.Hello:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,35 @@ async def test_the_largest_setting_leaves_room_for_what_the_router_adds(start_ro
                 text="x" * (32 * 2**20 - 100), sampling=types_pb2.SamplingParams(max_tokens=1)
             )
             assert (await client.complete(request)).token_ids
+
+
+async def test_requests_of_sixty_megabytes_do_not_hold_other_streams_up(start_router: Any) -> None:
+    """They are refused while they arrive: nobody parses, copies or stores them."""
+    gaps: list[float] = []
+    async with running(FakeTarget(delay_s=0.01)) as (endpoint,):
+        router = await start_router(targets=(endpoint,))
+        async with Client(router) as client, channel(router) as connection:
+            generate: Any = connection.unary_stream("/specpool.v1.InferenceService/Generate")
+            huge = bytes(60 * 2**20)
+            refused = asyncio.gather(*(_refusal(generate(huge)) for _ in range(3)))
+            last_s = None
+            sampling = types_pb2.SamplingParams(seed=1, max_tokens=100)
+            async for _ in client.stream(inference_pb2.GenerateRequest(text="x", sampling=sampling)):
+                now_s = time.monotonic()
+                if last_s is not None:
+                    gaps.append(now_s - last_s)
+                last_s = now_s
+            assert [error.reason for error in await refused] == ["REQUEST_TOO_LARGE"] * 3
+    assert max(gaps) < 2
+
+
+async def _refusal(call: Any) -> errors.SpecPoolError:
+    try:
+        async for _ in call:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error)
+    raise AssertionError("nobody refused it")
 
 
 async def test_a_model_with_a_long_name_is_an_invalid_argument(start_router: Any) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from specpool.addresses import format_address, parse_address
+from specpool.addresses import channel_target, format_address, parse_address
 from specpool.errors import ConfigError
 from specpool.process import set_cpu_affinity
 
@@ -32,10 +32,32 @@ def test_addresses_round_trip(text: str, parts: tuple[str, int]) -> None:
     assert format_address(*parts) == text
 
 
-@pytest.mark.parametrize("text", ["", "host", ":80", "::1:80", "host:x", "host:70000", "host:-1"])
+_BAD_PORTS = ["", "host", ":80", "host:x", "host:70000", "host:-1", "host:\u0661", "host:" + "1" * 5000]
+_BAD_HOSTS = ["::1:80", "[]:1", "[host]:1", "[::1:1", "a b:1", "a\n:1", "\udcff:1", "http://host:1", "user@host:1"]
+
+
+@pytest.mark.parametrize("text", [*_BAD_PORTS, *_BAD_HOSTS, "h" * 5000 + ":1"])
 def test_bad_addresses(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "target"),
+    [
+        ("pod.ns:9", "pod.ns:9"),
+        ("10.0.0.1:1,10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2"),
+        ("[::1]:1, [::2]:2", "ipv6:[::1]:1,[::2]:2"),
+    ],
+)
+def test_what_a_channel_dials(endpoint: str, target: str) -> None:
+    assert channel_target(endpoint) == target
+
+
+@pytest.mark.parametrize("endpoint", ["a:1,b:2", "10.0.0.1:1,[::1]:2", "10.0.0.1:1,", "10.0.0.1:1,host:2"])
+def test_what_a_channel_cannot_dial(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        channel_target(endpoint)
 
 
 def test_affinity_names_missing_cores() -> None:
