@@ -8,10 +8,12 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import grpc.aio
 
+from specpool.background import Background
 from specpool.errors import Draining, ProtocolMismatch
 from specpool.rpc.checks import check_grace
 from specpool.rpc.server import host_of_peer
@@ -93,7 +95,8 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         self._open(number, connection, first.hello.model.vocab_size)
         self._groups[number] = self._group(number, connection, transport, host_of_peer(context.peer()))
         reader = asyncio.create_task(self._read(number, connection, request_iterator))
-        reporter = asyncio.create_task(self._report_load(connection))
+        report = partial(self._report_load, connection)
+        reporter = Background(f"stream of {first.hello.target.id}").keep_running(report, name="load reports")
         try:
             while (response := await connection.next_response()) is not None:
                 yield response

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import grpc.aio
 
+from specpool.background import Background
 from specpool.backoff import Backoff
 from specpool.errors import (
     ProtocolMismatch,
@@ -72,7 +73,7 @@ class SpeculatorLink:
         self._hello = hello
         self._listener = listener
         self._receiver = receiver
-        self._task = asyncio.create_task(self._run(), name=f"speculator link {address}")
+        self._task = Background(f"speculator {address}").keep_running(self._run, name="link")
 
     async def close(self) -> None:
         """Half-close, so that the speculator sees a clean end."""

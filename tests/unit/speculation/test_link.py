@@ -1,0 +1,40 @@
+"""A link to a speculator is kept, whatever happens in it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from specpool.errors import SpecPoolError, SpeculatorUnavailable
+from specpool.speculation.link import SpeculatorLink
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.failed = asyncio.Event()
+
+    def attempt_failed(self, link: SpeculatorLink) -> None:
+        self.failed.set()
+
+
+async def test_a_defect_does_not_end_the_link_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_attempts = 0
+
+    async def attempt(link: SpeculatorLink, stub: Any) -> SpecPoolError:
+        nonlocal num_attempts
+        num_attempts += 1
+        if num_attempts == 1:
+            raise RuntimeError("nobody thought of this")
+        return SpeculatorUnavailable("away")
+
+    monkeypatch.setattr(SpeculatorLink, "_attempt", attempt)
+    listener = Listener()
+    link = SpeculatorLink("127.0.0.1:1", hello=None, listener=listener)  # type: ignore[arg-type]
+    await asyncio.wait_for(listener.failed.wait(), 30)
+    assert "speculator 127.0.0.1:1: link failed; it starts again" in caplog.text
+    assert "nobody thought of this" in caplog.text
+    await link.close()
