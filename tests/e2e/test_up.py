@@ -206,7 +206,7 @@ def test_ctrl_c_while_it_starts_leaves_no_process(start_system: SystemStarter) -
             ("--target", "toy#vocab=64", "--draft", "toy#vocab=32", "--session-store", "memory://"),
             1,
             r"^error: TOKENIZER_MISMATCH: target toy has tokenizer a02a4f7c5d4f \(64 tokens\), "
-            r"draft toy#vocab=32 has 1178c5076e95 \(32 tokens\)",
+            r"draft toy has 1178c5076e95 \(32 tokens\)",
         ),
         (
             ("--target", "toy#vocab=64", "--session-store", "redis://:secret@127.0.0.1:1/abc"),
@@ -224,6 +224,12 @@ def test_up_says_why_it_cannot_start(
     assert re.search(message, system.output, re.MULTILINE), system.output
     assert "Traceback" not in system.output
     assert system.processes() == []
+
+
+def test_up_says_that_the_session_store_is_away_and_serves(start_system: SystemStarter) -> None:
+    system = start_system("--target", "toy#vocab=64", "--session-store", "redis://127.0.0.1:1")
+    system.wait_ready()
+    assert "the session store (redis) does not answer: limits are" in system.output
 
 
 def test_settings_of_every_process_come_from_one_file(start_system: SystemStarter, tmp_path: Path) -> None:

@@ -80,7 +80,11 @@ def _why(child: Child) -> SpecPoolError:
 
 
 async def _become_ready(system: System, config: UpConfig) -> None:
-    _refuse_mismatch(await _until(system, lambda status: _all_reachable(status, system.processes)))
+    status = await _until(system, lambda status: _all_reachable(status, system.processes))
+    _refuse_mismatch(status)
+    if not status.session_store_reachable:
+        line = f"the session store ({status.session_store}) does not answer: limits are this router's own until it does"
+        print(line, file=sys.stderr, flush=True)
     if system.processes.speculator:
         # A target connects to a speculator when it is first given one: do that before users do.
         for target in system.processes.targets:
@@ -105,6 +109,7 @@ def _all_reachable(status: router_pb2.GetClusterStatusResponse, processes: Proce
     speculators = [entry for entry in status.speculators if entry.reachable]
     return (
         status.state == types_pb2.SERVING_STATE_SERVING
+        and (status.session_store_reachable or processes.store is None)  # one that we have not started may be away
         and len(targets) == len(processes.targets)
         and all(entry.status.state == types_pb2.SERVING_STATE_SERVING for entry in targets)
         and len(speculators) == (1 if processes.speculator else 0)
