@@ -17,7 +17,8 @@ from .conftest import VOCAB_SIZE, ScriptedTarget, exchange, make_drafter
 
 
 def _plan(drafter, model, row_budget=6, max_prefill_tokens=64):
-    return plan_step(list(drafter.held), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens)
+    plan = plan_step(list(drafter.held), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens)
+    return plan.work
 
 
 def _cancel(planned) -> None:
@@ -220,8 +221,8 @@ def test_rows_that_are_not_worth_their_time_are_left_out(prompt) -> None:
     (sequence,) = drafter.held
     values = sorted((c.value for c in branch_candidates(sequence)), reverse=True)
     free, dear = (
-        plan_step([sequence], model.pool, row_budget=6, max_prefill_tokens=64, step_s=lambda rows: 1 + per_row * rows)  # noqa: B023
-        for per_row in (0.0, 10.0)
+        plan_step([sequence], model.pool, row_budget=6, max_prefill_tokens=64, step_s=step_s).work
+        for step_s in (lambda rows: 1.0, lambda rows: 1 + 10.0 * rows)
     )
     assert len(free) == 6
     assert [p.work.tokens for p in dear] == [p.work.tokens for p in free][:1]

@@ -25,7 +25,7 @@ from specpool_speculator.engine.opened_sequence import DraftLimits
 from specpool_speculator.engine.scheduler import PlannedWork, plan_step
 from specpool_speculator.engine.step_stats import DraftStepStats
 from specpool_speculator.tree.ranks import Ranker, RanksNodes
-from specpool_speculator.tree.sequence import Request, SequenceState
+from specpool_speculator.tree.sequence import Request, SequenceKey, SequenceState
 
 _MAX_FITTED_ROWS = 128
 """Steps with more rows are prefills: their time says nothing about a few rows more."""
@@ -77,6 +77,7 @@ class Drafter:
         self.step_time = step_time or RowTimes()
         """Seconds of a step by its rows."""
         self._on_draft = on_draft
+        self._roomless: Sequence[SequenceKey] = ()
 
     @property
     def estimates(self) -> Mapping[VerificationMode, Estimates]:
@@ -109,13 +110,15 @@ class Drafter:
         return False
 
     def _plan(self, row_budget: int) -> list[PlannedWork]:
-        return plan_step(
+        plan = plan_step(
             list(self.held),
             self._model.pool,
             row_budget=row_budget,
             max_prefill_tokens=self._config.max_prefill_tokens,
             step_s=self.step_time if self._config.plan_rows else lambda num_rows: 0.0,
         )
+        self._roomless = plan.roomless
+        return plan.work
 
     def _run(self, planned: Sequence[PlannedWork]) -> float:
         """Forward, rank, extend; returns the forward's seconds."""
@@ -163,7 +166,7 @@ class Drafter:
 
     def answer(self, now_s: float) -> None:
         """Answer waiting targets whose tokens are there or whose deadline passed, then push what tables gained."""
-        self.held.refuse_roomless(now_s)
+        self.held.refuse_roomless(self._roomless, now_s)
         for sequence in self.held:
             if sequence.request is not None:
                 self._answer_request(sequence, sequence.request, now_s)

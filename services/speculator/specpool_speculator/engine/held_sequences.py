@@ -7,7 +7,7 @@ about a sequence ends that sequence alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from specpool.algorithm.verification import VerificationMode
@@ -233,12 +233,13 @@ class HeldSequences:
 
     # ---- the ends of a sequence -------------------------------------------------------------------------------
 
-    def refuse_roomless(self, now_s: float) -> None:
-        """Give up those that could not be computed for a while because the others fill the memory."""
-        lacking = [sequence.key for sequence in self if sequence.lacks_room]
-        self._roomless_since_s = {key: self._roomless_since_s.get(key, now_s) for key in lacking}
+    def refuse_roomless(self, keys: Sequence[SequenceKey], now_s: float) -> None:
+        """The others fill the memory, so that these could not be computed: give up those that wait for long."""
+        if not keys and not self._roomless_since_s:
+            return
+        self._roomless_since_s = {key: self._roomless_since_s.get(key, now_s) for key in keys}
         for key, since_s in self._roomless_since_s.items():
-            if now_s - since_s > _MAX_ROOMLESS_S:
+            if now_s - since_s > _MAX_ROOMLESS_S and key in self._sequences:
                 self._refuse(key, _no_room("the KV cache has had no room for the sequence beside the others"))
 
     def _resync(self, key: SequenceKey, reason: str) -> None:

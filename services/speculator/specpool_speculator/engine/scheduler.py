@@ -21,7 +21,7 @@ from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_speculator.engine.room import blocks_for
 from specpool_speculator.tree.draft_tree import DraftTree, Work
 from specpool_speculator.tree.node import Node
-from specpool_speculator.tree.sequence import SequenceState
+from specpool_speculator.tree.sequence import SequenceKey, SequenceState
 
 _ONE_BLOCK = 1
 """A row of one token takes a fresh block or the copy of a shared one, never both."""
@@ -39,6 +39,16 @@ class PlannedWork:
     """What to run."""
     is_branch: bool
     """Counts against the row budget, and may be left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the next forward runs."""
+
+    work: list[PlannedWork]
+    """Empty when there is nothing worth a step."""
+    roomless: list[SequenceKey]
+    """Sequences whose path could not be planned because the others fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,7 @@ class _Step:
 
     def __init__(self, pool: BlockPool) -> None:
         self.planned: list[PlannedWork] = []
+        self.roomless: list[SequenceKey] = []
         self.num_path_tokens = 0
         self._pool = pool
         self._num_blocks = 0
@@ -98,8 +109,8 @@ def plan_step(
     row_budget: int,
     max_prefill_tokens: int,
     step_s: Callable[[int], float] = lambda num_rows: 0.0,
-) -> list[PlannedWork]:
-    """Rows of the next forward; empty when there is nothing worth a step.
+) -> StepPlan:
+    """Rows of the next forward.
 
     `step_s` gives the seconds of a step by its rows, 0 while nothing is measured: of the branches within `row_budget`
     those are left out that would bring less than they delay the others.
@@ -115,7 +126,7 @@ def plan_step(
         )
         for candidate in share_rows(candidates, num_branches):
             step.add_row(candidate.sequence, candidate.node)
-    return step.planned
+    return StepPlan(step.planned, step.roomless)
 
 
 def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
@@ -132,8 +143,6 @@ def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
 
 def _plan_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int) -> None:
     """Missing tokens of in-flight paths, those that a target waits for first, long ones last."""
-    for sequence in sequences:
-        sequence.lacks_room = False
     waiting = [s for s in sequences if _misses_path(s)]
     waiting.sort(key=lambda s: (s.request is None, s.tree.missing()))
     planned = {planned.sequence.key for planned in step.planned}
@@ -145,7 +154,7 @@ def _plan_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int
             max_tokens -= step.add_path(sequence, limit, root_only=not sequence.options.speculates_ahead)
             planned.add(sequence.key)
         else:
-            sequence.lacks_room = True
+            step.roomless.append(sequence.key)
 
 
 def _misses_path(sequence: SequenceState) -> bool:

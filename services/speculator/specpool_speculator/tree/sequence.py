@@ -90,8 +90,6 @@ class SequenceState:
     """When the last outcome came (monotonic clock)."""
     awaits_start: bool = False
     """The last outcome did not say what is verified next; `start_round` will."""
-    lacks_room: bool = False
-    """The last step had no memory for what is missing of its path."""
     is_dense: bool = False
     """Whether draft tokens are sampled from distributions over all tokens, which a process group can carry."""
     pushed: dict[Outcome, int] = field(default_factory=dict)
