@@ -75,8 +75,8 @@ async def test_committing(bench_for, request_for, monkeypatch):
 
     whole = loop.commit
 
-    def commit(sequence, outcome, logits):
-        return broken() if sequence.id == "bad" and sequence.round == 2 else whole(sequence, outcome, logits)
+    def commit(sequence, *arguments):
+        return broken() if sequence.id == "bad" and sequence.round == 2 else whole(sequence, *arguments)
 
     monkeypatch.setattr(loop, "commit", commit)
     failed = await assert_only_it_failed(bench, request_for, bench.submit(request_for("bad", PROMPT)))

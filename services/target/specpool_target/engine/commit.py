@@ -24,8 +24,8 @@ class Committed:
     """Why the output ends here; None if it goes on."""
 
 
-def commit(sequence: TargetSequence, outcome: VerificationOutcome, logits: Tensor) -> Committed:
-    """Add the tokens to the sequence, and keep the KV of those that were accepted. `logits` [1 + K, V]."""
+def commit(sequence: TargetSequence, outcome: VerificationOutcome, logits: Tensor, rows: slice) -> Committed:
+    """Add the tokens to the sequence, and keep the KV of those accepted. Its `logits` [R, V] are those of `rows`."""
     assert sequence.kv is not None, "it was just computed"
     sequence.kv.truncate(len(sequence.tokens) + outcome.num_accepted)
     tokens, reason = _cut_at_end(sequence, outcome.committed(sequence.draft.tokens))
@@ -33,7 +33,7 @@ def commit(sequence: TargetSequence, outcome: VerificationOutcome, logits: Tenso
     if sequence.detokenizer is not None:
         tokens, reason, text = _push_text(sequence, sequence.detokenizer, tokens, reason)
     num_top = sequence.request.sampling.num_logprobs
-    logprobs = [] if num_top is None else logprobs_of(logits, tokens, num_top)
+    logprobs = [] if num_top is None else logprobs_of(logits[rows], tokens, num_top)
     sequence.tokens += tokens
     if sequence.round == 0:
         sequence.kv.publish_prefix(sequence.tokens, sequence.salt)

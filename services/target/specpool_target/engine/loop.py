@@ -174,7 +174,7 @@ class TargetLoop:
         rounds: list[EndedRound] = []
         for sequence, item, outcome in verified:
             with self._sequences.isolated(sequence):
-                committed = commit(sequence, outcome, logits[item.rows])
+                committed = commit(sequence, outcome, logits, item.rows)
                 ended = EndedRound(sequence, sequence.draft, outcome.num_accepted, len(committed.tokens))
                 own_phases = self._recorder.round_ended(ended, phases)
                 ended.seconds = own_phases.total

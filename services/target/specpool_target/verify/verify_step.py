@@ -25,7 +25,7 @@ from specpool.algorithm.verification import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class VerifyItem:
     """One sequence of the step, as far as verification looks at it."""
 
