@@ -129,9 +129,7 @@ async def run_point(
             for n in range(1, arguments.repeats + 1)
         ]
         watcher.cancel()
-        status = await client.cluster_status()
-    threshold = status.targets[0].status.fallback_batch_size
-    return row_of(point, batches, samples, stretch=arguments.stretch, threshold=threshold)
+    return row_of(point, batches, samples, stretch=arguments.stretch)
 
 
 async def run_batch(

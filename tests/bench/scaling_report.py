@@ -44,8 +44,6 @@ class Row(Point):
     """Rows of the speculator's steps."""
     draft_step_ms: float
     """Not stretched."""
-    threshold: int
-    """b* of the first target."""
 
 
 def row_of(
@@ -54,7 +52,6 @@ def row_of(
     samples: Sequence[tuple[float, float]],
     *,
     stretch: float,
-    threshold: int,
 ) -> Row:
     """The figures of a point, from its batches and from what `watch_speculator` saw."""
     found = [m for batch in batches for m in batch]
@@ -69,7 +66,6 @@ def row_of(
         wait_share=summary.waiting_ms / summary.round_ms,
         rows_per_step=_mean([rows for rows, _ in samples]),
         draft_step_ms=_mean([ms for _, ms in samples]) / stretch,
-        threshold=threshold,
     )
 
 
@@ -86,12 +82,12 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """A table of all points."""
     table = Table(title="tokens/s, toys as if times were not stretched")
     names = ("targets", "batch", "mode", "tok/s per seq", "total", "tok/round")
-    for name in (*names, "hit", "full", "wait", "rows", "step ms", "b*"):
+    for name in (*names, "hit", "full", "wait", "rows", "step ms"):
         table.add_column(name, justify="left" if name == "mode" else "right")
     for r in rows:
         speeds = (f"{r.tokens_per_second:.2f}", f"{r.total_tokens_per_second:.1f}", f"{r.tokens_per_round:.2f}")
         rates = (f"{r.hit_rate:.3f}", f"{r.full_hit_rate:.3f}", f"{r.wait_share:.2f}")
-        load = (f"{r.rows_per_step:.1f}", f"{r.draft_step_ms:.2f}", str(r.threshold))
+        load = (f"{r.rows_per_step:.1f}", f"{r.draft_step_ms:.2f}")
         table.add_row(str(r.num_targets), str(r.batch_size), r.mode, *speeds, *rates, *load)
     console.print(table)
 

@@ -126,6 +126,8 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             confidence_spread=snapshot.confidence_spread,
             fan_out_policy=self._config.fan_out_policy,
             plan=snapshot.plan,
+            num_steps=self._engine.thread.heartbeat.num_steps,
+            seconds_in_step=self._engine.thread.heartbeat.age_s,
             max_sequences=self._config.max_sequences,
             refusals=[
                 speculator_pb2.RefusalCount(reason=reason, num_sequences=num_sequences)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from opentelemetry.trace import Span, SpanKind
 from specpool.discovery.discovery import Discovery
 from specpool.discovery.messages import from_messages
 from specpool.discovery.told import ToldDiscovery
-from specpool.errors import Draining, EngineFailed
+from specpool.errors import Draining, EngineFailed, SpecPoolError
 from specpool.rpc.checks import check_grace
 from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
@@ -52,6 +53,8 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         self._model = model
         self._connect_deadline_s = connect_deadline_s
         self._told = directory if isinstance(directory, ToldDiscovery) else None
+        self._refusals: Counter[str] = Counter()
+        """Requests that were not taken, by reason."""
         self._is_draining = False
         self._num_streams = 0
         self._drained = asyncio.Event()
@@ -61,14 +64,16 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         self, request: target_pb2.RunSequenceRequest, context: Context
     ) -> AsyncGenerator[Response, None]:
         """See the protocol."""
-        if self._is_draining:
-            raise Draining("this target is draining and takes no new sequences")
+        with self._counted():
+            if self._is_draining:
+                raise Draining("this target is draining and takes no new sequences")
         self._hear_of(request.speculators)
         span = tracing.tracer().start_span(f"run_sequence {self._model.name}", kind=SpanKind.INTERNAL)
         self._num_streams += 1
         try:
-            self._reader.check_sizes(request)
-            stream = await self._threads.run(request.ByteSize(), partial(self._read, request, span))
+            with self._counted():
+                self._reader.check_sizes(request)
+                stream = await self._threads.run(request.ByteSize(), partial(self._read, request, span))
             _describe(span, request, stream.request)
             async with aclosing(self._run(request, stream)) as responses:
                 async for response in responses:
@@ -106,9 +111,10 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             await link.wait_first_attempt(self._connect_deadline_s)
             link.add_sequence(sequence.id, inbox)
         try:
-            self._engine.submit(
-                sequence, stream.updates.put_nowait, detokenizer=stream.engine_detokenizer, link=link, inbox=inbox
-            )
+            with self._counted():
+                self._engine.submit(
+                    sequence, stream.updates.put_nowait, detokenizer=stream.engine_detokenizer, link=link, inbox=inbox
+                )
             yield stream.started(request_id)
             async with aclosing(stream.responses()) as responses:
                 async for response in responses:
@@ -137,6 +143,10 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             plan=self._engine.lookahead.explain(),
             num_steps=self._engine.thread.heartbeat.num_steps,
             seconds_in_step=self._engine.thread.heartbeat.age_s,
+            refusals=[
+                target_pb2.RequestRefusalCount(reason=reason, num_requests=count)
+                for reason, count in sorted(self._refusals.items())
+            ],
         )
 
     def _hear_of(self, speculators: Sequence[types_pb2.SpeculatorEndpoint]) -> None:
@@ -157,6 +167,15 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         """Take nothing new; returns when nothing runs. What still does after ``grace_s`` is ended by the server."""
         self._start_draining()
         await self._drained.wait()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What is refused in this context is counted for status."""
+        try:
+            yield
+        except SpecPoolError as error:
+            self._refusals[error.reason] += 1
+            raise
 
     def _start_draining(self) -> None:
         self._is_draining = True

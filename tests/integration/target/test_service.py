@@ -228,10 +228,23 @@ async def test_status_names_model_and_load(target_for, speculator_for):
     assert status.state == types_pb2.SERVING_STATE_SERVING
     assert (status.model.name, status.model.vocab_size, status.max_lookahead) == ("toy", 24, 4)
     assert len(status.model.tokenizer_fingerprint) == 64
+    assert status.model.weights == "", "a toy has none"
+    assert status.model.cuda_graphs == "off, since the device is cpu"
+    assert status.num_steps > 0
     (link,) = status.speculators
     assert (link.endpoint, link.connected, link.transport) == (speculator.endpoint, True, "grpc")
     assert link.speculator.id == "fake"
     assert link.round_trip_ms > 0
+
+
+async def test_status_counts_what_was_refused_by_reason(target_for):
+    target = await target_for(max_context=64)
+    refused = (target.message([1] * 100), target.message([1] * 100), target.message([99]))
+    for message in refused:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await target.run(message)
+    counts = {count.reason: count.num_requests for count in (await target.status()).refusals}
+    assert counts == {"CONTEXT_LENGTH_EXCEEDED": 2, "INVALID_ARGUMENT": 1}
 
 
 async def test_metrics_are_exported(target_for, speculator_for, unused_tcp_port):

@@ -33,7 +33,7 @@ def measurement(num_tokens: int, first_s: float, last_s: float) -> Measurement:
 
 def row_of(scaling, batches, **options):
     point = scaling.Point(mode="ssd, wait", num_targets=1, batch_size=2)
-    return scaling.row_of(point, batches, [(4.0, 8.0), (6.0, 16.0)], threshold=3, **options)
+    return scaling.row_of(point, batches, [(4.0, 8.0), (6.0, 16.0)], **options)
 
 
 def test_total_counts_what_all_decoded_until_the_last_token(scaling):

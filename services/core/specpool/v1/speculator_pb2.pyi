@@ -900,6 +900,8 @@ class GetSpeculatorStatusResponse(_message.Message):
     CONFIDENCE_SPREAD_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    SECONDS_IN_STEP_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     row_budget: _builtins.int
     max_lookahead: _builtins.int
@@ -914,6 +916,11 @@ class GetSpeculatorStatusResponse(_message.Message):
     """
     max_sequences: _builtins.int
     """Sequences that it holds at once; more are refused."""
+    num_steps: _builtins.int
+    """Signs of life of the engine: steps done since the start, and seconds that the running one has taken so far, 0 while
+    it waits for work.
+    """
+    seconds_in_step: _builtins.float
     @_builtins.property
     def speculator(self) -> _types_pb2.Peer: ...
     @_builtins.property
@@ -947,10 +954,12 @@ class GetSpeculatorStatusResponse(_message.Message):
         confidence_spread: _builtins.float = ...,
         max_sequences: _builtins.int = ...,
         refusals: _abc.Iterable[Global___RefusalCount] | None = ...,
+        num_steps: _builtins.int = ...,
+        seconds_in_step: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "speculator", b"speculator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "confidence_spread", b"confidence_spread", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "max_sequences", b"max_sequences", "miss_power_law", b"miss_power_law", "model", b"model", "plan", b"plan", "refusals", b"refusals", "row_budget", b"row_budget", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rate", b"acceptance_rate", "confidence_spread", b"confidence_spread", "fan_out_policy", b"fan_out_policy", "load", b"load", "max_lookahead", b"max_lookahead", "max_sequences", b"max_sequences", "miss_power_law", b"miss_power_law", "model", b"model", "num_steps", b"num_steps", "plan", b"plan", "refusals", b"refusals", "row_budget", b"row_budget", "seconds_in_step", b"seconds_in_step", "speculator", b"speculator", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

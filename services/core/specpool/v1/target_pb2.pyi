@@ -216,14 +216,13 @@ class GetTargetStatusResponse(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     SPECULATORS_FIELD_NUMBER: _builtins.int
     MAX_LOOKAHEAD_FIELD_NUMBER: _builtins.int
-    FALLBACK_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     SECONDS_IN_STEP_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ServingState.ValueType
     max_lookahead: _builtins.int
-    """Largest lookahead K and the batch size b* from which a miss uses the backup (0: not yet measured)."""
-    fallback_batch_size: _builtins.int
+    """Largest lookahead K."""
     plan: _builtins.str
     """What K is planned from, for people to read."""
     num_steps: _builtins.int
@@ -240,6 +239,10 @@ class GetTargetStatusResponse(_message.Message):
     def load(self) -> _types_pb2.Load: ...
     @_builtins.property
     def speculators(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpeculatorLinkStatus]: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestRefusalCount]:
+        """Requests refused since the start, by reason."""
+
     def __init__(
         self,
         *,
@@ -249,18 +252,41 @@ class GetTargetStatusResponse(_message.Message):
         load: _types_pb2.Load | None = ...,
         speculators: _abc.Iterable[Global___SpeculatorLinkStatus] | None = ...,
         max_lookahead: _builtins.int = ...,
-        fallback_batch_size: _builtins.int = ...,
         plan: _builtins.str = ...,
         num_steps: _builtins.int = ...,
         seconds_in_step: _builtins.float = ...,
+        refusals: _abc.Iterable[Global___RequestRefusalCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallback_batch_size", b"fallback_batch_size", "load", b"load", "max_lookahead", b"max_lookahead", "model", b"model", "num_steps", b"num_steps", "plan", b"plan", "seconds_in_step", b"seconds_in_step", "speculators", b"speculators", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "max_lookahead", b"max_lookahead", "model", b"model", "num_steps", b"num_steps", "plan", b"plan", "refusals", b"refusals", "seconds_in_step", b"seconds_in_step", "speculators", b"speculators", "state", b"state", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTargetStatusResponse: _TypeAlias = GetTargetStatusResponse  # noqa: Y015
+
+@_typing.final
+class RequestRefusalCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """As in google.rpc.ErrorInfo: TARGET_OVERLOADED, CONTEXT_LENGTH_EXCEEDED, ..."""
+    num_requests: _builtins.int
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        num_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_requests", b"num_requests", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestRefusalCount: _TypeAlias = RequestRefusalCount  # noqa: Y015
 
 @_typing.final
 class DrainTargetRequest(_message.Message):

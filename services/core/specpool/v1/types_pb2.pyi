@@ -476,6 +476,8 @@ class ModelInfo(_message.Message):
     ATTENTION_BACKEND_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_CHARS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    CUDA_GRAPHS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     vocab_size: _builtins.int
     max_context: _builtins.int
@@ -487,6 +489,10 @@ class ModelInfo(_message.Message):
     device: _builtins.str
     max_prompt_chars: _builtins.int
     """Characters (Unicode code points) of the longest prompt that the context could hold. 0: unknown."""
+    weights: _builtins.str
+    """Format of the weights: plain, prepacked, streamed, int8, int4; empty for a model without weights."""
+    cuda_graphs: _builtins.str
+    """CUDA graphs: on, or off and why, for people to read."""
     def __init__(
         self,
         *,
@@ -498,10 +504,12 @@ class ModelInfo(_message.Message):
         attention_backend: _builtins.str = ...,
         device: _builtins.str = ...,
         max_prompt_chars: _builtins.int = ...,
+        weights: _builtins.str = ...,
+        cuda_graphs: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "device", b"device", "dtype", b"dtype", "max_context", b"max_context", "max_prompt_chars", b"max_prompt_chars", "name", b"name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_backend", b"attention_backend", "cuda_graphs", b"cuda_graphs", "device", b"device", "dtype", b"dtype", "max_context", b"max_context", "max_prompt_chars", b"max_prompt_chars", "name", b"name", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

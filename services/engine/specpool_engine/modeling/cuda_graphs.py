@@ -17,6 +17,7 @@ from torch import Tensor
 from specpool.errors import InvalidArgument
 from specpool_engine.modeling.attention import AttentionBackend, PackedSegment
 from specpool_engine.modeling.files import Progress
+from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.static_tensors import StaticTensors
 
 if TYPE_CHECKING:
@@ -48,6 +49,19 @@ def wants_graphs(setting: str, backend: AttentionBackend, device: torch.device) 
     if device.type != "cuda":
         raise _refused(f"cuda_graphs on needs a CUDA device, and the device is {device}", setting)
     raise _refused(f"cuda_graphs on needs attention backend flash, and the backend is {backend.name}", setting)
+
+
+def describe_graphs(setting: str, model: CausalModel, backend: AttentionBackend) -> str:
+    """For status: on, or off and why."""
+    if getattr(model, "graphs", None) is not None:
+        return f"on, for forwards of up to {BUCKETS[-1]} tokens"
+    if setting == "off":
+        return "off, as cuda_graphs says"
+    if model.device.type != "cuda":
+        return f"off, since the device is {model.device}"
+    if not backend.has_static_plans:
+        return f"off, since the attention backend is {backend.name}"
+    return "off, since this model is not computed by kernels of this process alone"
 
 
 def choose_bucket(num_tokens: int, buckets: Sequence[int]) -> int | None:

@@ -10,6 +10,8 @@ from typing import Any, Final
 from specpool.process import set_cpu_affinity, set_num_threads
 from specpool.v1 import types_pb2
 from specpool_engine.distributions.transport import offered
+from specpool_engine.modeling.attention import get_backend
+from specpool_engine.modeling.cuda_graphs import describe_graphs
 from specpool_engine.modeling.device_sharing import (
     DeviceShare,
     StreamPriority,
@@ -134,6 +136,8 @@ def _describe(settings: EngineSettings, model: CausalModel, tokenizer: Any) -> t
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         dtype=settings.dtype,
         attention_backend=settings.attention_backend,
+        weights=settings.weights if ModelSpec.parse(settings.model).kind is ModelKind.TRANSFORMERS else "",
+        cuda_graphs=describe_graphs(settings.cuda_graphs, model, get_backend(settings.attention_backend)),
         device=describe_device(model.device, settings.tensor_parallel) + describe_sharing(settings.share),
     )
 

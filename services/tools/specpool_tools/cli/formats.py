@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specpool.client import Completion
-from specpool.v1 import router_pb2, types_pb2
+from specpool.v1 import router_pb2, speculator_pb2, types_pb2
 
 _RENAMED = {"accepted_tokens": "accepted"}
 
@@ -71,7 +71,7 @@ def _target(entry: router_pb2.TargetEntry) -> dict[str, Any]:
         "model": plain_fields(status.model),
         "load": plain_fields(status.load),
         "max_lookahead": status.max_lookahead,
-        "fallback_batch_size": status.fallback_batch_size,
+        "refusals": {count.reason: count.num_requests for count in status.refusals},
         "plan": status.plan,
         "speculators": [
             {**plain_fields(link), "speculator": peer_document(link.speculator)} for link in status.speculators
@@ -95,6 +95,10 @@ def _speculator(entry: router_pb2.SpeculatorEntry) -> dict[str, Any]:
         "miss_power_law": list(status.miss_power_law),
         "confidence_spread": status.confidence_spread,
         "fan_out_policy": status.fan_out_policy,
+        "refusals": {
+            speculator_pb2.RefusalReason.Name(count.reason).removeprefix("REFUSAL_REASON_").lower(): count.num_sequences
+            for count in status.refusals
+        },
         "plan": status.plan,
         "targets": [peer_document(target) for target in status.targets],
     }
