@@ -31,7 +31,7 @@ class FollowerProcess:
         self.connection: Connection[Any, Any] = Connection(ours.detach())
 
     def receive(self, kind: type[Message], deadline_s: float) -> Message:
-        """The next message.
+        """Wait for the follower's next message.
 
         Raises:
             SpecPoolError: as the follower reported it; `FollowerLost` if it ended or the deadline passed.

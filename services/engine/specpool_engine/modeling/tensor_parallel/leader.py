@@ -148,7 +148,7 @@ class TensorParallelModel:
         return logits
 
     def on_lost(self, listener: Listener) -> None:
-        """Have `callback` called, from any thread, once a follower is lost."""
+        """Have `listener` told, on another thread, once a follower is lost."""
         self._watch.listen(listener)
 
     def close(self) -> None:
