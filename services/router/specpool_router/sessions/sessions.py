@@ -136,7 +136,7 @@ class Sessions:
             async with self._store_in_use():
                 if await self.store.take_over(request_id, owner, session.owner):
                     return Session(request_id=request_id, tenant=tenant.name, owner=owner, request=session.request)
-        raise TargetUnavailable(f"other streams take over {request_id!r}; retry", reason="SESSION_TAKEN_OVER")
+        raise TargetUnavailable(f"other streams take {request_id!r} over; retry", metadata={"retriable": "true"})
 
     async def adopt(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
         """Begin a session that the store has lost, or cannot be asked about, and that its client knows.
