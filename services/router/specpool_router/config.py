@@ -57,7 +57,7 @@ class RouterConfig(Settings):
     """How long a stream that lost its target waits for another."""
     request_wait_s: NonNegativeFloat = 15.0
     """How long a new request waits where no target is available."""
-    progress_timeout_s: PositiveFloat = 60.0
+    progress_timeout_s: PositiveFloat = 120.0
     """A stream moves to another target when its target shows no sign of life for this long."""
 
     @model_validator(mode="after")

@@ -110,8 +110,11 @@ async def test_clients_that_only_count_tokens_get_the_same_text_too(valkey: Any)
         await until_all_stream(completions)
         process.kill()
         await asyncio.gather(*streams, return_exceptions=True)
-        await asyncio.gather(*(resume_by_count(other, seed, each) for seed, each in enumerate(completions)))
-        for seed, completion in enumerate(completions):
+        # Of one that has all tokens a count does not tell whether it has the text that came after the last of them.
+        cut = {seed: each for seed, each in enumerate(completions) if len(each.token_ids) < NUM_TOKENS}
+        assert cut
+        await asyncio.gather(*(resume_by_count(other, seed, each) for seed, each in cut.items()))
+        for seed, completion in cut.items():
             check_whole(completion, seed)
 
 

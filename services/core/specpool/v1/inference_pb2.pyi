@@ -289,8 +289,8 @@ class ResumeRequest(_message.Message):
     num_tokens_received: _builtins.int
     """Completion tokens the client already has. Need not be set beside `received_token_ids`."""
     num_chars_received: _builtins.int
-    """Characters (Unicode code points) of the completion's text that the client already has. Unset: all text that came
-    with its tokens, which must then be those of whole deltas.
+    """Characters (Unicode code points) of the completion's text that the client already has. Unset: the text that came in
+    one delta with its tokens, which must then be those of whole deltas; text that came after the last token comes again.
     """
     @_builtins.property
     def received_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -75,6 +75,8 @@ class Stream:
                         if event.HasField("finished"):
                             return
             except TargetRefused as refusal:
+                if refusal.ran:
+                    self._metrics.failover()
                 search.refused(target, refusal, progressed=len(self.progress.token_ids) > num_tokens)
             except TargetLost as loss:
                 if self._stop.is_set:

@@ -1,4 +1,8 @@
-"""One request at one target: its events, and in which of three ways it ends before it is finished."""
+"""One request at one target: its events, and how it may end before it is finished.
+
+The target is lost (`TargetLost`), does not run the request now (`TargetRefused`), or says what is wrong with the
+request (any `SpecPoolError`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
-from specpool.errors import Draining, EngineFailed, SpecPoolError, TargetUnavailable
+from specpool.errors import Draining, EngineFailed, Overloaded, SpecPoolError, TargetUnavailable
 from specpool.rpc.errors import from_rpc_error, has_details
 from specpool.v1 import target_pb2, target_pb2_grpc
 from specpool_router.placement.pods import Pod
@@ -33,9 +37,11 @@ class TargetLost(Exception):
 class TargetRefused(Exception):
     """The target is well and does not run the request now; another may, or the same one later."""
 
-    def __init__(self, error: SpecPoolError) -> None:
+    def __init__(self, error: SpecPoolError, *, ran: bool) -> None:
         super().__init__(error.message)
         self.error = error
+        self.ran = ran
+        """Whether the request ran there before."""
 
 
 class TargetRun:
@@ -114,10 +120,10 @@ class TargetRun:
         typed = from_rpc_error(error)
         if self._is_stuck or self._is_cancelled:
             return TargetLost(str(typed), ran=self._is_stuck and self._ran)
-        if typed.reason == OVERLOADED or isinstance(typed, Draining):
-            return TargetRefused(typed)
+        if typed.reason == OVERLOADED or isinstance(typed, Draining | Overloaded):
+            return TargetRefused(typed, ran=self._ran)
         if error.code() is grpc.StatusCode.CANCELLED and not has_details(error):  # the call's end, not the target's
-            return TargetRefused(typed)
+            return TargetRefused(typed, ran=self._ran)
         if isinstance(typed, EngineFailed | TargetUnavailable):
             return TargetLost(str(typed), ran=self._ran)
         if has_details(error):

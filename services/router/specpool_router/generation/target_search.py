@@ -74,7 +74,7 @@ class TargetSearch:
     def refused(self, target: Target, refusal: TargetRefused, *, progressed: bool) -> None:
         """The target is well and does not run the request now."""
         self._refusal = refusal.error
-        if progressed or not self._is_new:
+        if progressed or refusal.ran or not self._is_new:
             self._continue_later(target, progressed=progressed)
         else:
             self._avoid(target)
