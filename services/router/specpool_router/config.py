@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from specpool.config import Settings, invalid
+from specpool.config import ServiceSettings, invalid
 
 
-def _default_id() -> str:
-    return f"{socket.gethostname()}-router"
-
-
-class RouterConfig(Settings):
+class RouterConfig(ServiceSettings):
     """One router process."""
 
-    id: str = Field(default_factory=_default_id)
-    """Stable name of this process; default: host name and role."""
-    listen: str = "127.0.0.1:0"
-    """host:port to listen on; port 0 takes any free one."""
-    advertise: str = ""
-    """Endpoint that others dial; empty for the bound one."""
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of the Prometheus endpoint; 0 takes any free one, unset is off."""
-    otlp_endpoint: str = ""
-    """OTLP collector for traces; empty is off."""
-    trace_sampling_ratio: float = Field(default=1.0, ge=0, le=1)
-    """Share of traces started here that are recorded; a parent's decision wins."""
-    drain_grace_s: NonNegativeFloat = 30.0
-    """How long a graceful stop waits for running streams."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    role: ClassVar = "router"
+
     targets: tuple[str, ...] = ()
     """Endpoints of targets, or one `dns:NAME:PORT`: all addresses of that name."""
     speculators: tuple[str, ...] = ()

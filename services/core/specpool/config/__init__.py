@@ -4,6 +4,6 @@
 are handed what it makes and never import it. Any package may import this one. Start reading in `settings`.
 """
 
-from specpool.config.settings import Settings, Share, invalid
+from specpool.config.settings import ServiceSettings, Settings, Share, invalid
 
-__all__ = ["Settings", "Share", "invalid"]
+__all__ = ["ServiceSettings", "Settings", "Share", "invalid"]

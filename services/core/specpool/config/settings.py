@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+import socket
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from specpool.errors import ConfigError
 
@@ -49,6 +58,35 @@ class Settings(BaseModel):
             return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
         is_optional = type(None) in get_args(kind)
         return None if is_optional and value.strip().lower() in ("", "none", "null") else value
+
+
+class ServiceSettings(Settings):
+    """What every service has."""
+
+    role: ClassVar[str]
+    """Target, speculator or router: the section of the file, and the end of the default `id`."""
+
+    id: str = Field(default="", validate_default=True)
+    """Stable name of this process; empty: host name and role."""
+    listen: str = "127.0.0.1:0"
+    """host:port to listen on; port 0 takes any free one."""
+    advertise: str = ""
+    """Endpoint that others dial; empty for the bound one."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the Prometheus endpoint; 0 takes any free one, unset is off."""
+    otlp_endpoint: str = ""
+    """OTLP collector for traces; empty is off."""
+    trace_sampling_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of traces started here that are recorded; a parent's decision wins."""
+    drain_grace_s: NonNegativeFloat = 30.0
+    """How long a graceful stop waits for what runs."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+
+    @field_validator("id")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        return value or f"{socket.gethostname()}-{cls.role}"
 
 
 def invalid(name: str, value: object, accepted: str) -> ConfigError:

@@ -13,7 +13,6 @@ from pathlib import Path
 from specpool.addresses import parse_address
 from specpool.errors import InvalidArgument
 from specpool_tools.local.awake import awake_command
-from specpool_tools.local.colocation import speculator_share, target_share
 from specpool_tools.local.cores import default_threads, num_cores, parse_affinity
 from specpool_tools.local.supervisor import ChildSpec
 from specpool_tools.local.up_config import UpConfig
@@ -123,7 +122,7 @@ def _target_flags(config: UpConfig, index: int) -> dict[str, str | None]:
         "weights": config.weights or None,
         "attention-backend": config.attention_backend or None,
         "distribution-transport": config.distribution_transport or None,
-        **target_share(config),
+        **_target_share(config),
     }
 
 
@@ -147,7 +146,25 @@ def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
         "draft-vocab-size": str(config.draft_vocab_size) if config.draft_vocab_size else None,
         "row-budget": str(config.row_budget) if config.row_budget else None,
         "fan-out-budget": str(config.fan_out) if config.fan_out else None,
-        **speculator_share(config),
+        **_speculator_share(config),
+    }
+
+
+def _target_share(config: UpConfig) -> dict[str, str | None]:
+    """Flags of the target: what goes first, and its part of the memory."""
+    if not config.colocated:
+        return {}
+    return {"device-memory-share": f"{config.memory_share:g}", "stream-priority": "high"}
+
+
+def _speculator_share(config: UpConfig) -> dict[str, str | None]:
+    """Flags of the speculator."""
+    if not config.colocated:
+        return {}
+    return {
+        "device-memory-share": f"{config.draft_memory_share:g}",
+        "stream-priority": "normal",
+        "sm-share": f"{config.draft_sm_share:g}",
     }
 
 
