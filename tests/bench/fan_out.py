@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specpool.client import Client
-from specpool.config.loading import load_config
+from specpool.config.sources import load_config
 from specpool.errors import SpecPoolError
 from specpool_speculator.config import FanOutPolicy
 from specpool_tools.bench.machine import recommended_arguments

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from specpool.client import Completion
-from specpool.config.loading import flag_name, variable_name
+from specpool.config.sources import flag_name, variable_name
 from specpool.errors import SpecPoolError
 from specpool.v1 import router_pb2, target_pb2, types_pb2
 from specpool_tools.cli import formats, service

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specpool.config.loading import Parser, load_config, parse_flags
+from specpool.config.sources import Parser, load_config, parse_flags
 from specpool.errors import ConfigError
 from specpool.paths import write_atomically
 from specpool.shutdown import StopEvent

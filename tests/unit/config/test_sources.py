@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError, model_validator
 
 from specpool.config import Settings, Share
-from specpool.config.loading import Parser, load_config, parse_flags
+from specpool.config.sources import Parser, load_config, parse_flags
 from specpool.errors import ConfigError
 
 
