@@ -48,7 +48,7 @@ async def serve(
     stop = stop or asyncio.Event()
     tenants = load_tenants(config.tenants_file)
     traces = tracing.setup("specpool-router", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
-    sessions = Sessions(make_store(config), metrics, max_request_bytes=config.max_request_bytes)
+    sessions = Sessions(make_store(config), metrics)
     cluster = Cluster(*make_discoveries(config), metrics, poll_interval_s=config.poll_interval_s)
     background = Background("router")
     server = None

@@ -36,11 +36,11 @@ async def test_requests_that_a_target_refuses_are_not_kept(start_router: Any, an
         router = await start_router(targets=(endpoint,), session_store=any_server.url)
         async with Client(router) as client, redis.Redis.from_url(any_server.url) as store:
             for number in range(10):
-                request = inference_pb2.GenerateRequest(request_id=f"r{number}", text="x" * (4 * MIB))
+                request = inference_pb2.GenerateRequest(request_id=f"r{number}", text="x" * MIB)
                 with pytest.raises(errors.InvalidArgument, match="nothing for me"):
                     await client.complete(request)
             await until_no_session(any_server.url)
-            assert (await store.info("memory"))["used_memory_dataset"] < 4 * MIB
+            assert (await store.info("memory"))["used_memory_dataset"] < 2 * MIB
             target.error = None
             assert (await client.complete(inference_pb2.GenerateRequest(request_id="r1", text="x"))).token_ids
 
@@ -50,12 +50,12 @@ async def test_a_request_that_is_too_large_is_refused_before_anything_is_done(
 ) -> None:
     target = FakeTarget(delay_s=0)
     async with running(target) as (endpoint,):
-        settings = {"targets": (endpoint,), "session_store": any_server.url, "max_request_bytes": 1000}
+        settings = {"targets": (endpoint,), "session_store": any_server.url, "max_request_bytes": 2000}
         async with Client(await start_router(**settings)) as client:
-            with pytest.raises(errors.InvalidArgument, match="bytes; accepted: up to 1000 bytes") as caught:
-                await client.complete(inference_pb2.GenerateRequest(text="x" * 1000))
+            with pytest.raises(errors.InvalidArgument, match="bytes; accepted: up to 2000") as caught:
+                await client.complete(inference_pb2.GenerateRequest(text="x" * 2000))
             assert caught.value.reason == "REQUEST_TOO_LARGE"
-            assert caught.value.metadata["accepted"] == "up to 1000 bytes"
+            assert caught.value.metadata["accepted"] == "2000"
             await client.complete(inference_pb2.GenerateRequest(text="x" * 900, request_id="kept"))
         async with redis.Redis.from_url(any_server.url) as store:
             assert {key async for key in store.scan_iter("specpool:session:*")} <= {

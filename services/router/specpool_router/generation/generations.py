@@ -200,7 +200,6 @@ class Generations:
         self, request: inference_pb2.GenerateRequest, stop: StopSignal
     ) -> inference_pb2.GenerateRequest:
         """A copy with model, request id and seed filled in: what another target or router needs to continue it."""
-        self._sessions.check_size(request.ByteSize())
         check_request(request)
         wait_s = self._patience.request_wait_s
         model = await wait_for_model(self._cluster, stop, request.model, wait_s=wait_s)

@@ -34,17 +34,13 @@ _CLOSE_S: Final = 2.0
 _MAX_TAKE_OVERS: Final = 3
 _BYTES_PER_TOKEN: Final = 4
 """Of a prompt that nobody counted."""
-MAX_REQUEST_BYTES: Final = 8 << 20
 
 
 class Sessions:
     """All sessions of this router."""
 
-    def __init__(
-        self, store: SessionStore, metrics: RouterMetrics, *, max_request_bytes: int = MAX_REQUEST_BYTES
-    ) -> None:
+    def __init__(self, store: SessionStore, metrics: RouterMetrics) -> None:
         self.store = store
-        self._max_request_bytes = max_request_bytes
         self._state = StoreState(store, metrics)
         self._quotas = Quotas(store, self._state, metrics)
         self._journal = JournalWriter(store, self._state, metrics, self._react)
@@ -81,19 +77,8 @@ class Sessions:
         """Give the place back."""
         await self._quotas.release(tenant, owner)
 
-    def check_size(self, num_bytes: int) -> None:
-        """Refuse a request that is too large to be kept, before anything is done with it."""
-        if num_bytes > self._max_request_bytes:
-            accepted = f"up to {self._max_request_bytes} bytes"
-            raise InvalidArgument(
-                f"the request has {num_bytes} bytes; accepted: {accepted}",
-                reason="REQUEST_TOO_LARGE",
-                metadata={"field": "request", "value": num_bytes, "accepted": accepted},
-            )
-
     async def open(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
         """Begin a session. Its id must be new."""
-        self.check_size(len(session.request))
         if (former := self._journal.ended(session.request_id)) is not None and self._state.up:
             await _written(former)
         created = session.request_id not in self._leases
