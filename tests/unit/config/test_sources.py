@@ -101,6 +101,10 @@ def test_metrics_port_is_not_mistaken_for_a_service_link() -> None:
     assert _load(environ={"SPECPOOL_TARGET_METRICS_PORT": "9000"}).metrics_port == 9000
 
 
+def test_a_service_link_is_not_mistaken_for_the_metrics_port() -> None:
+    assert _load(environ={"SPECPOOL_TARGET_METRICS_PORT": "tcp://10.0.0.1:9000"}).metrics_port is None
+
+
 @pytest.mark.parametrize(
     ("field", "text", "value"),
     [

@@ -75,7 +75,7 @@ def load_config(
     """
     _refuse_unknown_variables(cls, section)
     in_file = _from_file(file, section, cls.model_fields)
-    in_environment = EnvSettingsSource(_sources(cls, section))()
+    in_environment = _from_environment(cls, section)
     values = {**in_file, **in_environment, **(flags or {})}
     try:
         return cls(**values)
@@ -128,6 +128,11 @@ def _sources(cls: type[Settings], section: str) -> type[BaseSettings]:
 
 def _prefix(section: str) -> str:
     return f"SPECPOOL_{section.upper()}_"
+
+
+def _from_environment(cls: type[Settings], section: str) -> dict[str, Any]:
+    found = EnvSettingsSource(_sources(cls, section))()
+    return {name: value for name, value in found.items() if not _is_service_link(name.upper(), str(value))}
 
 
 def _refuse_unknown_variables(cls: type[Settings], section: str) -> None:
