@@ -10,18 +10,20 @@ from typing import Any
 class TextCodec:
     """The two directions of a tokenizer.
 
-    The wrapper of `transformers` sets truncation and padding in the shared Rust tokenizer on every `encode`, which
-    raises `Already borrowed` while another thread decodes. Its Rust tokenizer is therefore called directly; it also
-    releases the interpreter. Tokenizers without one are called under a lock.
+    The wrapper of `transformers` sets truncation and padding on every `encode`, state that all threads share. The Rust
+    tokenizer behind it is therefore called directly: it only reads then, and it releases the interpreter. Tokenizers
+    without one are called under a lock.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._lock = threading.Lock()
         self._rust = getattr(tokenizer, "backend_tokenizer", None)
-        if self._rust is not None:
+        if self._rust is not None:  # what a tokenizer's file says of these is for training
             self._rust.no_truncation()
             self._rust.no_padding()
+        has_clean_up = hasattr(tokenizer, "clean_up_tokenization_spaces")
+        self._options = {"clean_up_tokenization_spaces": False} if has_clean_up else {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, all of them; `add_special_tokens` puts those around it that the model wants."""
@@ -38,7 +40,7 @@ class TextCodec:
         if self._rust is not None:
             return str(self._rust.decode(tokens, skip_special_tokens=True))
         with self._lock:
-            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, **self._options))
 
     def max_chars_per_token(self) -> int:
         """Characters of the longest token: n tokens can stand for at most n times as many."""
