@@ -10,20 +10,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from specpool.algorithm.row_times import RowTimes
 from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
-from specpool.errors import KVCacheFull
+from specpool.errors import KVCacheFull, SpecPoolError
 from specpool_engine.distributions.transport import BODY_TYPES
-from specpool_engine.modeling.interface import CausalModel, Segment
+from specpool_engine.modeling.interface import CausalModel, Segment, check_segments
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.dense.dense_rows import RowMemory
 from specpool_speculator.engine.estimates import Estimates
 from specpool_speculator.engine.held_sequences import HeldSequences
 from specpool_speculator.engine.opened_sequence import DraftLimits
-from specpool_speculator.engine.scheduler import PlannedWork, plan_step
+from specpool_speculator.engine.scheduler import PlannedWork, StepPlan, cancel, plan_step
 from specpool_speculator.engine.step_stats import DraftStepStats
+from specpool_speculator.tree.node import Node, NodeRanks
 from specpool_speculator.tree.ranks import Ranker, RanksNodes
 from specpool_speculator.tree.sequence import Request, SequenceKey, SequenceState
 
@@ -31,6 +33,10 @@ _MAX_FITTED_ROWS = 128
 """Steps with more rows are prefills: their time says nothing about a few rows more."""
 _MAX_RANKS = 33
 """Ranks kept per node: more guesses after one accepted length are never worth a row."""
+
+
+class _OthersCanRun(Exception):
+    """A step was refused before anything changed, and the sequences that it was refused for have ended."""
 
 
 class Drafter:
@@ -105,40 +111,94 @@ class Drafter:
                 forward_s = self._run(planned)
             except KVCacheFull:  # fewer blocks were free than the plan thought: then without branches
                 continue
+            except _OthersCanRun:
+                return self.step()
             self._account(planned, forward_s, time.monotonic() - started_s)
             return True
         return False
 
     def _plan(self, row_budget: int) -> list[PlannedWork]:
-        plan = plan_step(
-            list(self.held),
+        sequences = list(self.held)
+        try:
+            plan = self._plan_for(sequences, row_budget)
+        except Exception:
+            for sequence in sequences:
+                self._try(sequence, lambda one: cancel(self._plan_for([one], row_budget).work))
+            plan = self._plan_for(list(self.held), row_budget)
+        self._roomless = plan.roomless
+        return plan.work
+
+    def _plan_for(self, sequences: Sequence[SequenceState], row_budget: int) -> StepPlan:
+        return plan_step(
+            sequences,
             self._model.pool,
             row_budget=row_budget,
             max_prefill_tokens=self._config.max_prefill_tokens,
             step_s=self.step_time if self._config.plan_rows else lambda num_rows: 0.0,
         )
-        self._roomless = plan.roomless
-        return plan.work
+
+    def _try(self, sequence: SequenceState, action: Callable[[SequenceState], None]) -> bool:
+        """What goes wrong with one sequence ends that one; False if it did."""
+        try:
+            action(sequence)
+        except Exception as error:
+            self.held.fail(sequence.key, error)
+            return False
+        return True
+
+    def _refused(self, planned: Sequence[PlannedWork]) -> list[tuple[SequenceState, SpecPoolError]]:
+        """Whose work no model can run, and why."""
+        found: list[tuple[SequenceState, SpecPoolError]] = []
+        for p in planned:
+            try:
+                check_segments([_segment(p)], max_context=self._model.max_context, vocab_size=self._model.vocab_size)
+            except SpecPoolError as error:
+                found.append((p.sequence, error))
+        return found
 
     def _run(self, planned: Sequence[PlannedWork]) -> float:
         """Forward, rank, extend; returns the forward's seconds."""
-        segments = [Segment(kv=p.work.kv, tokens=p.work.tokens, num_logits=len(p.work.nodes)) for p in planned]
         started_s = time.monotonic()
         try:
-            logits = self._model.forward(segments)
-        except BaseException:
-            for p in planned:
-                p.work.cancel()
+            logits = self._model.forward([_segment(p) for p in planned])
+        except BaseException as error:
+            refused = self._refused(planned) if isinstance(error, SpecPoolError) else []
+            cancel(planned)
+            for sequence, refusal in refused:
+                self.held.fail(sequence.key, refusal)
+            if refused:
+                raise _OthersCanRun from error
             raise
         if logits.is_cuda:  # or the time of a step without logits would count as the next one's
             torch.cuda.current_stream(logits.device).synchronize()
         forward_s = time.monotonic() - started_s
-        ranks = iter(self._ranker.rank(logits, [(p.sequence, node) for p in planned for node in p.work.nodes]))
+        ranks = iter(self._ranks(logits, [(p.sequence, node) for p in planned for node in p.work.nodes]))
         for p in planned:
-            p.work.finish([next(ranks) for _ in p.work.nodes])
-            if not p.is_branch and p.sequence.tree.round == 0 and p.sequence.tree.root.is_computed:
-                p.sequence.tree.publish()
+            self._finish(p, [next(ranks) for _ in p.work.nodes])
         return forward_s
+
+    def _ranks(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks | None]:
+        """Of all rows; None for those of a sequence that cannot be ranked, which has ended."""
+        try:
+            return [*self._ranker.rank(logits, rows)]
+        except Exception:
+            ranks: list[NodeRanks | None] = [None] * len(rows)
+            for index, (sequence, node) in enumerate(rows):
+                try:
+                    (ranks[index],) = self._ranker.rank(logits[index : index + 1], [(sequence, node)])
+                except Exception as error:
+                    self.held.fail(sequence.key, error)
+            return ranks
+
+    def _finish(self, planned: PlannedWork, ranks: Sequence[NodeRanks | None]) -> None:
+        sequence, work = planned.sequence, planned.work
+        found = [one for one in ranks if one is not None]
+        if not self.held.holds(sequence) or len(found) < len(ranks):
+            work.cancel()  # it has ended meanwhile
+            return
+        work.finish(found)
+        if not planned.is_branch and sequence.tree.round == 0 and sequence.tree.root.is_computed:
+            self._try(sequence, lambda one: one.tree.publish())
 
     def _account(self, planned: Sequence[PlannedWork], forward_s: float, step_s: float) -> None:
         num_rows = sum(len(p.work.tokens) for p in planned)
@@ -167,11 +227,14 @@ class Drafter:
     def answer(self, now_s: float) -> None:
         """Answer waiting targets whose tokens are there or whose deadline passed, then push what tables gained."""
         self.held.refuse_roomless(self._roomless, now_s)
-        for sequence in self.held:
-            if sequence.request is not None:
-                self._answer_request(sequence, sequence.request, now_s)
-            elif sequence.options.speculates_ahead and not sequence.awaits_start:
-                self._push(sequence)
+        for sequence in list(self.held):
+            try:
+                if sequence.request is not None:
+                    self._answer_request(sequence, sequence.request, now_s)
+                elif sequence.options.speculates_ahead and not sequence.awaits_start:
+                    self._push(sequence)
+            except Exception as error:
+                self.held.fail(sequence.key, error)
 
     def _answer_request(self, sequence: SequenceState, request: Request, now_s: float) -> None:
         tokens, is_complete = sequence.drafted_now(request.num_tokens)
@@ -189,3 +252,8 @@ class Drafter:
         if entries:
             self.held.counters.num_table_entries += len(entries)
             self.held.outbox.table(sequence, entries)
+
+
+def _segment(planned: PlannedWork) -> Segment:
+    work = planned.work
+    return Segment(kv=work.kv, tokens=work.tokens, num_logits=len(work.nodes))

@@ -67,6 +67,10 @@ class HeldSequences:
     def __getitem__(self, key: SequenceKey) -> SequenceState:
         return self._sequences[key]
 
+    def holds(self, sequence: SequenceState) -> bool:
+        """Whether it has not ended."""
+        return self._sequences.get(sequence.key) is sequence
+
     @property
     def num_targets(self) -> int:
         """Streams open."""
@@ -145,8 +149,7 @@ class HeldSequences:
         except InvalidArgument as error:
             self._refuse(key, Refused(speculator_pb2.REFUSAL_REASON_INVALID, error.message))
         except Exception as error:
-            _logger.exception("sequence %s of connection %d failed", key[1], connection)
-            self._refuse(key, Refused(speculator_pb2.REFUSAL_REASON_INTERNAL, f"{type(error).__name__}: {error}"))
+            self.fail(key, error)
 
     def _open(self, key: SequenceKey, message: speculator_pb2.OpenSequence, _: float) -> None:
         self._free(key)
@@ -242,27 +245,34 @@ class HeldSequences:
             if now_s - since_s > _MAX_ROOMLESS_S and key in self._sequences:
                 self._refuse(key, _no_room("the KV cache has had no room for the sequence beside the others"))
 
+    def fail(self, key: SequenceKey, error: Exception) -> None:
+        """Something went wrong with this sequence; the others go on."""
+        _logger.error("sequence %s of connection %d failed", key[1], key[0], exc_info=error)
+        refusal = Refused(speculator_pb2.REFUSAL_REASON_INTERNAL, f"{type(error).__name__}: {error}")
+        self._refuse(key, refusal, publish=False)  # nobody knows how far its KV goes
+
     def _resync(self, key: SequenceKey, reason: str) -> None:
         self._free(key)
         self.counters.num_resyncs += 1
         self.outbox.resync(*key, reason)
 
-    def _refuse(self, key: SequenceKey, refusal: Refused) -> None:
+    def _refuse(self, key: SequenceKey, refusal: Refused, *, publish: bool = True) -> None:
         if key in self.refusals:  # what comes after a refusal is ignored, however bad
             return
         try:
-            self._free(key)
+            self._free(key, publish=publish)
         except Exception:  # what failed before may have left it half done
             _logger.exception("sequence %s of connection %d could not be freed", key[1], key[0])
         self.refusals.add(key, refusal.reason)
         self.outbox.refused(key, refusal)
 
-    def _free(self, key: SequenceKey) -> None:
+    def _free(self, key: SequenceKey, *, publish: bool = True) -> None:
         self.refusals.discard(key)
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self._spans.close(key)
-            sequence.tree.publish()
+            if publish:
+                sequence.tree.publish()
             sequence.tree.free()
 
 

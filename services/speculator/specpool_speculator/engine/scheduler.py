@@ -116,17 +116,27 @@ def plan_step(
     those are left out that would bring less than they delay the others.
     """
     step = _Step(pool)
-    num_rows = _plan_asked(step, sequences)
-    _plan_paths(step, sequences, max_prefill_tokens)
-    candidates = [c for sequence in sequences for c in branch_candidates(sequence)]
-    if step.planned or any(c.is_worth_a_step for c in candidates):
-        values = sorted((c.value for c in candidates), reverse=True)
-        num_branches = rows_worth_running(
-            values, step_s, num_rows=row_budget - num_rows, num_fixed=num_rows + step.num_path_tokens
-        )
-        for candidate in share_rows(candidates, num_branches):
-            step.add_row(candidate.sequence, candidate.node)
+    try:
+        num_rows = _plan_asked(step, sequences)
+        _plan_paths(step, sequences, max_prefill_tokens)
+        candidates = [c for sequence in sequences for c in branch_candidates(sequence)]
+        if step.planned or any(c.is_worth_a_step for c in candidates):
+            values = sorted((c.value for c in candidates), reverse=True)
+            num_branches = rows_worth_running(
+                values, step_s, num_rows=row_budget - num_rows, num_fixed=num_rows + step.num_path_tokens
+            )
+            for candidate in share_rows(candidates, num_branches):
+                step.add_row(candidate.sequence, candidate.node)
+    except Exception:
+        cancel(step.planned)
+        raise
     return StepPlan(step.planned, step.roomless)
+
+
+def cancel(planned: Iterable[PlannedWork]) -> None:
+    """It will not be run."""
+    for one in planned:
+        one.work.cancel()
 
 
 def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
