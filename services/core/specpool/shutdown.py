@@ -20,7 +20,7 @@ from typing import Final
 _logger = logging.getLogger(__name__)
 EXIT_S: Final = 12.0
 """How much longer than its drain grace a service may take to exit. The chart kills a pod 15 s after the grace."""
-CLOSE_S: Final = 5.0
+CLOSE_S: Final = 4.0
 """What a service gives its parts to close after its server has stopped."""
 STUCK_EXIT_STATUS: Final = 70
 _LAST_RESORT_S: Final = 1.0

@@ -18,7 +18,7 @@ from specpool import errors
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.rpc.server import Server, add_standard_services, bind, create_server, run_until_stopped
-from specpool.v1 import target_pb2, target_pb2_grpc
+from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc
 
 
 class _Target(target_pb2_grpc.TargetServiceServicer):
@@ -213,3 +213,27 @@ async def test_a_second_signal_ends_streams_with_a_reason() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert type(await _error_of(call)) is errors.Draining
         await asyncio.wait_for(running, 10)
+
+
+class _Talker(_Target):
+    """Its first response does not fit into what a client takes in before it reads."""
+
+    async def RunSequence(self, request: Any, context: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
+        self.num_running += 1
+        delta = inference_pb2.GenerationDelta(text="x" * (16 * 2**20))
+        yield target_pb2.RunSequenceResponse(delta=delta)
+        await asyncio.sleep(600)
+
+
+async def test_a_call_that_is_ended_in_its_first_write_has_a_reason() -> None:
+    service = _Talker()
+    async with _running(service) as (server, stub, _):
+        call = stub.RunSequence(target_pb2.RunSequenceRequest())
+        async with asyncio.timeout(20):
+            while service.num_running == 0:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)  # now it writes, and waits for somebody to read
+        stopping = asyncio.create_task(server.stop(0))
+        await asyncio.sleep(0.3)
+        assert type(await _error_of(call)) is errors.Draining
+        await stopping

@@ -18,7 +18,9 @@ from specpool.rpc.interceptors import Context, Handler, ScopeInterceptor
 
 _logger = logging.getLogger(__name__)
 MAX_RUNNING_CALLS: Final = 20_000
-_QUIET_S: Final = 0.02
+_LOOK_S: Final = 0.01
+_IDLE_LOOKS: Final = 3
+_BUSY_LOOKS: Final = 25
 
 
 @dataclass(eq=False, slots=True)
@@ -78,15 +80,15 @@ class RunningCalls(ScopeInterceptor):
     async def wait_until_quiet(self, timeout_s: float) -> None:
         """Wait until the event loop has caught up with the calls that wait to be taken.
 
-        They are taken one after another: when none was for a moment, none waits. A server that stops before that ends
-        them with a bare CANCELLED.
+        They are taken one after another, each behind what running calls have to do: when none was for a while, none
+        waits. A server that stops before that ends them with a bare CANCELLED.
         """
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
+        num_quiet = 0
+        while num_quiet < (_BUSY_LOOKS if self._calls else _IDLE_LOOKS) and time.monotonic() < deadline:
             num_before = self._num_accepted
-            await asyncio.sleep(_QUIET_S)
-            if self._num_accepted == num_before:
-                return
+            await asyncio.sleep(_LOOK_S)
+            num_quiet = num_quiet + 1 if self._num_accepted == num_before else 0
 
     def end(self, why: str) -> None:
         """End every call with `Draining`, also those that come later."""

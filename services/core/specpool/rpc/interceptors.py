@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 import grpc.aio
@@ -22,6 +22,7 @@ from specpool.errors import Internal, SpecPoolError
 from specpool.rpc.errors import abort, from_rpc_error
 
 _logger = logging.getLogger(__name__)
+_WRITE_S: Final = 2.0
 
 # Quoted: generic only in the type stubs.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -128,7 +129,23 @@ def _scoped_coroutine(behavior: Behavior, scope: Scope, read: Callable[[Any], An
 def _scoped_generator(behavior: Behavior, scope: Scope, read: Callable[[Any], Any]) -> Behavior:
     async def call(request: Any, context: Context) -> None:
         async with scope(context), aclosing(behavior(read(request), context)) as responses:
+            is_first = True
             async for response in responses:
-                await context.write(response)
+                await (_write_whole(response, context) if is_first else context.write(response))
+                is_first = False
 
     return call
+
+
+async def _write_whole(response: Any, context: Context) -> None:
+    """Write the first response, also when the call is being cancelled meanwhile.
+
+    gRPC would forget that the headers were sent with it, and could then send no status.
+    """
+    writing = asyncio.ensure_future(context.write(response))
+    try:
+        await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # the client may be gone
+        await asyncio.wait({writing}, timeout=_WRITE_S)
+        raise

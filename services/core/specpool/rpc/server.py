@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +41,12 @@ _logger = logging.getLogger(__name__)
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _CLOSE_S: Final = 1.0
 """For calls that outlive the drain (health watchers for one), and again for those that outlive being ended."""
+_ENDING_S: Final = 3.0
+"""For thousands of calls to end with a reason."""
 _ADMISSION_S: Final = 0.1
-_QUIET_LIMIT_S: Final = 1.0
+_QUIET_S: Final = 1.0
+_QUIET_SHARE: Final = 0.25
+"""Of the grace: for calls that wait to be taken."""
 _NEVER_S: Final = 1e6
 _TAKEN_IN: Final = 4
 """Times the size of a legal request: what gRPC still takes in, so that it can be refused with a reason."""
@@ -81,17 +86,18 @@ class Server(grpc.aio.Server):
         """Wait until it has stopped; False if it has."""
         return await self._inner.wait_for_termination(timeout)
 
-    async def send_clients_elsewhere(self) -> None:
+    async def send_clients_elsewhere(self, timeout_s: float) -> None:
         """Take no new connections, and tell clients (GOAWAY) to make their next calls over a connection to another.
 
-        Running calls go on. Returns when calls that were taken before have reached their handlers.
+        Running calls go on. Calls that wait to be taken are taken first, which may last ``timeout_s``; when this
+        returns they have reached their handlers.
         """
-        closing = await self._begin_to_close()
+        closing = await self._begin_to_close(timeout_s)
         await asyncio.wait({closing}, timeout=_ADMISSION_S)
 
-    async def _begin_to_close(self) -> asyncio.Task[None]:
+    async def _begin_to_close(self, timeout_s: float) -> asyncio.Task[None]:
         if self._closing is None:
-            await self._calls.wait_until_quiet(_QUIET_LIMIT_S)
+            await self._calls.wait_until_quiet(timeout_s)
         if self._closing is None:  # somebody else may have been quicker
             self._closing = asyncio.create_task(self._inner.stop(_NEVER_S))
         return self._closing
@@ -102,11 +108,11 @@ class Server(grpc.aio.Server):
         It may be called again with another grace: the shorter one counts. Returns within a few seconds after the grace,
         whatever handlers do.
         """
-        closing = await self._begin_to_close()
+        closing = await self._begin_to_close(_QUIET_S if grace is None else min(_QUIET_S, grace))
         await asyncio.wait({closing}, timeout=grace or 0.0)
         if not closing.done():
             self._calls.end("this server stops; the same call may go on at another")
-            await asyncio.wait({closing}, timeout=_CLOSE_S)
+            await asyncio.wait({closing}, timeout=_ENDING_S)
         if not closing.done():
             await asyncio.wait({closing, asyncio.create_task(self._inner.stop(None))}, timeout=_CLOSE_S)
             self._calls.abandon()
@@ -202,9 +208,9 @@ async def run_until_stopped(
 ) -> None:
     """Serve until SIGTERM, SIGINT or ``stop``, then stop gracefully, within ``grace_s`` and a few seconds.
 
-    In order: health says NOT_SERVING; clients are told to connect elsewhere (GOAWAY), which refuses nothing: calls that
-    run go on; ``drain`` lets running work end; what still runs after ``grace_s`` ends with `Draining`. A second signal
-    ends the wait.
+    In order: health says NOT_SERVING; calls that wait to be taken are taken; clients are told to connect elsewhere
+    (GOAWAY), which refuses nothing: calls that run go on; ``drain`` lets running work end; what still runs after
+    ``grace_s`` ends with `Draining`. A second signal ends the wait.
 
     Args:
         server: started.
@@ -221,10 +227,12 @@ async def run_until_stopped(
         _logger.info("stopping (up to %g s for running work)", grace_s)
         if health is not None:
             await health.stop_serving()
+        deadline = time.monotonic() + grace_s
         # Before anything is refused: calls that were taken by then are served like those that run.
-        await server.send_clients_elsewhere()
-        running = server.stop(grace_s) if drain is None else drain(grace_s)
-        await _first_of(running, hurry.wait(), timeout_s=grace_s)
+        await server.send_clients_elsewhere(_QUIET_SHARE * grace_s)
+        left_s = max(deadline - time.monotonic(), 0.0)
+        running = server.stop(left_s) if drain is None else drain(left_s)
+        await _first_of(running, hurry.wait(), timeout_s=left_s)
         await server.stop(None if hurry.is_set() else _CLOSE_S)
     _logger.info("stopped")
 
