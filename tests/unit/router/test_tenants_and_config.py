@@ -56,6 +56,8 @@ def test_key_finds_its_tenant(tmp_path: Path) -> None:
         (f"tenants: [{{name: a, key_sha256: {HASH}, tokens_per_minute: 1.0e+300}}]", "from 0 to"),
         (f"tenants: [{{name: a, key_sha256: {HASH}}}, {{name: b, key_sha256: {HASH}}}]", "two tenants"),
         (f"tenants: [{{name: a, key_sha256: {HASH}, max_concurrent_requests: 0.5}}]", "must be a whole number"),
+        (f"tenants: [{{name: {'a' * 129}, key_sha256: {HASH}}}]", "at most 128 printable characters"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}, cache_salt: {'a' * 1025}}}]", "at most 1024 bytes, got 1025"),
         ("tenants: [", "cannot be read"),
     ],
 )

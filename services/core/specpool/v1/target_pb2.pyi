@@ -37,7 +37,7 @@ class RunSequenceRequest(_message.Message):
     tenant_weight: _builtins.float
     """Share of speculator rows relative to other tenants, at most 1,000,000. 0 is read as 1."""
     cache_salt: _builtins.bytes
-    """Salt of this tenant's prefix cache. At most 256 bytes."""
+    """Salt of this tenant's prefix cache. At most 1,024 bytes."""
     speculator_endpoint: _builtins.str
     """DEPRECATED, ignored by targets that choose for themselves: endpoint of the speculator this sequence was given."""
     num_text_chars_sent: _builtins.int

@@ -3,12 +3,12 @@
 Tenants file (YAML); the key itself is never stored::
 
     tenants:
-      - name: acme
+      - name: acme                      # at most 128 printable characters
         key_sha256: 64 lower-case hex digits, of the key's bytes
         weight: 2.0                     # optional, 1.0
         max_concurrent_requests: 8      # optional, 0: no limit
         tokens_per_minute: 100000       # optional, 0: no limit
-        cache_salt: any text            # optional; default: the name
+        cache_salt: any text            # optional, at most 1,024 bytes; default: the name
         operator: true                  # optional; may drain the router
 """
 
@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from specpool.errors import ConfigError, Unauthenticated
-from specpool.rpc.checks import MAX_WEIGHT
+from specpool.request_limits import MAX_TENANT_NAME_CHARS
+from specpool.rpc.checks import MAX_SALT_BYTES, MAX_WEIGHT
 from specpool_router.sessions.session_store import QuotaLimits
 
 _KEYS = {"name", "key_sha256", "weight", "max_concurrent_requests", "tokens_per_minute", "cache_salt", "operator"}
@@ -97,6 +98,10 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise _invalid(path, f"a tenant needs a name: {entry!r}")
     name = entry["name"]
+    if len(name) > MAX_TENANT_NAME_CHARS or not name.isprintable():
+        raise _invalid(
+            path, f"name of tenant {name!r:.100} must be at most {MAX_TENANT_NAME_CHARS} printable characters"
+        )
     if unknown := set(entry) - _KEYS:
         raise _invalid(path, f"tenant {name!r} has unknown keys {sorted(unknown)}; known: {sorted(_KEYS)}")
     key_hash = str(entry.get("key_sha256", "")).lower()
@@ -113,6 +118,8 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
     if not isinstance(operator, bool):
         raise _invalid(path, f"operator of tenant {name!r} must be true or false")
     salt = str(entry.get("cache_salt", name)).encode()
+    if len(salt) > MAX_SALT_BYTES:
+        raise _invalid(path, f"cache_salt of tenant {name!r} must be at most {MAX_SALT_BYTES} bytes, got {len(salt)}")
     return key_hash, Tenant(name=name, weight=weight, limits=limits, cache_salt=salt, operator=operator)
 
 

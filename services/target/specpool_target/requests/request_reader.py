@@ -15,7 +15,7 @@ from specpool.request_limits import (
     check_text,
     invalid_value,
 )
-from specpool.rpc.checks import check_weight
+from specpool.rpc.checks import MAX_SALT_BYTES, check_size, check_weight
 from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_engine.modeling.text_codec import TextCodec
@@ -33,7 +33,6 @@ _VERIFICATIONS: Final = {
     types_pb2.VERIFICATION_MODE_COUPLED: VerificationMode.COUPLED,
     types_pb2.VERIFICATION_MODE_REJECTION: VerificationMode.REJECTION,
 }
-_MAX_CACHE_SALT_BYTES: Final = 256
 _MAX_ENDPOINT_CHARS: Final = 512
 
 
@@ -96,8 +95,7 @@ class RequestReader:
         """What the router adds to the client's request."""
         check_text("tenant", message.tenant, MAX_TENANT_NAME_CHARS)
         check_text("speculator_endpoint", message.speculator_endpoint, _MAX_ENDPOINT_CHARS)
-        if len(message.cache_salt) > _MAX_CACHE_SALT_BYTES:
-            raise invalid_value("cache_salt", len(message.cache_salt), f"at most {_MAX_CACHE_SALT_BYTES} bytes long")
+        check_size("cache_salt", len(message.cache_salt), MAX_SALT_BYTES)
         check_weight(message.tenant_weight)
         num_committed, max_context = len(message.committed_token_ids), self.model.max_context
         if num_committed > max_context:
