@@ -84,6 +84,20 @@ def test_it_ends_one_sequence(monkeypatch: pytest.MonkeyPatch, inject: Inject) -
     assert bad.name not in {sequence.key[1] for sequence in drafter.held}
 
 
+@pytest.mark.parametrize("end", ["close", "disconnect"])
+def test_a_sequence_that_does_not_end_well_is_freed(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    drafter, model = make_drafter()
+    bad = ScriptedTarget(drafter, (5, 6, 7), name="bad")
+    drafter.step()
+    in_publishing(monkeypatch, drafter)
+    if end == "close":
+        bad.send(close_sequence=speculator_pb2.CloseSequence(sequence_id="bad"))
+    else:
+        drafter.held.disconnect(bad.connection)
+    assert len(drafter.held) == 0
+    assert model.pool.num_used == 0
+
+
 def test_a_refusal_without_a_cause_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, model = make_drafter()
     ScriptedTarget(drafter, (1, 2, 3, 4))

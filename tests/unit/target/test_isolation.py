@@ -13,6 +13,7 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull, SequenceFailed
 from specpool_engine.modeling import ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
 from specpool_target.links.inbox import SpeculationInbox
 from specpool_target.links.link import LinkMeasurements
@@ -142,6 +143,17 @@ async def connected(bench, request_for, name, **options):
     updates: asyncio.Queue = asyncio.Queue()
     bench.engine.submit(request, updates.put_nowait, link=link, inbox=inbox)
     return updates, link, inbox
+
+
+async def test_a_sequence_that_does_not_end_well_is_freed(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    updates = bench.submit(request_for("bad", PROMPT, max_tokens=200))
+    await updates.get()
+    monkeypatch.setattr(SequenceKV, "publish_prefix", broken)
+    bench.engine.cancel("bad")
+    await bench.idle()
+    assert bench.engine.failure is None
+    assert (bench.engine.num_sequences, bench.pool.num_used) == (0, 0)
 
 
 async def test_looking_up_and_choosing(bench_for, request_for, monkeypatch):

@@ -259,21 +259,25 @@ class HeldSequences:
     def _refuse(self, key: SequenceKey, refusal: Refused, *, publish: bool = True) -> None:
         if key in self.refusals:  # what comes after a refusal is ignored, however bad
             return
-        try:
-            self._free(key, publish=publish)
-        except Exception:  # what failed before may have left it half done
-            _logger.exception("sequence %s of connection %d could not be freed", key[1], key[0])
+        self._free(key, publish=publish)
         self.refusals.add(key, refusal.reason)
         self.outbox.refused(key, refusal)
 
     def _free(self, key: SequenceKey, *, publish: bool = True) -> None:
         self.refusals.discard(key)
         sequence = self._sequences.pop(key, None)
-        if sequence is not None:
+        if sequence is None:
+            return
+        try:
             self._spans.close(key)
             if publish:
                 sequence.tree.publish()
+        except Exception:  # its end is no reason to end others
+            _logger.exception("sequence %s of connection %d did not end well", key[1], key[0])
+        try:
             sequence.tree.free()
+        except Exception:  # what failed before may have left it half done
+            _logger.exception("sequence %s of connection %d could not be freed", key[1], key[0])
 
 
 def _no_room(text: str) -> Refused:

@@ -281,6 +281,8 @@ class TargetSequence:
         if self.kv is None:
             return
         kv, self.kv = self.kv, None
-        if publish:
-            kv.publish_prefix(self.tokens, self.salt)
-        kv.free()
+        try:
+            if publish:
+                kv.publish_prefix(self.tokens, self.salt)
+        finally:
+            kv.free()
