@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from specpool.errors import Unauthenticated
+from specpool.shutdown import EXIT_S
 from specpool_router.auth.tenants import load_tenants
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -113,7 +114,7 @@ def test_pods_are_unprivileged_probed_and_given_time_to_drain(render, values: di
         environment = {each["name"]: each.get("value") for each in container["env"]}
         drain_s = float(environment[f"SPECPOOL_{component.upper()}_DRAIN_GRACE_S"])
         pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert spec["terminationGracePeriodSeconds"] > drain_s + pause_s
+        assert spec["terminationGracePeriodSeconds"] > drain_s + pause_s + EXIT_S
         liveness = container["livenessProbe"]
         assert liveness["periodSeconds"] * liveness["failureThreshold"] > drain_s
     assert spec.get("automountServiceAccountToken", True)  # the router's; engines have none

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -112,6 +114,38 @@ async def test_an_error_about_a_long_text_keeps_its_status(connection: grpc.aio.
     assert code is grpc.StatusCode.NOT_FOUND
     assert type(error) is errors.ModelNotFound
     assert error.metadata["value"].startswith(letter)
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+
+
+async def _answer_to_raw_call(endpoint: str, authorization: bytes) -> bytes:
+    """One call in HTTP/2 by hand: gRPC's own client refuses to send such a header."""
+    headers = {b":method": b"POST", b":scheme": b"http", b":path": CANCEL.encode(), b":authority": b"x"}
+    headers |= {b"te": b"trailers", b"content-type": b"application/grpc", b"authorization": authorization}
+    literals = (b"\0" + bytes((len(name),)) + name + bytes((len(value),)) + value for name, value in headers.items())
+    reader, writer = await asyncio.open_connection(*endpoint.rsplit(":", 1))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b""))
+    writer.write(_frame(1, 4, 1, b"".join(literals)) + _frame(0, 1, 1, bytes(5)))
+    answer = b""
+    async with asyncio.timeout(20):
+        while b"grpc-status-details-bin" not in answer:
+            answer += await reader.read(65536)
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize("key", [b"unknown", "schlüssel".encode(), b"\xff\xfe", b"a\nb", b"a\0b"])
+async def test_any_bytes_as_key_are_unauthenticated(key: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    server = create_server(Authentication(_check))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Inference(), server)
+    endpoint = bind(server, "127.0.0.1:0")
+    await server.start()
+    answer = await _answer_to_raw_call(endpoint, b"Bearer " + key)
+    await server.stop(None)
+    assert b"grpc-status\x0216" in answer
+    assert caplog.text == ""
 
 
 async def test_health_needs_no_key(connection: grpc.aio.Channel) -> None:

@@ -134,12 +134,18 @@ def create_server(
             which does not take them in.
         max_calls: more calls than these at once are refused.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_about_metadata)
     calls = RunningCalls(max_calls)
     inner = grpc.aio.server(
         interceptors=(ServerTracing(), ErrorInterceptor(), calls, *interceptors, Parsing(max_request_bytes)),
         options=server_options(max_message_bytes=min(MAX_MESSAGE_BYTES, _TAKEN_IN * max_request_bytes)),
     )
     return Server(inner, calls)
+
+
+def _is_not_about_metadata(record: logging.LogRecord) -> bool:
+    """gRPC logs metadata that is no UTF-8, strangers' bytes and keys, with a traceback whenever it is looked at."""
+    return not str(record.msg).startswith("Invalid encoding")
 
 
 @dataclass(frozen=True, slots=True)
