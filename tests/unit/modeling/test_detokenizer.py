@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from small_tokenizers import byte_level
 
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.text_codec import TextCodec
 from specpool_engine.modeling.text_stream import REPLACEMENT
 from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+from .small_tokenizers import byte_level
 
 TOKENIZER = byte_level()
 CODEC = TextCodec(TOKENIZER)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from small_tokenizers import byte_fallback, byte_level, metaspace
 from transformers import PreTrainedTokenizerFast
 
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.text_codec import TextCodec
+
+from .small_tokenizers import byte_fallback, byte_level, metaspace
 
 TEXT = "the cat sat , on the mat . 🫨 <end> the"
 

@@ -8,11 +8,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizers import byte_fallback, byte_level, byte_level_merged, metaspace
 
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.text_codec import TextCodec
 from specpool_engine.modeling.text_stream import REPLACEMENT, TextStream
+
+from .small_tokenizers import byte_fallback, byte_level, byte_level_merged, metaspace
 
 EXAMPLES = [
     "Repeat: 🫨🫨🫨🫨",

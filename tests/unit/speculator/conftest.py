@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -202,3 +203,14 @@ def naive_draft(target: ScriptedTarget, verification: VerificationMode) -> Naive
 def prompt() -> list[int]:
     """Longer than a block."""
     return [3, 1, 4, 1, 5, 9, 2, 6, 5]
+
+
+def random_outcome(target: ScriptedTarget, rng: random.Random) -> None:
+    """A guessed outcome with a part of its tokens, a backup, nothing, or a token nobody guessed."""
+    entry = rng.choice([*target.table.items(), None]) if target.table else None
+    if entry is not None and rng.random() < 0.7:
+        (num_accepted, bonus), tokens = entry
+        target.outcome(num_accepted, bonus, tokens[: rng.randint(0, len(tokens))])
+        return
+    draft = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 3))]
+    target.outcome(rng.randint(0, len(target.in_flight)), rng.randrange(VOCAB_SIZE), draft, backup=True)
