@@ -28,7 +28,7 @@ from specpool.algorithm.estimators import MissPowerLawEstimator
 from specpool_engine.modeling.files import resolve_model_directory
 from specpool_tools.bench.main import choose_prompts
 from specpool_tools.bench.options import BenchOptions
-from specpool_tools.models.catalogue import resolve_spec
+from specpool_tools.models.catalogue import resolve_model
 
 NUM_RANKS = 33
 """Looked at: the first, and as many others as a round could guess."""
@@ -66,7 +66,7 @@ def quality(scores: Sequence[Sequence[float]], ranks: Sequence[int | None]) -> Q
 
 def directory(reference: str) -> Path:
     """Of a model of the hub, of the catalogue, or a directory already."""
-    return resolve_model_directory(resolve_spec(reference))
+    return resolve_model_directory(resolve_model(reference))
 
 
 def load(reference: str) -> Any:

@@ -26,8 +26,8 @@ from specpool.client import Client
 from specpool.v1 import inference_pb2, types_pb2
 from specpool_tools.bench.requests import MODE_VALUES
 from specpool_tools.bench.system import running_system
+from specpool_tools.models.catalogue import resolve_model
 from specpool_tools.models.prompts import load_prompts
-from specpool_tools.models.resolve import resolve_model
 
 NEAR_TIE_STEPS = 4
 """Differences of up to this many bfloat16 steps at the logit's magnitude count as near-ties."""

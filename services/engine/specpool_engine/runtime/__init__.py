@@ -12,5 +12,7 @@ The seam between wire and engine is narrow, because soon the two may live in dif
   that it is for. The wire alone knows streams and who listens to them.
 - Either side reads what the other publishes as a whole (`Heartbeat`, a snapshot or load for status), and waits for
   nothing: the event loop never takes a lock that a step holds.
+- Two objects still cross with a target's sequence: its detokenizer, where stop strings end the output, and its place in
+  the pool of speculators. The wire makes them; the engine alone uses them until the sequence ends.
 - A failure crosses once: `on_failed` is called on the event loop, which ends every stream that it knows.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specpool.client import Completion
-from specpool.v1 import router_pb2, speculator_pb2, types_pb2
+from specpool.v1 import router_pb2, speculator_pb2, target_pb2, types_pb2
 
 _RENAMED = {"accepted_tokens": "accepted"}
 
@@ -72,11 +72,18 @@ def _target(entry: router_pb2.TargetEntry) -> dict[str, Any]:
         "load": plain_fields(status.load),
         "max_lookahead": status.max_lookahead,
         "refusals": {count.reason: count.num_requests for count in status.refusals},
+        **_signs_of_life(status),
         "plan": status.plan,
         "speculators": [
             {**plain_fields(link), "speculator": peer_document(link.speculator)} for link in status.speculators
         ],
     }
+
+
+def _signs_of_life(
+    status: target_pb2.GetTargetStatusResponse | speculator_pb2.GetSpeculatorStatusResponse,
+) -> dict[str, Any]:
+    return {"num_steps": status.num_steps, "seconds_in_step": status.seconds_in_step}
 
 
 def _speculator(entry: router_pb2.SpeculatorEntry) -> dict[str, Any]:
@@ -99,6 +106,7 @@ def _speculator(entry: router_pb2.SpeculatorEntry) -> dict[str, Any]:
             speculator_pb2.RefusalReason.Name(count.reason).removeprefix("REFUSAL_REASON_").lower(): count.num_sequences
             for count in status.refusals
         },
+        **_signs_of_life(status),
         "plan": status.plan,
         "targets": [peer_document(target) for target in status.targets],
     }
