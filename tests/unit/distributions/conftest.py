@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from specpool.errors import SpecPoolError
-from specpool_engine.distributions.group import GroupPlan
+from specpool_engine.distributions.group import GroupMaker
 from specpool_engine.distributions.stream_store import StreamStore
 from specpool_engine.distributions.transport import Transport
 from specpool_engine.distributions.worker import PairWorker
@@ -39,8 +39,8 @@ class Side:
             "device": torch.device("cpu"),
             "creation_s": 5.0,
         }
-        plan = GroupPlan(**(fields | changes))
-        self.worker = PairWorker(plan, on_up=self.up.set, on_down=self._lost, name=f"rank {rank}")
+        maker = GroupMaker(**(fields | changes))
+        self.worker = PairWorker(maker, on_up=self.up.set, on_down=self._lost, name=f"rank {rank}")
         self.worker.start()
 
     def _lost(self, error: SpecPoolError) -> None:

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from specpool_engine.distributions.group import GroupPlan
+from specpool_engine.distributions.group import GroupMaker
 from specpool_engine.distributions.stream_store import StreamStore
 from specpool_engine.distributions.transport import Transport
 
@@ -19,7 +19,7 @@ def main() -> None:
     device = torch.device("cuda", 0) if transport is Transport.NCCL else torch.device("cpu")
     store = StreamStore(lambda key, value: print(json.dumps([key, value.hex()]), flush=True), 60.0)
     threading.Thread(target=read, args=(store,), daemon=True).start()
-    group = GroupPlan(transport=transport, rank=0, store=store, peer_host="127.0.0.1", device=device).make()
+    group = GroupMaker(transport=transport, rank=0, store=store, peer_host="127.0.0.1", device=device).make()
     with group.context():
         group.send(torch.arange(8.0, device=device), 1)
     time.sleep(60)

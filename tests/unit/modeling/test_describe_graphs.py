@@ -12,7 +12,7 @@ from specpool_engine.modeling.cuda_graphs import describe_graphs
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "has_static_plans", "graphs", "expected"),
+    ("setting", "device", "has_static_attention", "graphs", "expected"),
     [
         ("auto", "cuda:0", True, object(), "on, for forwards of up to 256 tokens"),
         ("off", "cuda:0", True, None, "off, as cuda_graphs says"),
@@ -21,7 +21,7 @@ from specpool_engine.modeling.cuda_graphs import describe_graphs
         ("auto", "cuda:0", True, None, "off, since this model is not computed by kernels of this process alone"),
     ],
 )
-def test_it_says_why(setting: str, device: str, has_static_plans: bool, graphs: object, expected: str) -> None:
+def test_it_says_why(setting: str, device: str, has_static_attention: bool, graphs: object, expected: str) -> None:
     model: Any = SimpleNamespace(device=torch.device(device), graphs=graphs)
-    backend: Any = SimpleNamespace(name="flex", has_static_plans=has_static_plans)
+    backend: Any = SimpleNamespace(name="flex", has_static_attention=has_static_attention)
     assert describe_graphs(setting, model, backend) == expected

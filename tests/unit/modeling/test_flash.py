@@ -120,8 +120,8 @@ def test_both_parts_together_equal_sdpa(
     segments = branches(sequences)
     query = torch.randn(1, 6, sum(segment.num_tokens for segment in segments), 8)
     options: dict[str, Any] = {"scaling": 0.4, "sliding_window": sliding_window, "softcap": softcap}
-    expected = get_backend("sdpa").plan(segments, sequences.storage).attend(0, query, **options)
-    actual = FlashBackend(TorchVarlenKernel()).plan(segments, sequences.storage).attend(0, query, **options)
+    expected = get_backend("sdpa").prepare(segments, sequences.storage).attend(0, query, **options)
+    actual = FlashBackend(TorchVarlenKernel()).prepare(segments, sequences.storage).attend(0, query, **options)
     torch.testing.assert_close(actual, expected)
 
 
@@ -129,8 +129,8 @@ def test_a_shared_prefix_is_read_once(sequences: Sequences) -> None:
     trunk = sequences.sequence(100 * BLOCK_SIZE)
     segments = sequences.pack([(trunk.fork(), 1) for _ in range(16)])
     kernel = CountingKernel()
-    plan = FlashBackend(kernel).plan(segments, sequences.storage)
-    plan.attend(0, torch.randn(1, 2, 16, 8), scaling=1.0, sliding_window=None, softcap=None)
+    attention = FlashBackend(kernel).prepare(segments, sequences.storage)
+    attention.attend(0, torch.randn(1, 2, 16, 8), scaling=1.0, sliding_window=None, softcap=None)
     assert kernel.num_blocks == 100 + 16
 
 
@@ -138,8 +138,8 @@ def test_sequences_that_share_nothing_take_one_part(sequences: Sequences) -> Non
     segments = sequences.pack([(sequences.sequence(9), 2), (sequences.sequence(20), 1)])
     assert not shared_entries(segments, BLOCK_SIZE).shares
     kernel = CountingKernel()
-    plan = FlashBackend(kernel).plan(segments, sequences.storage)
-    plan.attend(0, torch.randn(1, 2, 3, 8), scaling=1.0, sliding_window=None, softcap=None)
+    attention = FlashBackend(kernel).prepare(segments, sequences.storage)
+    attention.attend(0, torch.randn(1, 2, 3, 8), scaling=1.0, sliding_window=None, softcap=None)
     assert kernel.num_blocks == 3 + 6
 
 

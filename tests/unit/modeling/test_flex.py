@@ -112,13 +112,17 @@ def test_one_dynamic_graph_computes_the_same(sliding_window: int | None, softcap
             device=torch.device("cpu"),
         )
         torch.nn.init.normal_(storage.keys)
-        plan = flex.FlexPlan(segments, storage)
+        attention = flex.FlexAttention(segments, storage)
         num_rows = padded_rows(2 * sum(segment.num_tokens for segment in segments))
         kernels.add(min(num_rows, TILE_ROWS + 1))
         arguments = (
             torch.randn(1, 2, num_rows, 8),
             *(flex._as_row(cache[0]) for cache in (storage.keys, storage.keys)),
-            *(plan._tables, plan._block_lists(2, sliding_window), flex._factors(0.3, softcap, storage.keys.device)),
+            *(
+                attention._tables,
+                attention._block_lists(2, sliding_window),
+                flex._factors(0.3, softcap, storage.keys.device),
+            ),
         )
         with torch.inference_mode():
             torch.testing.assert_close(traced(*arguments), plain(*arguments))

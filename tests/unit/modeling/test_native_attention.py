@@ -46,7 +46,7 @@ def threads() -> Iterator[None]:
 
 
 class Cache:
-    """Blocks in random order, and the plans and results of one layer over them. Unwritten slots are NaN."""
+    """Blocks in random order, and the attention and results of one layer over them. Unwritten slots are NaN."""
 
     def __init__(self, geometry: tuple[int, int, int, int], dtype: torch.dtype, num_slots: int = 8192) -> None:
         self.num_heads, num_kv_heads, self.head_dim, block_size = geometry
@@ -84,8 +84,8 @@ class Cache:
         for kv, count in zip(kvs, counts, strict=True):
             packed.append(PackedSegment(kv=kv, offset=offset, num_tokens=count))
             offset += count
-        plan = get_backend(backend).plan(packed, self.storage)
-        return plan.attend(1, query, scaling=0.3, **{"sliding_window": None, "softcap": None, **special})
+        attention = get_backend(backend).prepare(packed, self.storage)
+        return attention.attend(1, query, scaling=0.3, **{"sliding_window": None, "softcap": None, **special})
 
     def random_query(self, num_tokens: int) -> Tensor:  # [1, H, T, D], a view as models make it
         query = torch.randn(1, num_tokens, self.num_heads, self.head_dim).to(self.storage.keys.dtype)

@@ -60,7 +60,7 @@ class PairGroup(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupPlan:
+class GroupMaker:
     """Everything that one rank needs to build its half of a group."""
 
     transport: Transport

@@ -23,7 +23,7 @@ Transfer = Callable[[PairGroup], None]
 
 
 class MakesGroup(Protocol):
-    """A recipe for a process group, such as `GroupPlan`."""
+    """A recipe for a process group, such as `GroupMaker`."""
 
     def make(self) -> PairGroup:
         """Build the group; blocks until the other rank is there. Raises `TransportUnavailable`."""
@@ -39,7 +39,7 @@ class PairWorker(threading.Thread):
 
     def __init__(
         self,
-        plan: MakesGroup,
+        maker: MakesGroup,
         *,
         on_up: Callable[[], None],
         on_down: Callable[[SpecPoolError], None],
@@ -49,7 +49,7 @@ class PairWorker(threading.Thread):
         """Prepare a thread that is not started yet.
 
         Args:
-            plan: builds the group, on this thread.
+            maker: builds the group, on this thread.
             on_up: called on this thread once the group is there.
             on_down: called on this thread when the group could not be made or is lost, not after `close`.
             name: of the thread, for logs and debuggers.
@@ -58,7 +58,7 @@ class PairWorker(threading.Thread):
         super().__init__(name=name, daemon=True)
         self.num_bytes = 0
         """Bytes of all bodies that were moved so far."""
-        self._plan = plan
+        self._maker = maker
         self._on_up = on_up
         self._on_down = on_down
         self._closing = threading.Event()
@@ -85,7 +85,7 @@ class PairWorker(threading.Thread):
     def close(self) -> None:
         """End it; nothing more is called back but what a transfer under way brings."""
         self._closing.set()
-        self._plan.cancel()
+        self._maker.cancel()
         self._go_down()
         self._transfers.put(None)
 
@@ -100,7 +100,7 @@ class PairWorker(threading.Thread):
             self._fail(TransportUnavailable(f"{type(error).__name__}: {error}"))
 
     def _work(self) -> None:
-        group = self._plan.make()
+        group = self._maker.make()
         try:
             with self._lock:
                 self._is_up = self._accepts = not self._closing.is_set()

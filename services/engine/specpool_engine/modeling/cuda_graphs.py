@@ -42,7 +42,7 @@ def wants_graphs(setting: str, backend: AttentionBackend, device: torch.device) 
         raise _refused(f"cuda_graphs must be one of {', '.join(accepted)}, got {setting!r}", setting)
     if setting == "off":
         return False
-    if device.type == "cuda" and backend.has_static_plans:
+    if device.type == "cuda" and backend.has_static_attention:
         return True
     if setting == "auto":
         return False
@@ -59,7 +59,7 @@ def describe_graphs(setting: str, model: CausalModel, backend: AttentionBackend)
         return "off, as cuda_graphs says"
     if model.device.type != "cuda":
         return f"off, since the device is {model.device}"
-    if not backend.has_static_plans:
+    if not backend.has_static_attention:
         return f"off, since the attention backend is {backend.name}"
     return "off, since this model is not computed by kernels of this process alone"
 
@@ -76,11 +76,11 @@ class StaticForward:
     """
 
     def __init__(self, model: TransformersModel, max_tokens: int) -> None:
-        plans = model.backend.static_plans(model.storage, max_tokens=max_tokens, max_context=model.max_context)
-        if plans is None:
-            raise ValueError(f"attention backend {model.backend.name} has no static plans")
+        attention = model.backend.static_attention(model.storage, max_tokens=max_tokens, max_context=model.max_context)
+        if attention is None:
+            raise ValueError(f"attention backend {model.backend.name} has no static attention")
         self._model = model
-        self._plans = plans
+        self._attention = attention
         self._spare_slot = model.pool.num_blocks * model.pool.block_size
         shapes = dict.fromkeys(("tokens", "positions", "slots", "logit_rows"), (max_tokens,))
         self._inputs = StaticTensors(shapes, dtype=torch.long, device=model.device)
@@ -93,12 +93,12 @@ class StaticForward:
         self._inputs.put("slots", inputs.slots, padding=self._spare_slot)
         self._inputs.put("logit_rows", inputs.logit_rows)
         self._inputs.upload()
-        return self._plans.fill(segments)
+        return self._attention.fill(segments)
 
     def compute(self, num_tokens: int, *, shares: bool) -> Tensor:
         """Logits [B, V] float32 of a bucket of `num_tokens` tokens: those asked for come first."""
         return self._model.compute(
-            self._plans.plan(num_tokens, shares=shares),
+            self._attention.prepare(num_tokens, shares=shares),
             tokens=self._inputs["tokens"][:num_tokens],
             positions=self._inputs["positions"][:num_tokens],
             slots=self._inputs["slots"][:num_tokens],

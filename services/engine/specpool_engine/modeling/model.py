@@ -1,7 +1,7 @@
 """Any `transformers` decoder over the paged KV cache.
 
 The model's own code runs unchanged: it is given one packed row of tokens with explicit positions, and an attention
-implementation that writes keys and values into the blocks and asks the forward's plan. So every linear layer sees a
+implementation that writes keys and values into the blocks and attends over them. So every linear layer sees a
 single [T, hidden] matrix, however many sequences the tokens belong to.
 
 Shapes: T = packed tokens, V = vocabulary size, Hkv = key/value heads, D = head dimension.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from specpool.errors import InvalidArgument
-from specpool_engine.modeling.attention import AttentionBackend, AttentionPlan, KVStorage, PackedSegment
+from specpool_engine.modeling.attention import AttentionBackend, KVStorage, PackedAttention, PackedSegment
 from specpool_engine.modeling.cpu.operators import define_operator
 from specpool_engine.modeling.cuda_graphs import BucketedForward
 from specpool_engine.modeling.interface import Segment, check_segments
@@ -56,7 +56,7 @@ def _paged_attention(
     if num_padding:
         query, key, value = (states[:, :, :num_tokens] for states in (query, key, value))
     step.write(layer, key, value)
-    output = step.plan.attend(layer, query, scaling=scaling, sliding_window=sliding_window, softcap=softcap)
+    output = step.attention.attend(layer, query, scaling=scaling, sliding_window=sliding_window, softcap=softcap)
     return F.pad(output, (0, 0, 0, 0, 0, num_padding)) if num_padding else output.contiguous()
 
 
@@ -107,7 +107,7 @@ class _Step:
 
     backend: AttentionBackend
     storage: KVStorage
-    plan: AttentionPlan
+    attention: PackedAttention
     slots: Tensor
     """[T]: where the packed tokens' keys and values go in the flattened cache. Rows after these are padding."""
 
@@ -189,7 +189,7 @@ class TransformersModel:
             return logits
         padding = [0] * (self.min_tokens - len(inputs.tokens))
         return self.compute(
-            self.backend.plan(packed, self.storage),
+            self.backend.prepare(packed, self.storage),
             tokens=self._tensor(inputs.tokens + padding),
             positions=self._tensor(inputs.positions + padding),
             slots=self._tensor(inputs.slots),
@@ -198,7 +198,7 @@ class TransformersModel:
 
     def compute(
         self,
-        plan: AttentionPlan,
+        attention: PackedAttention,
         *,
         tokens: Tensor,  # [T]
         positions: Tensor,  # [T]
@@ -206,7 +206,7 @@ class TransformersModel:
         logit_rows: Tensor,  # [rows]
     ) -> Tensor:  # [rows, V] float32
         """The forward's part on the device: nothing but tensors that are there already."""
-        _running.step = _Step(self.backend, self.storage, plan, slots)
+        _running.step = _Step(self.backend, self.storage, attention, slots)
         with self.around_forward():
             output = self.model(
                 input_ids=tokens.unsqueeze(0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specpool.errors import SpecPoolError
 from specpool.v1 import speculator_pb2
-from specpool_engine.distributions.group import CREATION_S, SPECULATOR_RANK, GroupPlan, PairGroup
+from specpool_engine.distributions.group import CREATION_S, SPECULATOR_RANK, GroupMaker, PairGroup
 from specpool_engine.distributions.stream_store import StreamStore
 from specpool_engine.distributions.transport import BODY_TYPES, Transport
 from specpool_engine.distributions.worker import PairWorker
@@ -119,7 +119,7 @@ class SendingGroup:
             self._deliver([speculator_pb2.SpeculateResponse(group_key=message)])
 
         self._store = StreamStore(send_key, CREATION_S)
-        plan = GroupPlan(
+        maker = GroupMaker(
             transport=self._transport,
             rank=SPECULATOR_RANK,
             store=self._store,
@@ -127,7 +127,7 @@ class SendingGroup:
             device=self._device,
         )
         worker = PairWorker(
-            plan,
+            maker,
             on_up=lambda: self._on_up(channel),
             on_down=lambda error: self._lost(number, channel, error),
             name=f"distributions to {self._peer_host}",

@@ -14,7 +14,7 @@ import torch
 from specpool.backoff import Backoff
 from specpool.errors import ProtocolMismatch, SpecPoolError
 from specpool.v1 import speculator_pb2
-from specpool_engine.distributions.group import CREATION_S, TARGET_RANK, GroupPlan, PairGroup
+from specpool_engine.distributions.group import CREATION_S, TARGET_RANK, GroupMaker, PairGroup
 from specpool_engine.distributions.stream_store import StreamStore
 from specpool_engine.distributions.transport import BODY_TYPES, Transport
 from specpool_engine.distributions.worker import PairWorker
@@ -94,7 +94,7 @@ class ReceivingGroup:
             self._on_loop(partial(self._send_of, number, message))
 
         self._store = StreamStore(send_key, CREATION_S)
-        plan = GroupPlan(
+        maker = GroupMaker(
             transport=self._transport,
             rank=TARGET_RANK,
             store=self._store,
@@ -102,7 +102,7 @@ class ReceivingGroup:
             device=self._receiver.device,
         )
         self._worker = PairWorker(
-            plan,
+            maker,
             on_up=lambda: self._on_loop(partial(self._came_up, number)),
             on_down=lambda error: self._on_loop(partial(self._lost, number, error)),
             name=f"distributions from {self._peer_host}",

@@ -9,15 +9,23 @@ from specpool_engine.modeling.attention.flash import FlashBackend
 from specpool_engine.modeling.attention.flex import FlexBackend
 from specpool_engine.modeling.attention.interface import (
     AttentionBackend,
-    AttentionPlan,
     KVStorage,
+    PackedAttention,
     PackedSegment,
-    StaticPlans,
+    StaticAttention,
 )
 from specpool_engine.modeling.attention.native import NativeBackend
 from specpool_engine.modeling.attention.sdpa import SdpaBackend
 
-__all__ = ["BACKENDS", "AttentionBackend", "AttentionPlan", "KVStorage", "PackedSegment", "StaticPlans", "get_backend"]
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "KVStorage",
+    "PackedAttention",
+    "PackedSegment",
+    "StaticAttention",
+    "get_backend",
+]
 
 BACKENDS: Mapping[str, Callable[[], AttentionBackend]] = {
     kind.name: kind for kind in (SdpaBackend, NativeBackend, FlexBackend, FlashBackend)

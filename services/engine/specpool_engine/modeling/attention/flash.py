@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from specpool_engine.modeling.attention.interface import (
-    AttentionPlan,
     KVStorage,
+    PackedAttention,
     PackedSegment,
-    StaticPlans,
+    StaticAttention,
     unavailable,
 )
 from specpool_engine.modeling.attention.prefix_sharing import SharedEntries, shared_entries, whole_entries
@@ -117,7 +117,7 @@ class FlashBackend:
     """Paged kernels; another kernel than flash-attn's is for tests."""
 
     name = NAME
-    has_static_plans = True
+    has_static_attention = True
     write = staticmethod(KVStorage.write)
 
     def __init__(self, kernel: VarlenKernel | None = None) -> None:
@@ -127,17 +127,17 @@ class FlashBackend:
         """Raise `InvalidArgument` unless the kernel runs with these, here and now."""
         self._kernel.check(dtype=dtype, device=device, block_size=block_size, head_dim=head_dim)
 
-    def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
+    def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
         """Block tables of the segments, and of shared prefixes and tails where there are any."""
         block_size, device = storage.keys.shape[2], storage.keys.device
         whole = VarlenBatch.of(whole_entries(segments, block_size), causal=True, device=device)
         entries = shared_entries(segments, block_size)
         shared = _Shared.of(entries, device) if entries.shares else None
-        return FlashPlan(self._kernel, storage, whole, shared)
+        return FlashAttention(self._kernel, storage, whole, shared)
 
-    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans:
+    def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticAttention:
         """Block tables that a CUDA graph can hold, for forwards of up to `max_tokens` tokens."""
-        return StaticFlashPlans(self._kernel, storage, max_tokens=max_tokens, max_context=max_context)
+        return StaticFlashAttention(self._kernel, storage, max_tokens=max_tokens, max_context=max_context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class _Shared:
         )
 
 
-class FlashPlan:
+class FlashAttention:
     """Block tables of one forward, of whole segments and, where prefixes are shared, of prefixes and tails."""
 
     def __init__(self, kernel: VarlenKernel, storage: KVStorage, whole: VarlenBatch, shared: _Shared | None) -> None:
@@ -193,7 +193,7 @@ class FlashPlan:
         return self._kernel.attend(rows, self._storage.keys[layer], self._storage.values[layer], batch, **options)
 
 
-class StaticFlashPlans:
+class StaticFlashAttention:
     """Block tables that stay where they are, for forwards of up to `max_tokens` tokens.
 
     Every token may be a segment, so there are as many entries. Entries that are not used have no queries.
@@ -229,11 +229,11 @@ class StaticFlashPlans:
         self._tables.upload()
         return shared.shares
 
-    def plan(self, num_tokens: int, *, shares: bool) -> AttentionPlan:
-        """The plan of forwards of `num_tokens` tokens, padding included, with or without a shared prefix."""
+    def prepare(self, num_tokens: int, *, shares: bool) -> PackedAttention:
+        """Attention of forwards of `num_tokens` tokens, padding included, with or without a shared prefix."""
         if not shares:
-            return FlashPlan(self._kernel, self._storage, self._batch("whole", num_tokens, causal=True), None)
-        return FlashPlan(
+            return FlashAttention(self._kernel, self._storage, self._batch("whole", num_tokens, causal=True), None)
+        return FlashAttention(
             self._kernel,
             self._storage,
             self._batch("whole", num_tokens, causal=True),

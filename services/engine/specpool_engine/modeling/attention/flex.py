@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from specpool_engine.modeling.attention.flex_blocks import TILE_ROWS, TileBlocks, list_blocks, padded_rows
-from specpool_engine.modeling.attention.interface import AttentionPlan, KVStorage, PackedSegment, unavailable
+from specpool_engine.modeling.attention.interface import KVStorage, PackedAttention, PackedSegment, unavailable
 from specpool_engine.modeling.paged_kv import num_blocks_for
 
 MAX_KERNELS = 64
@@ -39,7 +39,7 @@ class FlexBackend:
     """Attention by `flex_attention` with block masks: reads blocks where they lie, a shared one once per tile."""
 
     name = "flex"
-    has_static_plans = False
+    has_static_attention = False
     write = staticmethod(KVStorage.write)
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
@@ -61,15 +61,15 @@ class FlexBackend:
                 accepted=f"at least {_MIN_KERNEL_SIZE}",
             )
 
-    def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
+    def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
         """Block tables on the device; lists of blocks follow when a layer tells its heads and its window."""
-        return FlexPlan(segments, storage)
+        return FlexAttention(segments, storage)
 
-    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
+    def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
         """There are none: indices have a new shape in every forward."""
 
 
-class FlexPlan:
+class FlexAttention:
     """The block tables of one forward, and a block mask per sliding window."""
 
     def __init__(self, segments: Sequence[PackedSegment], storage: KVStorage) -> None:

@@ -77,7 +77,7 @@ class PackedSegment:
         return self.kv.length + self.num_tokens
 
 
-class AttentionPlan(Protocol):
+class PackedAttention(Protocol):
     """Masks and indices of one forward, made once and used by every layer."""
 
     def attend(
@@ -93,15 +93,15 @@ class AttentionPlan(Protocol):
         ...
 
 
-class StaticPlans(Protocol):
-    """Plans over tensors that stay where they are and get new contents, so that a CUDA graph can hold a plan."""
+class StaticAttention(Protocol):
+    """Attention over tensors that stay where they are and get new contents, so that a CUDA graph can hold it."""
 
     def fill(self, segments: Sequence[PackedSegment]) -> bool:
         """Put the segments' block tables into place; returns whether any of them share a prefix."""
         ...
 
-    def plan(self, num_tokens: int, *, shares: bool) -> AttentionPlan:
-        """The plan for `num_tokens` tokens, those after the segments' being padding whose results are undefined.
+    def prepare(self, num_tokens: int, *, shares: bool) -> PackedAttention:
+        """For `num_tokens` tokens, those after the segments' being padding whose results are undefined.
 
         With `shares`, for segments of which `fill` returned true.
         """
@@ -109,17 +109,17 @@ class StaticPlans(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Makes the plan of each forward; keeps nothing from one to the next."""
+    """Prepares the attention of each forward; keeps nothing from one to the next."""
 
     name: str
-    has_static_plans: bool
-    """Whether `static_plans` returns any."""
+    has_static_attention: bool
+    """Whether `static_attention` returns any."""
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """Raise `InvalidArgument` unless it runs with these here, now; a `head_dim` of None is not known yet."""
         ...
 
-    def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
+    def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
         """Everything about this forward that does not depend on the layer."""
         ...
 
@@ -127,8 +127,8 @@ class AttentionBackend(Protocol):
         """Put keys and values [1, Hkv, T, D] of a layer into `slots` [T] of the flattened cache."""
         ...
 
-    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticPlans | None:
-        """Plans for CUDA graphs of forwards of up to `max_tokens` tokens; None where the backend has none."""
+    def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticAttention | None:
+        """What CUDA graphs need of forwards of up to `max_tokens` tokens; None where the backend has none."""
         ...
 
 

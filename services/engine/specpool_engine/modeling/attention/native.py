@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specpool_engine.modeling.attention.interface import AttentionPlan, KVStorage, PackedSegment, unavailable
+from specpool_engine.modeling.attention.interface import KVStorage, PackedAttention, PackedSegment, unavailable
 from specpool_engine.modeling.cpu.native import load_library
 from specpool_engine.modeling.paged_kv import num_blocks_for
 
@@ -28,7 +28,7 @@ class NativeBackend:
     """Attention by our own C++ kernel for CPUs, over the blocks where they lie."""
 
     name = NAME
-    has_static_plans = False
+    has_static_attention = False
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """A CPU, a data type that the kernel knows, and a compiler for it."""
@@ -39,9 +39,9 @@ class NativeBackend:
         _kernel()
         _write_kernel()
 
-    def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
+    def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
         """Block tables of the segments, in the layout that the kernel reads."""
-        return NativePlan(segments, storage)
+        return NativeAttention(segments, storage)
 
     def write(self, storage: KVStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """A copy per token and head: in a small forward torch's indexed copies take about as long as attention."""
@@ -62,12 +62,12 @@ class NativeBackend:
                 head_dim * cache.itemsize,
             )
 
-    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
+    def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
         """There are none: CPUs have no CUDA graphs."""
 
 
-class _Plan(ctypes.Structure):
-    """The C struct `SpecpoolAttentionPlan` of `paged_attention.cpp`, field by field."""
+class _Forward(ctypes.Structure):
+    """The C struct `SpecpoolAttentionForward` of `paged_attention.cpp`, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("segments", "tables", "keys", "values")),
@@ -87,7 +87,7 @@ class _Call(ctypes.Structure):
     )
 
 
-class NativePlan:
+class NativeAttention:
     """Block tables of one forward, for the kernel; made once, used by every layer."""
 
     def __init__(self, segments: Sequence[PackedSegment], storage: KVStorage) -> None:
@@ -101,7 +101,7 @@ class NativePlan:
             self._tables.extend(segment.kv.block_ids[: num_blocks_for(segment.end, block_size)])
         self._storage = storage
         self._dtype = storage.keys.dtype
-        self._plan = _Plan(
+        self._forward = _Forward(
             self._segments.buffer_info()[0],
             self._tables.buffer_info()[0],
             storage.keys.data_ptr(),
@@ -139,7 +139,7 @@ class NativePlan:
             scaling,
             softcap or 0.0,
         )
-        self._kernel(self._plan, call)
+        self._kernel(self._forward, call)
         return output if rows is query else output.to(query.dtype)
 
 
@@ -153,6 +153,6 @@ def _write_kernel() -> Any:
 
 def _kernel() -> Any:
     kernel = load_library("paged_attention").specpool_attend
-    kernel.argtypes = (ctypes.POINTER(_Plan), ctypes.POINTER(_Call))
+    kernel.argtypes = (ctypes.POINTER(_Forward), ctypes.POINTER(_Call))
     kernel.restype = None
     return kernel

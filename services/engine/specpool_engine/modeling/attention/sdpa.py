@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from specpool_engine.modeling.attention.interface import AttentionPlan, KVStorage, PackedSegment
+from specpool_engine.modeling.attention.interface import KVStorage, PackedAttention, PackedSegment
 from specpool_engine.modeling.paged_kv import num_blocks_for
 
 MIN_SHARED_FRACTION = 0.5
@@ -32,26 +32,26 @@ class SdpaBackend:
     """Attention by torch's `scaled_dot_product_attention` over gathered keys, with masks: runs everywhere."""
 
     name = "sdpa"
-    has_static_plans = False
+    has_static_attention = False
     write = staticmethod(KVStorage.write)
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
         """Accept everything: torch's attention runs everywhere."""
 
-    def plan(self, segments: Sequence[PackedSegment], storage: KVStorage) -> AttentionPlan:
+    def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
         """Group, bucket, and build indices and masks."""
         block_size = storage.keys.shape[2]
         buckets: dict[tuple[int, int], list[_Group]] = defaultdict(list)
         for group in _group_segments(segments, block_size):
             buckets[group.bucket].append(group)
         num_tokens = sum(segment.num_tokens for segment in segments)
-        return SdpaPlan([_Batch(groups, storage, num_tokens) for groups in buckets.values()], storage)
+        return SdpaAttention([_Batch(groups, storage, num_tokens) for groups in buckets.values()], storage)
 
-    def static_plans(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
+    def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
         """There are none: indices have a new shape in every forward."""
 
 
-class SdpaPlan:
+class SdpaAttention:
     """The batches of groups that one forward is computed in."""
 
     def __init__(self, batches: Sequence[_Batch], storage: KVStorage) -> None:

@@ -378,7 +378,7 @@ void transpose_keys(const T* const* keys, long D, float* to, long stride) {
 }  // namespace
 
 // What all layers of one forward share. Laid out as in native.py.
-extern "C" struct SpecpoolAttentionPlan {
+extern "C" struct SpecpoolAttentionForward {
   const int32_t* segments;  // [num_segments][4]: first packed token, tokens, position of the first, place in `tables`
   const int32_t* tables;    // the segments' block tables, one after the other
   const void* keys;         // [layers, N, S, Hkv, D]
@@ -403,7 +403,7 @@ extern "C" struct SpecpoolAttentionCall {
 
 namespace {
 
-using Plan = SpecpoolAttentionPlan;
+using Forward = SpecpoolAttentionForward;
 using Call = SpecpoolAttentionCall;
 
 struct Query {
@@ -449,10 +449,10 @@ inline long round_up(long x, long multiple) { return (x + multiple - 1) / multip
 template <class T>
 class Tile {
  public:
-  Tile(const Plan& plan, const Call& call, const Query* queries, long num_queries, long kv_head)
-      : plan_(plan), call_(call), queries_(queries), num_queries_(num_queries), kv_head_(kv_head) {
-    D_ = plan.head_dim;
-    R_ = call.num_heads / plan.num_kv_heads;
+  Tile(const Forward& forward, const Call& call, const Query* queries, long num_queries, long kv_head)
+      : forward_(forward), call_(call), queries_(queries), num_queries_(num_queries), kv_head_(kv_head) {
+    D_ = forward.head_dim;
+    R_ = call.num_heads / forward.num_kv_heads;
     words_ = Words<T>::count(D_);
     width_ = round_up(D_, kLanes);
     const long rows = num_queries * R_;
@@ -548,20 +548,20 @@ class Tile {
   long common_end(long q, long other, long begin, long end) const {
     if (queries_[q].blocks == queries_[other].blocks) return end;
     const long last = std::min(end - 1, queries_[q].position);
-    for (long block = begin / plan_.block_size; block * plan_.block_size <= last; block++)
+    for (long block = begin / forward_.block_size; block * forward_.block_size <= last; block++)
       if (queries_[q].blocks[block] != queries_[other].blocks[block])
-        return std::max(begin, block * plan_.block_size);
+        return std::max(begin, block * forward_.block_size);
     return end;
   }
 
   // Addresses of the run's keys or values, of at most kChunk positions.
   void locate(const Run& run, const void* storage, const T** to) const {
-    const T* layer = static_cast<const T*>(storage) + call_.layer * plan_.layer_size + kv_head_ * D_;
-    const long stride = plan_.num_kv_heads * D_;
-    long block = run.begin / plan_.block_size, slot = run.begin % plan_.block_size;
+    const T* layer = static_cast<const T*>(storage) + call_.layer * forward_.layer_size + kv_head_ * D_;
+    const long stride = forward_.num_kv_heads * D_;
+    long block = run.begin / forward_.block_size, slot = run.begin % forward_.block_size;
     for (long position = run.begin; position < run.end; block++, slot = 0) {
-      const T* row = layer + (run.blocks[block] * plan_.block_size + slot) * stride;
-      for (; slot < plan_.block_size && position < run.end; slot++, position++, row += stride) *to++ = row;
+      const T* row = layer + (run.blocks[block] * forward_.block_size + slot) * stride;
+      for (; slot < forward_.block_size && position < run.end; slot++, position++, row += stride) *to++ = row;
     }
   }
 
@@ -569,7 +569,7 @@ class Tile {
   void score(const Run& run, long chunk) {
     constexpr long kGroup = kMaxVectors * kLanes;
     const T* keys[kChunk + kLanes];
-    locate(run, plan_.keys, keys);
+    locate(run, forward_.keys, keys);
     const long num_keys = run.end - run.begin;
     for (long i = num_keys; i < round_up(num_keys, kLanes); i++) keys[i] = keys[num_keys - 1];
     for (long group = 0; group < num_keys; group += kGroup) {
@@ -628,7 +628,7 @@ class Tile {
   // see must not touch it, not even times zero.
   void add_values(const Run& run, long chunk) {
     const T* located[kChunk];
-    locate(run, plan_.values, located);
+    locate(run, forward_.values, located);
     const T* const* rows = located - (run.begin - chunk);
     const int vectors = static_cast<int>(width_ / kLanes);
     in_parts(vectors, kMaxVectors, [&](long vector, int count) {
@@ -676,7 +676,7 @@ class Tile {
     }
   }
 
-  const Plan& plan_;
+  const Forward& forward_;
   const Call& call_;
   const Query* queries_;
   long num_queries_, kv_head_;
@@ -684,24 +684,24 @@ class Tile {
   float *query_words_, *scores_, *key_words_, *outputs_, *sums_, *maxima_;
 };
 
-std::vector<Query> list_queries(const Plan& plan, const Call& call) {
+std::vector<Query> list_queries(const Forward& forward, const Call& call) {
   std::vector<Query> queries;
-  for (long s = 0; s < plan.num_segments; s++) {
-    const int32_t* segment = plan.segments + 4 * s;
+  for (long s = 0; s < forward.num_segments; s++) {
+    const int32_t* segment = forward.segments + 4 * s;
     for (long i = 0; i < segment[1]; i++) {
       const long position = segment[2] + i;
       const long first = call.sliding_window ? std::max<long>(0, position - call.sliding_window + 1) : 0;
-      queries.push_back({plan.tables + segment[3], position, first, segment[0] + i});
+      queries.push_back({forward.tables + segment[3], position, first, segment[0] + i});
     }
   }
   return queries;
 }
 
 // Where tiles begin, and the end. Queries of one tile share the first block of their sequences, or they share none.
-std::vector<long> list_tiles(const Plan& plan, const Call& call, const std::vector<Query>& queries) {
+std::vector<long> list_tiles(const Forward& forward, const Call& call, const std::vector<Query>& queries) {
   const long num_queries = static_cast<long>(queries.size());
-  const long per_thread = (num_queries * plan.num_kv_heads + call.num_threads - 1) / call.num_threads;
-  const long most = std::max(1l, std::min(kTileRows / (call.num_heads / plan.num_kv_heads), per_thread));
+  const long per_thread = (num_queries * forward.num_kv_heads + call.num_threads - 1) / call.num_threads;
+  const long most = std::max(1l, std::min(kTileRows / (call.num_heads / forward.num_kv_heads), per_thread));
   std::vector<long> starts{0};
   for (long q = 1; q < num_queries; q++)
     if (q - starts.back() == most || queries[q].blocks[0] != queries[q - 1].blocks[0]) starts.push_back(q);
@@ -710,21 +710,21 @@ std::vector<long> list_tiles(const Plan& plan, const Call& call, const std::vect
 }
 
 template <class T>
-void attend(const Plan& plan, const Call& call) {
-  const std::vector<Query> queries = list_queries(plan, call);
-  const std::vector<long> starts = list_tiles(plan, call, queries);
-  const long num_units = static_cast<long>(starts.size() - 1) * plan.num_kv_heads;
+void attend(const Forward& forward, const Call& call) {
+  const std::vector<Query> queries = list_queries(forward, call);
+  const std::vector<long> starts = list_tiles(forward, call, queries);
+  const long num_units = static_cast<long>(starts.size() - 1) * forward.num_kv_heads;
   const int num_threads = static_cast<int>(std::min<long>(call.num_threads, num_units));
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (num_threads > 1)
   for (long unit = 0; unit < num_units; unit++) {
-    const long tile = unit / plan.num_kv_heads, kv_head = unit % plan.num_kv_heads;
-    Tile<T>(plan, call, queries.data() + starts[tile], starts[tile + 1] - starts[tile], kv_head).attend();
+    const long tile = unit / forward.num_kv_heads, kv_head = unit % forward.num_kv_heads;
+    Tile<T>(forward, call, queries.data() + starts[tile], starts[tile + 1] - starts[tile], kv_head).attend();
   }
 }
 
 }  // namespace
 
-extern "C" void specpool_attend(const SpecpoolAttentionPlan* plan, const SpecpoolAttentionCall* call) {
-  if (plan->is_bfloat16) attend<BFloat16>(*plan, *call);
-  else attend<float>(*plan, *call);
+extern "C" void specpool_attend(const SpecpoolAttentionForward* forward, const SpecpoolAttentionCall* call) {
+  if (forward->is_bfloat16) attend<BFloat16>(*forward, *call);
+  else attend<float>(*forward, *call);
 }
