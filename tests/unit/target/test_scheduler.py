@@ -153,7 +153,9 @@ def test_what_another_target_began_goes_before_what_is_new(scheduler_for, sequen
         scheduler.add(sequence_for(name, 3))
     for name in "cd":
         scheduler.add(continuation_of(request_for, name))
-    assert [sequence.id for sequence in scheduler.waiting] == ["c", "d", "a", "b"]
+    waited_there = replace(request_for("e", [1, 2, 3]), was_running=True)
+    scheduler.add(TargetSequence(waited_there, max_length=64))
+    assert [sequence.id for sequence in scheduler.waiting] == ["c", "d", "e", "a", "b"]
 
 
 def test_a_full_target_has_places_left_for_what_another_one_began(scheduler_for, sequence_for):

@@ -32,6 +32,7 @@ class RunSequenceRequest(_message.Message):
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_TEXT_CHARS_SENT_FIELD_NUMBER: _builtins.int
     SPECULATORS_FIELD_NUMBER: _builtins.int
+    WAS_RUNNING_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """From verified credentials, by the router. At most 128 characters."""
     tenant_weight: _builtins.float
@@ -42,6 +43,10 @@ class RunSequenceRequest(_message.Message):
     """DEPRECATED, ignored by targets that choose for themselves: endpoint of the speculator this sequence was given."""
     num_text_chars_sent: _builtins.int
     """Characters (Unicode code points) of the completion's text that the client already has."""
+    was_running: _builtins.bool
+    """Another target had taken the request and was lost, perhaps before its first token: it goes before new requests, and
+    is taken where those are refused. Implied by committed tokens.
+    """
     @_builtins.property
     def request(self) -> _inference_pb2.GenerateRequest: ...
     @_builtins.property
@@ -66,10 +71,11 @@ class RunSequenceRequest(_message.Message):
         committed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_text_chars_sent: _builtins.int = ...,
         speculators: _abc.Iterable[_types_pb2.SpeculatorEndpoint] | None = ...,
+        was_running: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "speculators", b"speculators", "tenant", b"tenant", "tenant_weight", b"tenant_weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "speculators", b"speculators", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "was_running", b"was_running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

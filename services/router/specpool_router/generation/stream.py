@@ -132,6 +132,7 @@ class Stream:
             speculator_endpoint=speculator,
             committed_token_ids=self.progress.token_ids,
             num_text_chars_sent=self.progress.num_chars,
+            was_running=self._has_started,
             speculators=self._cluster.speculator_endpoints,
         )
 

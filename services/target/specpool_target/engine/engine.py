@@ -138,7 +138,7 @@ class TargetEngine:
             self.scheduler.check_admissible(
                 num_tokens,
                 num_submitted=self._num_submitted - self._num_added,
-                is_continuation=bool(request.committed_tokens),
+                is_continuation=sequence.has_begun,
             )
             self._num_submitted += 1
             self._streams.open(request.id, emit)

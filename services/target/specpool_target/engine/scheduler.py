@@ -104,8 +104,8 @@ class Scheduler:
     def add(self, sequence: TargetSequence) -> None:
         """Put a sequence into the queue: what has begun, here or elsewhere, goes before what has not."""
         position = len(self.waiting)
-        if sequence.request.committed_tokens:
-            position = next((i for i, other in enumerate(self.waiting) if not other.has_output), position)
+        if sequence.has_begun:
+            position = next((i for i, other in enumerate(self.waiting) if not other.has_begun), position)
         self.waiting.insert(position, sequence)
 
     def sequences(self) -> Iterator[TargetSequence]:

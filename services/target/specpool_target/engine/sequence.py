@@ -92,6 +92,8 @@ class SequenceRequest:
     """The request named no K: it is the target's choice."""
     committed_tokens: Sequence[int] = ()
     """Output of an earlier target that this one continues."""
+    was_running: bool = False
+    """Whether another target had taken it, with or without output."""
     stop_token_ids: frozenset[int] = frozenset()
     """The request's and, unless ignored, the model's end tokens."""
     tenant: str = ""
@@ -222,9 +224,9 @@ class TargetSequence:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
-    def has_output(self) -> bool:
-        """Whether its client has tokens already, from here or from an earlier target."""
-        return len(self.tokens) > self.num_prompt_tokens
+    def has_begun(self) -> bool:
+        """Whether its client waits for the rest: it had a place before, here or at another target."""
+        return self.request.was_running or len(self.tokens) > self.num_prompt_tokens
 
     @property
     def num_uncomputed(self) -> int:

@@ -79,6 +79,7 @@ class RequestReader:
             id=f"{request.request_id or 'request'}-{uuid.uuid4().hex[:8]}",
             prompt_tokens=prompts.read(request),
             committed_tokens=tuple(message.committed_token_ids),
+            was_running=message.was_running,
             sampling=sampling if sampling.seed is not None else replace(sampling, seed=draw_seed()),
             mode=mode,
             verification=verification,
