@@ -27,8 +27,8 @@ class SpeculatorConfig(EngineConfig):
     """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.
     A smaller head makes draft steps faster; what is generated stays the same."""
     row_budget: PositiveInt = 16
-    """Branch rows per draft step, shared by all sequences; at most so many with `plan_rows`."""
-    plan_rows: bool = True
+    """Branch rows per draft step, shared by all sequences; at most so many with `skip_costly_rows`."""
+    skip_costly_rows: bool = True
     """Leave out rows that would bring less than they delay the others, by measured step times."""
     fan_out_budget: PositiveInt = 12
     """Guesses of the verification outcome per sequence and round (B)."""

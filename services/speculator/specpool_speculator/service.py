@@ -125,7 +125,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             miss_power_law=snapshot.miss_power_law,
             confidence_spread=snapshot.confidence_spread,
             fan_out_policy=self._config.fan_out_policy,
-            plan=snapshot.plan,
+            plan=snapshot.explanation,
             num_steps=self._engine.thread.heartbeat.num_steps,
             seconds_in_step=self._engine.thread.heartbeat.age_s,
             max_sequences=self._config.max_sequences,

@@ -248,7 +248,7 @@ COSTLY_ROWS = "toy#vocab=24,seed=3,sharpness=2,step_ms=1,row_ms=4"
 
 
 def without_lookahead(target, **options):
-    """The target plans K."""
+    """The target chooses K."""
     message = target.message(PROMPT, max_tokens=500, **options)
     message.request.ClearField("max_lookahead")
     return message

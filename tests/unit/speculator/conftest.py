@@ -26,7 +26,7 @@ CONNECTION = 1
 def make_drafter(num_blocks: int = 600, *, block_size: int = 4, **settings: Any) -> tuple[Drafter, ToyModel]:
     """A drafter over a toy model."""
     model = ToyModel(ToyTable(VOCAB_SIZE, 1), BlockPool(num_blocks, block_size))
-    defaults = {"model": "toy#", "max_lookahead": 3, "fan_out_budget": 8, "row_budget": 6, "plan_rows": False}
+    defaults = {"model": "toy#", "max_lookahead": 3, "fan_out_budget": 8, "row_budget": 6, "skip_costly_rows": False}
     drafter = Drafter(model, SpeculatorConfig(**{**defaults, **settings}))
     drafter.held.connect(CONNECTION, VOCAB_SIZE)
     return drafter, model

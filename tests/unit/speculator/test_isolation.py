@@ -27,7 +27,7 @@ def broken_for_bad(whole, is_bad):
     return call
 
 
-def in_planning(patch, drafter):
+def in_scheduling(patch, drafter):
     whole = scheduler.branch_candidates
     patch.setattr(scheduler, "branch_candidates", broken_for_bad(whole, lambda s: s.key[1] == "bad"))
 
@@ -61,7 +61,7 @@ def in_the_forward(patch, drafter):
     patch.setattr(DraftTree, "work_on_path", work_on_path)
 
 
-@pytest.mark.parametrize("inject", [in_planning, in_ranking, in_publishing, in_tables, in_the_forward])
+@pytest.mark.parametrize("inject", [in_scheduling, in_ranking, in_publishing, in_tables, in_the_forward])
 def test_it_ends_one_sequence(monkeypatch: pytest.MonkeyPatch, inject: Inject) -> None:
     drafter, model = make_drafter()
     good, bad = ScriptedTarget(drafter, (1, 2, 3, 4), name="good"), ScriptedTarget(drafter, (5, 6, 7), name="bad")

@@ -11,18 +11,18 @@ import pytest
 
 from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import types_pb2
-from specpool_speculator.engine.scheduler import branch_candidates, plan_step, share_rows
+from specpool_speculator.engine.scheduler import branch_candidates, schedule_step, share_rows
 
 from .conftest import VOCAB_SIZE, ScriptedTarget, exchange, make_drafter
 
 
-def _plan(drafter, model, row_budget=6, max_prefill_tokens=64):
-    plan = plan_step(list(drafter.held), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens)
-    return plan.work
+def _schedule(drafter, model, row_budget=6, max_prefill_tokens=64):
+    step = schedule_step(list(drafter.held), model.pool, row_budget=row_budget, max_prefill_tokens=max_prefill_tokens)
+    return step.work
 
 
-def _cancel(planned) -> None:
-    for p in planned:
+def _cancel(scheduled) -> None:
+    for p in scheduled:
         p.work.cancel()
 
 
@@ -31,7 +31,7 @@ def test_prefill_in_chunks_then_ranks(prompt) -> None:
     target = ScriptedTarget(drafter, prompt)
     sizes = []
     while not target.table:
-        sizes.append([(len(p.work.tokens), len(p.work.nodes)) for p in _plan(drafter, model, max_prefill_tokens=4)])
+        sizes.append([(len(p.work.tokens), len(p.work.nodes)) for p in _schedule(drafter, model, max_prefill_tokens=4)])
         exchange(drafter, [target])
     assert sizes == [[(4, 0)], [(4, 0)], [(1, 1)]]
 
@@ -43,13 +43,13 @@ def test_path_and_branches_share_a_step(prompt) -> None:
     bonus = next(b for k, b in target.table)
     target.outcome(0, bonus, [1, 2], backup=True)
     exchange(drafter, [target], num_steps=0)
-    planned = _plan(drafter, model)
-    assert [p.work.tokens for p in planned if not p.is_branch] == [[1, 2]]
-    branches = [p for p in planned if p.is_branch]
+    scheduled = _schedule(drafter, model)
+    assert [p.work.tokens for p in scheduled if not p.is_branch] == [[1, 2]]
+    branches = [p for p in scheduled if p.is_branch]
     assert branches
     assert len(branches) <= 6
-    assert len({id(p.work.kv) for p in planned}) == len(planned)
-    _cancel(planned)
+    assert len({id(p.work.kv) for p in scheduled}) == len(scheduled)
+    _cancel(scheduled)
 
 
 def test_most_likely_branches_first(prompt) -> None:
@@ -60,7 +60,7 @@ def test_most_likely_branches_first(prompt) -> None:
     candidates = branch_candidates(sequence)
     chosen = share_rows(candidates, 3)
     assert [c.value for c in chosen] == sorted((c.value for c in candidates), reverse=True)[:3]
-    assert [p.work.tokens[0] for p in _plan(drafter, model, row_budget=3)] == [c.node.token for c in chosen]
+    assert [p.work.tokens[0] for p in _schedule(drafter, model, row_budget=3)] == [c.node.token for c in chosen]
 
 
 def test_rows_are_shared_by_tenant_weight_and_none_is_wasted(prompt) -> None:
@@ -70,9 +70,9 @@ def test_rows_are_shared_by_tenant_weight_and_none_is_wasted(prompt) -> None:
         ScriptedTarget(drafter, prompt, name="b", tenant="light", weight=1.0),
     ]
     exchange(drafter, targets, num_steps=1)
-    rows = Counter(p.sequence.options.tenant for p in _plan(drafter, model, row_budget=8))
+    rows = Counter(p.sequence.options.tenant for p in _schedule(drafter, model, row_budget=8))
     assert rows == {"heavy": 6, "light": 2}
-    assert len(_plan(drafter, model, row_budget=100)) == 16
+    assert len(_schedule(drafter, model, row_budget=100)) == 16
 
 
 def test_a_waiting_target_comes_first(prompt) -> None:
@@ -84,12 +84,12 @@ def test_a_waiting_target_comes_first(prompt) -> None:
     exchange(drafter, targets, num_steps=2)
     targets[1].outcome(0, 5, awaits=True)
     targets[1].speculate_now(3)
-    planned = _plan(drafter, model, row_budget=1)
-    assert planned[0].sequence.key[1] == "waits"
-    _cancel(planned)
+    scheduled = _schedule(drafter, model, row_budget=1)
+    assert scheduled[0].sequence.key[1] == "waits"
+    _cancel(scheduled)
     exchange(drafter, targets, num_steps=1)
-    planned = _plan(drafter, model, row_budget=1)
-    assert [p.sequence.key[1] for p in planned] == ["waits"]
+    scheduled = _schedule(drafter, model, row_budget=1)
+    assert [p.sequence.key[1] for p in scheduled] == ["waits"]
 
 
 @dataclass(frozen=True)
@@ -221,18 +221,18 @@ def test_rows_that_are_not_worth_their_time_are_left_out(prompt) -> None:
     (sequence,) = drafter.held
     values = sorted((c.value for c in branch_candidates(sequence)), reverse=True)
     free, dear = (
-        plan_step([sequence], model.pool, row_budget=6, max_prefill_tokens=64, step_s=step_s).work
+        schedule_step([sequence], model.pool, row_budget=6, max_prefill_tokens=64, step_s=step_s).work
         for step_s in (lambda rows: 1.0, lambda rows: 1 + 10.0 * rows)
     )
     assert len(free) == 6
     assert [p.work.tokens for p in dear] == [p.work.tokens for p in free][:1]
     assert values[0] > values[1]
-    for planned in (free, dear):
-        _cancel(planned)
+    for scheduled in (free, dear):
+        _cancel(scheduled)
 
 
 def test_the_step_time_is_learned_from_steps(prompt) -> None:
-    drafter, model = make_drafter(plan_rows=True)
+    drafter, model = make_drafter(skip_costly_rows=True)
     model.step_ms, model.row_ms = 1.0, 2.0
     targets = []
     for index in range(4):

@@ -1,4 +1,4 @@
-"""What the target plans from its measured forwards."""
+"""What the target chooses from its measured forwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.speculation_trials import Output, Verdict
 
 
-def planner(free_tokens: int) -> LookaheadPolicy:
+def policy(free_tokens: int) -> LookaheadPolicy:
     """After forwards that take 100 ms up to so many tokens, and 20 ms more for each further one."""
     policy = FallbackPolicy()
     made = LookaheadPolicy(policy, max_lookahead=8)
@@ -34,12 +34,12 @@ def test_before_anything_is_measured_all_of_the_backup_is_verified() -> None:
 def test_backup_tokens_are_verified_while_the_forward_takes_no_longer(free_tokens: int, expected: int) -> None:
     """Two of three draft tokens are accepted and half of the backup's: behind two others, the third that is not free
     would bring 0.05 tokens and cost 20 ms, in which half a token is generated."""
-    assert planner(free_tokens).worthwhile_backup(2, 5, 1) == expected
+    assert policy(free_tokens).worthwhile_backup(2, 5, 1) == expected
 
 
 def test_in_a_batch_everyone_pays_for_a_token() -> None:
-    assert planner(5).worthwhile_backup(2, 5, 4) == 0
-    assert planner(5).worthwhile_backup(0, 5, 1) >= 3
+    assert policy(5).worthwhile_backup(2, 5, 4) == 0
+    assert policy(5).worthwhile_backup(0, 5, 1) >= 3
 
 
 def lookahead(made: LookaheadPolicy, batch_size: int) -> int:
@@ -47,11 +47,11 @@ def lookahead(made: LookaheadPolicy, batch_size: int) -> int:
 
 
 def test_the_larger_the_batch_the_fewer_tokens_are_worth_verifying() -> None:
-    assert lookahead(planner(5), 1) > lookahead(planner(5), 4) >= 1
+    assert lookahead(policy(5), 1) > lookahead(policy(5), 4) >= 1
 
 
 def test_what_does_not_pay_is_not_speculated_on() -> None:
-    made = planner(5)
+    made = policy(5)
     slow = Output(batch_size=4, num_rounds=4, num_drafted=4, num_tokens=4, seconds=0.200)
     plain = Output(batch_size=4, num_rounds=4, num_drafted=0, num_tokens=4, seconds=0.100)
     for _ in range(40):
@@ -63,7 +63,7 @@ def test_what_does_not_pay_is_not_speculated_on() -> None:
 
 
 def test_while_it_pauses_the_times_of_more_tokens_are_not_forgotten() -> None:
-    made, paused = planner(5), planner(5)
+    made, paused = policy(5), policy(5)
     paused.trials = SimpleNamespace(is_pausing=True)
     for one in (made, paused):
         for _ in range(512):

@@ -30,9 +30,9 @@ def sequence_for(request_for):
     return make
 
 
-def compute(plan):
-    """What the engine does with a plan: the KV is written, and complete rounds commit one token."""
-    for scheduled in plan.segments:
+def compute(step):
+    """What the engine does with a step: the KV is written, and complete rounds commit one token."""
+    for scheduled in step.segments:
         segment = scheduled.segment()
         segment.kv.reserve(len(segment.tokens))
         segment.kv.advance(len(segment.tokens))
@@ -54,12 +54,12 @@ def test_rounds_come_before_prefill_and_share_the_budget(scheduler_for, sequence
     compute(scheduler.schedule())
     scheduler.add(second)
     first.draft = Draft([2, 2, 2], DraftSource.SPECULATOR)
-    plan = scheduler.schedule()
-    assert names(plan.segments) == {"a": 4, "b": 8}
-    assert [s.is_complete for s in plan.segments] == [True, False]
-    assert [len(s.segment().tokens) for s in plan.segments] == [4, 8]
-    assert [s.segment().num_logits for s in plan.segments] == [4, 0]
-    compute(plan)
+    step = scheduler.schedule()
+    assert names(step.segments) == {"a": 4, "b": 8}
+    assert [s.is_complete for s in step.segments] == [True, False]
+    assert [len(s.segment().tokens) for s in step.segments] == [4, 8]
+    assert [s.segment().num_logits for s in step.segments] == [4, 0]
+    compute(step)
     assert second.state is SequenceState.PREFILL
 
 
@@ -102,21 +102,21 @@ def test_youngest_is_preempted_and_keeps_its_tokens_and_draft(scheduler_for, seq
     compute(scheduler.schedule())
     young.draft = Draft([5], DraftSource.BACKUP)
     young.round = 3
-    plan = scheduler.schedule()
-    assert [s.id for s in plan.preempted] == ["b"]
-    assert names(plan.segments) == {"a": 1}
-    compute(plan)
+    step = scheduler.schedule()
+    assert [s.id for s in step.preempted] == ["b"]
+    assert names(step.segments) == {"a": 1}
+    compute(step)
     assert (young.state, young.kv, young.round, young.draft.tokens) == (SequenceState.WAITING, None, 3, [5])
     assert len(young.tokens) == 9
     scheduler.remove(old)
-    plan = scheduler.schedule()
-    assert [s.id for s in plan.admitted] == ["b"]
+    step = scheduler.schedule()
+    assert [s.id for s in step.admitted] == ["b"]
     # Its prompt is still cached; the rest and the draft are computed at once.
-    (segment,) = plan.segments
+    (segment,) = step.segments
     assert segment.is_complete
     assert list(segment.segment().tokens)[-1] == 5
     assert segment.segment().num_logits == 2
-    compute(plan)
+    compute(step)
     scheduler.remove(young)
     assert pool.num_used == 0
 
@@ -136,9 +136,9 @@ def test_draft_is_never_cut_by_the_prefill_budget(scheduler_for, sequence_for):
     sequence = sequence_for("a", 6)
     sequence.draft = Draft([1, 2, 3], DraftSource.BACKUP)
     scheduler.add(sequence)
-    plan = scheduler.schedule()
-    assert names(plan.segments) == {"a": 5}
-    compute(plan)
+    step = scheduler.schedule()
+    assert names(step.segments) == {"a": 5}
+    compute(step)
     assert names(scheduler.schedule().segments) == {"a": 4}
 
 

@@ -94,7 +94,7 @@ def test_a_pause_ends_whatever_else_runs() -> None:
     target = Target()
     target.run(60, 1.5)
     for _ in range(520):
-        target.trials.end_step()  # of batches that are not the planner's
+        target.trials.end_step()  # of batches in which K was not the policy's choice
     assert target.trials.verdict(SSD, 4) is Verdict.SPECULATE
 
 

@@ -1,4 +1,4 @@
-"""The engine thread of a speculator: outcomes in, rows planned, one batched forward, tables out.
+"""The engine thread of a speculator: outcomes in, rows scheduled, one batched forward, tables out.
 
 Start reading at `engine.py`, then `drafter.py`.
 """

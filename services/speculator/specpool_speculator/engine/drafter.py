@@ -1,4 +1,4 @@
-"""The speculator without threads and streams: apply what targets say, plan rows, forward, extend, push tables.
+"""The speculator without threads and streams: apply what targets say, schedule rows, forward, extend, push tables.
 
 One thread owns it. What targets say goes to `held`, and responses are collected in `held.outbox`.
 """
@@ -23,7 +23,7 @@ from specpool_speculator.dense.dense_rows import RowMemory
 from specpool_speculator.engine.estimates import Estimates
 from specpool_speculator.engine.held_sequences import HeldSequences
 from specpool_speculator.engine.opened_sequence import DraftLimits
-from specpool_speculator.engine.scheduler import PlannedWork, StepPlan, cancel, plan_step
+from specpool_speculator.engine.scheduler import ScheduledStep, ScheduledWork, cancel, schedule_step
 from specpool_speculator.engine.step_stats import DraftStepStats
 from specpool_speculator.tree.node import Node, NodeRanks
 from specpool_speculator.tree.ranks import Ranker, RanksNodes
@@ -104,37 +104,37 @@ class Drafter:
         """One forward, if any row is worth it."""
         started_s = time.monotonic()
         for row_budget in (self._config.row_budget, 0):
-            planned = self._plan(row_budget)
-            if not planned:
+            scheduled = self._schedule(row_budget)
+            if not scheduled:
                 break
             try:
-                forward_s = self._run(planned)
-            except KVCacheFull:  # fewer blocks were free than the plan thought: then without branches
+                forward_s = self._run(scheduled)
+            except KVCacheFull:  # fewer blocks were free than the schedule thought: then without branches
                 continue
             except _OthersCanRun:
                 return self.step()
-            self._account(planned, forward_s, time.monotonic() - started_s)
+            self._account(scheduled, forward_s, time.monotonic() - started_s)
             return True
         return False
 
-    def _plan(self, row_budget: int) -> list[PlannedWork]:
+    def _schedule(self, row_budget: int) -> list[ScheduledWork]:
         sequences = list(self.held)
         try:
-            plan = self._plan_for(sequences, row_budget)
+            step = self._schedule_for(sequences, row_budget)
         except Exception:
             for sequence in sequences:
-                self._try(sequence, lambda one: cancel(self._plan_for([one], row_budget).work))
-            plan = self._plan_for(list(self.held), row_budget)
-        self._roomless = plan.roomless
-        return plan.work
+                self._try(sequence, lambda one: cancel(self._schedule_for([one], row_budget).work))
+            step = self._schedule_for(list(self.held), row_budget)
+        self._roomless = step.roomless
+        return step.work
 
-    def _plan_for(self, sequences: Sequence[SequenceState], row_budget: int) -> StepPlan:
-        return plan_step(
+    def _schedule_for(self, sequences: Sequence[SequenceState], row_budget: int) -> ScheduledStep:
+        return schedule_step(
             sequences,
             self._model.pool,
             row_budget=row_budget,
             max_prefill_tokens=self._config.max_prefill_tokens,
-            step_s=self.step_time if self._config.plan_rows else lambda num_rows: 0.0,
+            step_s=self.step_time if self._config.skip_costly_rows else lambda num_rows: 0.0,
         )
 
     def _try(self, sequence: SequenceState, action: Callable[[SequenceState], None]) -> bool:
@@ -146,24 +146,24 @@ class Drafter:
             return False
         return True
 
-    def _refused(self, planned: Sequence[PlannedWork]) -> list[tuple[SequenceState, SpecPoolError]]:
+    def _refused(self, scheduled: Sequence[ScheduledWork]) -> list[tuple[SequenceState, SpecPoolError]]:
         """Whose work no model can run, and why."""
         found: list[tuple[SequenceState, SpecPoolError]] = []
-        for p in planned:
+        for p in scheduled:
             try:
                 check_segments([_segment(p)], max_context=self._model.max_context, vocab_size=self._model.vocab_size)
             except SpecPoolError as error:
                 found.append((p.sequence, error))
         return found
 
-    def _run(self, planned: Sequence[PlannedWork]) -> float:
+    def _run(self, scheduled: Sequence[ScheduledWork]) -> float:
         """Forward, rank, extend; returns the forward's seconds."""
         started_s = time.monotonic()
         try:
-            logits = self._model.forward([_segment(p) for p in planned])
+            logits = self._model.forward([_segment(p) for p in scheduled])
         except BaseException as error:
-            refused = self._refused(planned) if isinstance(error, SpecPoolError) else []
-            cancel(planned)
+            refused = self._refused(scheduled) if isinstance(error, SpecPoolError) else []
+            cancel(scheduled)
             for sequence, refusal in refused:
                 self.held.fail(sequence.key, refusal)
             if refused:
@@ -172,8 +172,8 @@ class Drafter:
         if logits.is_cuda:  # or the time of a step without logits would count as the next one's
             torch.cuda.current_stream(logits.device).synchronize()
         forward_s = time.monotonic() - started_s
-        ranks = iter(self._ranks(logits, [(p.sequence, node) for p in planned for node in p.work.nodes]))
-        for p in planned:
+        ranks = iter(self._ranks(logits, [(p.sequence, node) for p in scheduled for node in p.work.nodes]))
+        for p in scheduled:
             self._finish(p, [next(ranks) for _ in p.work.nodes])
         return forward_s
 
@@ -190,22 +190,22 @@ class Drafter:
                     self.held.fail(sequence.key, error)
             return ranks
 
-    def _finish(self, planned: PlannedWork, ranks: Sequence[NodeRanks | None]) -> None:
-        sequence, work = planned.sequence, planned.work
+    def _finish(self, scheduled: ScheduledWork, ranks: Sequence[NodeRanks | None]) -> None:
+        sequence, work = scheduled.sequence, scheduled.work
         found = [one for one in ranks if one is not None]
         if not self.held.holds(sequence) or len(found) < len(ranks):
             work.cancel()  # it has ended meanwhile
             return
         work.finish(found)
-        if not planned.is_branch and sequence.tree.round == 0 and sequence.tree.root.is_computed:
+        if not scheduled.is_branch and sequence.tree.round == 0 and sequence.tree.root.is_computed:
             self._try(sequence, lambda one: one.tree.publish())
 
-    def _account(self, planned: Sequence[PlannedWork], forward_s: float, step_s: float) -> None:
-        num_rows = sum(len(p.work.tokens) for p in planned)
+    def _account(self, scheduled: Sequence[ScheduledWork], forward_s: float, step_s: float) -> None:
+        num_rows = sum(len(p.work.tokens) for p in scheduled)
         if num_rows <= _MAX_FITTED_ROWS:
             self.step_time.observe(num_rows, step_s)
         drafted = Counter[str]()
-        for p in planned:
+        for p in scheduled:
             drafted[p.sequence.options.tenant] += len(p.work.nodes)
         for tenant, num_tokens in drafted.items():
             self._on_draft(tenant, num_tokens)
@@ -254,6 +254,6 @@ class Drafter:
             self.held.outbox.table(sequence, entries)
 
 
-def _segment(planned: PlannedWork) -> Segment:
-    work = planned.work
+def _segment(scheduled: ScheduledWork) -> Segment:
+    work = scheduled.work
     return Segment(kv=work.kv, tokens=work.tokens, num_logits=len(work.nodes))

@@ -1,6 +1,6 @@
 """The speculator's engine: owns the draft model and runs the loop.
 
-    receive -> apply outcomes -> plan rows -> forward -> extend branches -> push tables
+    receive -> apply outcomes -> schedule rows -> forward -> extend branches -> push tables
 
 There is at most one forward between receiving an outcome and acting on it. With nothing to draft the thread waits for
 commands.
@@ -53,8 +53,8 @@ class EngineSnapshot:
     """c, r after a rejection; c, r after everything was accepted."""
     confidence_spread: float = 0.0
     """See `RankCalibration.confidence_spread`."""
-    plan: str = ""
-    """What the rows of a step are planned from, in words."""
+    explanation: str = ""
+    """What the rows of a step are chosen from, in words."""
     refusals: Mapping[Reason, int] = field(default_factory=dict)
     """Sequences refused since the start, by reason."""
 
@@ -201,7 +201,7 @@ class SpeculatorEngine:
             acceptance_rate=estimates.acceptance,
             miss_power_law=law,
             confidence_spread=estimates.calibration.confidence_spread,
-            plan=self._explain_plan(),
+            explanation=self._explain_rows(),
             refusals=self._report_refusals(),
         )
 
@@ -214,7 +214,7 @@ class SpeculatorEngine:
         self._seen_refusals = counts.copy()
         return dict(counts)
 
-    def _explain_plan(self) -> str:
+    def _explain_rows(self) -> str:
         time = self._drafter.step_time
         calibration = self._drafter.estimates[VerificationMode.GREEDY].calibration
         return (

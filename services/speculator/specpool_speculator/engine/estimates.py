@@ -22,7 +22,7 @@ _REFIT_EVERY = 16
 
 
 @dataclass(frozen=True, slots=True)
-class GuessPlan:
+class GuessSpread:
     """How one round's outcome is guessed, for a lookahead of d tokens."""
 
     fan_out: tuple[int, ...]
@@ -50,7 +50,7 @@ class Estimates:
     _after_acceptance: MissPowerLawEstimator = field(
         default_factory=lambda: MissPowerLawEstimator(DEFAULT_MISS_AFTER_ACCEPTANCE)
     )
-    _plans: dict[int, GuessPlan] = field(default_factory=dict)
+    _spreads: dict[int, GuessSpread] = field(default_factory=dict)
     _num_outcomes: int = 0
 
     @property
@@ -89,23 +89,23 @@ class Estimates:
             law.observe(rank, len(guesses))
         self._num_outcomes += 1
         if self._num_outcomes % _REFIT_EVERY == 0:
-            self._plans.clear()
+            self._spreads.clear()
 
-    def plan(self, lookahead: int) -> GuessPlan:
+    def spread(self, lookahead: int) -> GuessSpread:
         """How to guess the outcome of verifying `lookahead` draft tokens."""
-        plan = self._plans.get(lookahead)
-        if plan is None:
-            plan = self._plans[lookahead] = self._fit(lookahead)
-        return plan
+        spread = self._spreads.get(lookahead)
+        if spread is None:
+            spread = self._spreads[lookahead] = self._fit(lookahead)
+        return spread
 
-    def _fit(self, lookahead: int) -> GuessPlan:
+    def _fit(self, lookahead: int) -> GuessSpread:
         acceptance, laws = self.acceptance, self.miss_laws
         if self.policy == "uniform":
             fan_out = uniform_fan_out(self.budget, lookahead)
         else:
             fan_out = geometric_fan_out(self.budget, lookahead, acceptance, *laws)
         law_of = [laws[0]] * lookahead + [laws[1]]
-        return GuessPlan(
+        return GuessSpread(
             fan_out,
             tuple(
                 tuple(p * (law.miss_rate(i) - law.miss_rate(i + 1)) for i in range(count))

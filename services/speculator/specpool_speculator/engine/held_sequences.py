@@ -164,8 +164,8 @@ class HeldSequences:
             tree.free()
             raise _no_room(f"{len(message.token_ids)} tokens do not fit into the KV cache beside the others")
         tree.set_path(message.draft_tokens)
-        plan = self._estimates[options.verification].plan(len(message.draft_tokens))
-        sequence = self._sequences[key] = SequenceState(key, options, tree, plan)
+        spread = self._estimates[options.verification].spread(len(message.draft_tokens))
+        sequence = self._sequences[key] = SequenceState(key, options, tree, spread)
         sequence.is_dense = self._is_dense(sequence)
         self._spans.open(key, message.traceparent, options)
 
@@ -204,7 +204,7 @@ class HeldSequences:
     def _set_path(
         self, sequence: SequenceState, draft_tokens: list[int], source: speculator_pb2.DraftSource.ValueType
     ) -> None:
-        sequence.start_round(draft_tokens, self._estimates[sequence.options.verification].plan(len(draft_tokens)))
+        sequence.start_round(draft_tokens, self._estimates[sequence.options.verification].spread(len(draft_tokens)))
         is_ours = source == speculator_pb2.DRAFT_SOURCE_SPECULATOR and bool(draft_tokens)
         if is_ours and sequence.options.sends_distributions:
             channel = self._channels.get(sequence.key[0])

@@ -30,7 +30,7 @@ _FIRST_TOKEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedWork:
+class ScheduledWork:
     """Tokens of one sequence in the step."""
 
     sequence: SequenceState
@@ -42,13 +42,13 @@ class PlannedWork:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class ScheduledStep:
     """What the next forward runs."""
 
-    work: list[PlannedWork]
+    work: list[ScheduledWork]
     """Empty when there is nothing worth a step."""
     roomless: list[SequenceKey]
-    """Sequences whose path could not be planned because the others fill the memory."""
+    """Sequences whose path could not be scheduled because the others fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,10 @@ class Candidate:
 
 
 class _Step:
-    """The plan in the making: rows, and blocks not yet spoken for."""
+    """The step in the making: rows, and blocks not yet spoken for."""
 
     def __init__(self, pool: BlockPool) -> None:
-        self.planned: list[PlannedWork] = []
+        self.scheduled: list[ScheduledWork] = []
         self.roomless: list[SequenceKey] = []
         self.num_path_tokens = 0
         self._pool = pool
@@ -90,7 +90,7 @@ class _Step:
         return len(work.tokens)
 
     def add_row(self, sequence: SequenceState, node: Node) -> bool:
-        """Run a branch tip, unless it is planned already or there is no block for it."""
+        """Run a branch tip, unless it is scheduled already or there is no block for it."""
         if id(node) in self._nodes or not self.has_room(_ONE_BLOCK):
             return False
         self._add(sequence, sequence.tree.work_on(node, self._taken), _ONE_BLOCK, is_branch=True)
@@ -99,17 +99,17 @@ class _Step:
     def _add(self, sequence: SequenceState, work: Work, num_blocks: int, *, is_branch: bool) -> None:
         self._num_blocks += num_blocks
         self._nodes.update(map(id, work.nodes))
-        self.planned.append(PlannedWork(sequence, work, is_branch))
+        self.scheduled.append(ScheduledWork(sequence, work, is_branch))
 
 
-def plan_step(
+def schedule_step(
     sequences: Sequence[SequenceState],
     pool: BlockPool,
     *,
     row_budget: int,
     max_prefill_tokens: int,
     step_s: Callable[[int], float] = lambda num_rows: 0.0,
-) -> StepPlan:
+) -> ScheduledStep:
     """Rows of the next forward.
 
     `step_s` gives the seconds of a step by its rows, 0 while nothing is measured: of the branches within `row_budget`
@@ -117,10 +117,10 @@ def plan_step(
     """
     step = _Step(pool)
     try:
-        num_rows = _plan_asked(step, sequences)
-        _plan_paths(step, sequences, max_prefill_tokens)
+        num_rows = _take_asked(step, sequences)
+        _take_paths(step, sequences, max_prefill_tokens)
         candidates = [c for sequence in sequences for c in branch_candidates(sequence)]
-        if step.planned or any(c.is_worth_a_step for c in candidates):
+        if step.scheduled or any(c.is_worth_a_step for c in candidates):
             values = sorted((c.value for c in candidates), reverse=True)
             num_branches = rows_worth_running(
                 values, step_s, num_rows=row_budget - num_rows, num_fixed=num_rows + step.num_path_tokens
@@ -128,18 +128,18 @@ def plan_step(
             for candidate in share_rows(candidates, num_branches):
                 step.add_row(candidate.sequence, candidate.node)
     except Exception:
-        cancel(step.planned)
+        cancel(step.scheduled)
         raise
-    return StepPlan(step.planned, step.roomless)
+    return ScheduledStep(step.scheduled, step.roomless)
 
 
-def cancel(planned: Iterable[PlannedWork]) -> None:
+def cancel(scheduled: Iterable[ScheduledWork]) -> None:
     """It will not be run."""
-    for one in planned:
+    for one in scheduled:
         one.work.cancel()
 
 
-def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
+def _take_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
     """One row for each sequence whose target waits and whose root is computed."""
     num_rows = 0
     for sequence in sequences:
@@ -151,18 +151,18 @@ def _plan_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
     return num_rows
 
 
-def _plan_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int) -> None:
+def _take_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int) -> None:
     """Missing tokens of in-flight paths, those that a target waits for first, long ones last."""
     waiting = [s for s in sequences if _misses_path(s)]
     waiting.sort(key=lambda s: (s.request is None, s.tree.missing()))
-    planned = {planned.sequence.key for planned in step.planned}
+    scheduled = {scheduled.sequence.key for scheduled in step.scheduled}
     for sequence in waiting:
         limit = min(max_tokens, sequence.tree.missing())
         if limit < 1:
             return
-        if step.has_room(blocks_for(limit, step._pool)) or make_room(step, sequence, sequences, limit, planned):
+        if step.has_room(blocks_for(limit, step._pool)) or make_room(step, sequence, sequences, limit, scheduled):
             max_tokens -= step.add_path(sequence, limit, root_only=not sequence.options.speculates_ahead)
-            planned.add(sequence.key)
+            scheduled.add(sequence.key)
         else:
             step.roomless.append(sequence.key)
 
@@ -181,13 +181,13 @@ def make_room(
     sequence: SequenceState,
     sequences: Sequence[SequenceState],
     num_tokens: int,
-    planned: set[tuple[int, str]],
+    scheduled: set[tuple[int, str]],
 ) -> bool:
     """Give up branches, then whole sequences of less weight or more blocks, until `num_tokens` fit."""
     num_blocks = blocks_for(num_tokens, step._pool)
-    others = [s for s in sequences if s is not sequence and s.key not in planned]
+    others = [s for s in sequences if s is not sequence and s.key not in scheduled]
     trees = [s.tree for s in sorted(others, key=lambda s: (s.options.weight, -s.tree.num_blocks))]
-    for tree in [*trees, sequence.tree] if sequence.key not in planned else trees:
+    for tree in [*trees, sequence.tree] if sequence.key not in scheduled else trees:
         tree.prune()
         if step.has_room(num_blocks):
             return True

@@ -53,7 +53,7 @@ class Ranker:
         groups: dict[tuple[VerificationMode, int, int, bool], list[int]] = defaultdict(list)
         for index, (sequence, _) in enumerate(rows):
             options = sequence.options
-            fan_out = max(sequence.plan.fan_out[0], 1) if options.verification is VerificationMode.REJECTION else 0
+            fan_out = max(sequence.spread.fan_out[0], 1) if options.verification is VerificationMode.REJECTION else 0
             groups[options.verification, options.vocab_size, fan_out, sequence.is_dense].append(index)
         ranks: dict[int, NodeRanks] = {}
         for (mode, vocab_size, fan_out, is_dense), indices in groups.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
-from specpool_speculator.engine.estimates import GuessPlan
+from specpool_speculator.engine.estimates import GuessSpread
 from specpool_speculator.tree.draft_tree import DraftTree
 from specpool_speculator.tree.node import Node
 
@@ -74,7 +74,7 @@ class Guess:
 
 @dataclass(slots=True)
 class SequenceState:
-    """Tree, plan of the running round, and what the target was told."""
+    """Tree, spread of the running round, and what the target was told."""
 
     key: SequenceKey
     """Its connection and id."""
@@ -82,7 +82,7 @@ class SequenceState:
     """As opened."""
     tree: DraftTree
     """Everything drafted."""
-    plan: GuessPlan
+    spread: GuessSpread
     """Fan-out of the running round."""
     request: Request | None = None
     """What the target waits for."""
@@ -115,7 +115,7 @@ class SequenceState:
 
     @property
     def _is_best_first(self) -> bool:
-        return self.plan.budget > 0 and self.options.verification is not VerificationMode.REJECTION
+        return self.spread.budget > 0 and self.options.verification is not VerificationMode.REJECTION
 
     def _open_path(self) -> Iterator[tuple[Node, int | None]]:
         """Nodes after which the outcome may be guessed now, each with the token that is verified there."""
@@ -126,10 +126,10 @@ class SequenceState:
             yield node, path[k + 1].token if k + 1 < len(path) else None
 
     def _by_fan_out(self) -> list[list[tuple[int, float]]]:
-        """Tokens guessed after each accepted length, and their probabilities, as the plan has it."""
+        """Tokens guessed after each accepted length, and their probabilities, as the spread has it."""
         return [
             list(zip(node.guesses(draft_token), probabilities, strict=False))
-            for (node, draft_token), probabilities in zip(self._open_path(), self.plan.probabilities, strict=False)
+            for (node, draft_token), probabilities in zip(self._open_path(), self.spread.probabilities, strict=False)
         ]
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
@@ -142,13 +142,13 @@ class SequenceState:
             if draft_token is not None:
                 reached *= node.ranks.probability(draft_token)
         by_value = ((p, -k, token) for k, ranked in enumerate(guesses) for token, p in ranked)
-        chosen = {(-k, token) for _, k, token in heapq.nlargest(self.plan.budget, by_value)}
+        chosen = {(-k, token) for _, k, token in heapq.nlargest(self.spread.budget, by_value)}
         return [[(t, p) for t, p in ranked if (k, t) in chosen] for k, ranked in enumerate(guesses)]
 
     def chain_probability(self, node: Node, num_tokens: int) -> float:
         """That the first `num_tokens` tokens drafted after `node` are accepted, given that `node` was."""
         if not self._is_best_first:
-            return self.plan.acceptance**num_tokens
+            return self.spread.acceptance**num_tokens
         probability = 1.0
         for _ in range(num_tokens):
             assert node.ranks is not None, "it has drafted tokens"
@@ -161,8 +161,8 @@ class SequenceState:
         tokens, tip = self.tree.root.chain(limit)
         return tokens, len(tokens) >= limit or self.is_end(tip)
 
-    def start_round(self, draft_tokens: list[int], plan: GuessPlan) -> None:
+    def start_round(self, draft_tokens: list[int], spread: GuessSpread) -> None:
         """The target verifies `draft_tokens` from now on."""
         self.tree.set_path(draft_tokens)
-        self.plan = plan
+        self.spread = spread
         self.pushed.clear()
