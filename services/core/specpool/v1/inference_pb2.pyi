@@ -111,7 +111,7 @@ class GenerateRequest(_message.Message):
     verification: _types_pb2.VerificationMode.ValueType
     """Unspecified: coupled."""
     max_lookahead: _builtins.int
-    """Most draft tokens per round (K); unset: the target plans it from what it measures, up to its own setting, and
+    """Most draft tokens per round (K); unset: the target chooses it from what it measures, up to its own setting, and
     decodes plainly while that is faster.
     """
     session_id: _builtins.str

@@ -909,7 +909,7 @@ class GetSpeculatorStatusResponse(_message.Message):
     """Fitted online: acceptance rate per token and (c, r) of the miss power law after a rejection / after K acceptances."""
     fan_out_policy: _builtins.str
     plan: _builtins.str
-    """What the rows of a step are planned from, for people to read."""
+    """What the rows of a step are chosen from, for people to read."""
     confidence_spread: _builtins.float
     """How much surer the draft is in some places than in others: variance of its first token's calibrated probability p,
     over E[p] (1 - E[p]). Of greedy requests, as are acceptance_rate and miss_power_law.

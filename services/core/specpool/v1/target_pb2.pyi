@@ -230,7 +230,7 @@ class GetTargetStatusResponse(_message.Message):
     max_lookahead: _builtins.int
     """Largest lookahead K."""
     plan: _builtins.str
-    """What K is planned from, for people to read."""
+    """What K is chosen from, for people to read."""
     num_steps: _builtins.int
     """Signs of life of the engine, for routers: steps done since the start, and seconds that the running one has taken so
     far, 0 while it waits for work. A long queue or a long prefill is no reason to leave a target; an engine whose steps
