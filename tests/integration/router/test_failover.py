@@ -142,6 +142,23 @@ async def test_a_target_that_hangs_is_left(start_router: Any, hang_at: int) -> N
     assert len(other.requests[0].committed_token_ids) == hang_at
 
 
+async def test_a_target_that_does_not_get_on_is_the_last_choice(start_router: Any) -> None:
+    stuck, other = FakeTarget(), FakeTarget()
+    stuck.seconds_in_step, other.num_reported = 30.0, 3
+    async with running(stuck, other) as targets:
+        router = await start_router(targets=tuple(targets))
+        num_told = len(stuck.told)
+        await until(lambda: len(stuck.told) >= num_told + 2)
+        async with Client(router, resume=NEVER) as client:
+            check_whole(await client.complete(request_of()))
+            assert not stuck.requests
+            other.state = types_pb2.SERVING_STATE_DRAINING
+            num_told = len(other.told)
+            await until(lambda: len(other.told) >= num_told + 2)
+            check_whole(await client.complete(request_of()))
+            assert stuck.requests
+
+
 @pytest.mark.parametrize("sign", ["steps", "a long step", "another stream"])
 async def test_a_queue_or_a_prefill_may_take_as_long_as_it_likes(start_router: Any, sign: str) -> None:
     busy, other = FakeTarget(), FakeTarget()

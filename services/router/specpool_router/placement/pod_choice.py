@@ -26,7 +26,7 @@ class Candidate:
     is_leaving: bool = False
     """Its pod is terminating, or its node is out of reach: better than none, and chosen only then."""
     is_late: bool = False
-    """It did not answer when it was asked last: one that did is better."""
+    """It did not answer when it was asked last, or does not get on: another one is better."""
 
 
 def choose_target(

@@ -30,6 +30,8 @@ _MAX_MISSED: Final = 3
 """Status answers in a row that may be late: a busy or stopped process is not a dead one."""
 _FLOW_S: Final = 5.0
 """A pod whose streams brought something this lately is alive, whatever became of its status."""
+_STUCK_S: Final = 10.0
+"""A pod whose engine has been at one thing for longer is used where there is no other."""
 _REMEMBERED_S: Final = 600.0
 """How long a model is expected back after its last target went."""
 Status = TypeVar("Status", target_pb2.GetTargetStatusResponse, speculator_pb2.GetSpeculatorStatusResponse)
@@ -57,6 +59,8 @@ class Pod(Generic[Status]):
     """When a stream last brought something, by the event loop's clock."""
     progressed_s: float = -math.inf
     """When its status last showed that it gets on, by the same clock."""
+    is_stuck: bool = False
+    """Whether its status shows that it has not got on for a while."""
     task: asyncio.Task[None] | None = None
     is_leaving: bool = False
     """Whether it is no longer to be polled."""
@@ -78,7 +82,7 @@ class Pod(Generic[Status]):
             num_sequences=max(self.num_streams, load.num_sequences_running + load.num_sequences_waiting),
             available=is_alive and self.healthy and self.status.state == types_pb2.SERVING_STATE_SERVING,
             is_leaving=self.endpoint.terminating or not self.endpoint.ready,
-            is_late=self.num_missed > 0,
+            is_late=self.num_missed > 0 or self.is_stuck,
         )
 
     def lose(self, error: str) -> None:
@@ -227,7 +231,9 @@ class Pods(Generic[Status]):
             answered = False
         else:
             now_s = time.monotonic()
-            pod.progressed_s = max(pod.progressed_s, now_s - self._sign_of_life(pod.status, status))
+            silent_s = self._sign_of_life(pod.status, status)
+            pod.progressed_s = max(pod.progressed_s, now_s - silent_s)
+            pod.is_stuck = _STUCK_S < silent_s < math.inf
             pod.status, pod.healthy, pod.reachable, pod.error = status, healthy, True, ""
             self._served_s[status.model.name] = now_s
             answered = True
