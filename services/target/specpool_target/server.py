@@ -24,9 +24,9 @@ from specpool_engine.modeling.text_codec import TextCodec
 from specpool_engine.runtime.loading import EngineSettings, load_engine, prepare_process
 from specpool_engine.runtime.running import running
 from specpool_target.config import TargetConfig
+from specpool_target.dense.receiving_group import DenseReceiver
 from specpool_target.engine.engine import TargetEngine
 from specpool_target.links.link import LinkRegistry
-from specpool_target.links.receiving_group import DenseReceiver
 from specpool_target.metrics import TargetMetrics
 from specpool_target.requests.request_reader import RequestReader
 from specpool_target.service import TargetService

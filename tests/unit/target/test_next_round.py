@@ -13,10 +13,10 @@ from specpool_target.engine.outbox import TargetOutbox
 from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
 from specpool_target.engine.streams import Streams
 from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.knowledge import SpeculatorKnowledge
 from specpool_target.links.link import LinkMeasurements
 from specpool_target.links.live_links import LiveLinks
 from specpool_target.next_round.fallback_policy import FallbackPolicy
+from specpool_target.next_round.knowledge import SpeculatorKnowledge
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.speculation_trials import Verdict

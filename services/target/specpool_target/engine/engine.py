@@ -28,11 +28,11 @@ from specpool_target.engine.speculator_events import SpeculatorEvents
 from specpool_target.engine.step_recorder import StepRecorder
 from specpool_target.engine.streams import Emit, Streams
 from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.knowledge import SpeculatorKnowledge
 from specpool_target.links.link import SpeculatorLink
 from specpool_target.links.live_links import LiveLinks
 from specpool_target.metrics import TargetMetrics
 from specpool_target.next_round.fallback_policy import FallbackPolicy
+from specpool_target.next_round.knowledge import SpeculatorKnowledge
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.observer import Observer

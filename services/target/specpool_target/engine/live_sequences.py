@@ -13,8 +13,8 @@ from specpool_engine.modeling.interface import CausalModel, check_segments
 from specpool_target.engine.outbox import TargetOutbox
 from specpool_target.engine.scheduler import ScheduledStep, Scheduler
 from specpool_target.engine.sequence import SequenceUpdate, TargetSequence
-from specpool_target.links.knowledge import SpeculatorKnowledge
 from specpool_target.metrics import TargetMetrics
+from specpool_target.next_round.knowledge import SpeculatorKnowledge
 
 _logger = logging.getLogger(__name__)
 _MAX_MESSAGE: Final = 500

@@ -8,9 +8,9 @@ from functools import partial
 from specpool_engine.runtime.engine_thread import EngineThread
 from specpool_target.engine.live_sequences import LiveSequences
 from specpool_target.engine.sequence import TargetSequence
-from specpool_target.links.knowledge import SpeculatorKnowledge
 from specpool_target.links.link import SpeculatorLink
 from specpool_target.metrics import TargetMetrics
+from specpool_target.next_round.knowledge import SpeculatorKnowledge
 from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.speculation_trials import SpeculationTrials
 

@@ -32,8 +32,8 @@ from specpool.rpc.errors import from_rpc_error
 from specpool.speculation.handshake import check_ack
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, target_pb2, types_pb2
 from specpool_engine.distributions.transport import Transport
+from specpool_target.dense.receiving_group import DenseReceiver, ReceivingGroup
 from specpool_target.links.inbox import Distributions, SpeculationInbox
-from specpool_target.links.receiving_group import DenseReceiver, ReceivingGroup
 from specpool_target.verify.arrived_distributions import ArrivedDistributions
 
 _logger = logging.getLogger(__name__)

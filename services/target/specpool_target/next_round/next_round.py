@@ -15,8 +15,8 @@ from specpool.algorithm.fallback import NO_WAIT, FallbackChoice
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
 from specpool_target.engine.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
-from specpool_target.links.knowledge import SpeculatorKnowledge
 from specpool_target.next_round.fallback_policy import FallbackPolicy
+from specpool_target.next_round.knowledge import SpeculatorKnowledge
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.speculation_trials import Verdict
 from specpool_target.verify.verify_step import effective_mode

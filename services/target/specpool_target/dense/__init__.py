@@ -1,0 +1,1 @@
+"""Dense draft distributions on their way to a target, through a process group of two ranks."""
