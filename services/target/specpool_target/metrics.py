@@ -24,6 +24,9 @@ ROUND_PHASES: Final = ("waiting", "forward", "verify", "other")
 FALLBACK_REASONS: Final = ("wait", "backup", "no_draft", "deadline", "speculator_lost", "late_distributions")
 """Why a round was not what it should have been: a miss waited for a speculation, used the backup, or had no draft; a
 deadline passed; the speculator was lost; draft distributions came too late (sample-and-match)."""
+MOVE_REASONS: Final = ("lost", "refused", "going_away", "unlisted", "silent", "crowded")
+"""Why a running sequence left its speculator: the stream was lost; it does not take the sequence; it drains; the
+directory names it no more, or as one that goes; it owed an answer for long; another has been better for long."""
 TOKEN_BUCKETS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
 FIRST_TOKEN_BUCKETS_S: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 
@@ -88,6 +91,15 @@ class TargetMetrics:
             "Messages dropped because their incarnation, sequence or round has passed.",
             registry=self.registry,
         )
+        self._moves = children(
+            Counter(
+                "specpool_sequence_moves",
+                "Running sequences that lost their speculator or were given to another, by reason.",
+                ["reason"],
+                registry=self.registry,
+            ),
+            (*MOVE_REASONS, OTHER),
+        )
         self._links = Gauge(
             "specpool_speculator_links", "Speculators connected to this target.", registry=self.registry
         )
@@ -140,6 +152,10 @@ class TargetMetrics:
     def stale_message(self, count: int = 1) -> None:
         """Messages from a speculator were dropped as stale."""
         self._stale.inc(count)
+
+    def sequence_moved(self, reason: str) -> None:
+        """A running sequence lost its speculator, or has another. May be called from any thread."""
+        self._moves.get(reason, self._moves[OTHER]).inc()
 
     def set_links(self, num_connected: int) -> None:
         """Speculators connected now."""

@@ -6,17 +6,16 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Final
 
 from specpool.discovery import directory
 from specpool.process import freeze_loaded_objects
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.shutdown import CLOSE_S, close_within
-from specpool.speculation.handshake import PROTOCOL_VERSION
+from specpool.speculation import PoolEvents, PoolIdentity, SpeculationPool
 from specpool.telemetry import tracing
 from specpool.telemetry.metrics import serve_metrics
-from specpool.v1 import speculator_pb2, target_pb2, target_pb2_grpc, types_pb2
+from specpool.v1 import target_pb2, target_pb2_grpc, types_pb2
 from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.files import Progress, no_progress
 from specpool_engine.modeling.interface import CausalModel
@@ -26,7 +25,6 @@ from specpool_engine.runtime.running import running
 from specpool_target.config import TargetConfig
 from specpool_target.dense.receiving_group import DenseReceiver
 from specpool_target.engine.engine import TargetEngine
-from specpool_target.links.link import LinkRegistry
 from specpool_target.metrics import TargetMetrics
 from specpool_target.requests.request_reader import RequestReader
 from specpool_target.service import TargetService
@@ -60,22 +58,31 @@ async def serve(
     model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
     metrics = TargetMetrics(info.name)
     metrics.set_engine(attention_backend=info.attention_backend, dtype=info.dtype, device=info.device)
+    peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
+    loop = asyncio.get_running_loop()
+    receiver = DenseReceiver(
+        transports=offered(config.distribution_transport, config.device),
+        device=model.device,
+        vocab_size=model.vocab_size,
+        on_received=metrics.dense_distributions,
+    )
+    identity = PoolIdentity(peer=peer, model=info, max_lookahead=config.max_lookahead)
+
+    def make_pool(events: PoolEvents) -> SpeculationPool:
+        return SpeculationPool(speculators, identity, loop=loop, events=events, receiver=receiver, flushes_itself=False)
+
     engine = TargetEngine(
         model,
         config,
-        loop=asyncio.get_running_loop(),
+        loop=loop,
         metrics=metrics,
+        make_pool=make_pool,
         on_failed=stopping.set,
         before_start=loaded.prepare_thread,
     )
     info.max_context = engine.max_context
     codec = TextCodec(tokenizer)
     info.max_prompt_chars = min(engine.max_context * codec.max_chars_per_token(), _MAX_UINT32)
-    peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
-    receiver = DenseReceiver(
-        device=model.device, vocab_size=model.vocab_size, on_received=metrics.dense_distributions
-    )  # fmt: skip
-    links = LinkRegistry(partial(_hello, peer, info, config), engine.speculators, receiver)
     server = create_server()
     reader = RequestReader(
         model=info,
@@ -85,7 +92,6 @@ async def serve(
     )
     service = TargetService(
         engine,
-        links,
         reader,
         peer=lambda: peer,
         model=info,
@@ -98,7 +104,7 @@ async def serve(
     peer.endpoint = config.advertise or bound
     freeze_loaded_objects()
     try:
-        await speculators.start()
+        engine.pool.start()
         async with running(engine.thread, model, config.stall_timeout_s):
             if config.metrics_port is not None:
                 _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
@@ -108,19 +114,9 @@ async def serve(
             if on_ready is not None:
                 on_ready(bound)
             await run_until_stopped(server, service.drain, health=health, grace_s=config.drain_grace_s, stop=stopping)
-            await close_within(CLOSE_S, links=links.close())
+            await close_within(CLOSE_S, pool=engine.pool.aclose())
     finally:
-        await close_within(CLOSE_S, discovery=speculators.close(), links=links.close(), traces=traces.aclose())
-
-
-def _hello(peer: types_pb2.Peer, info: types_pb2.ModelInfo, config: TargetConfig) -> speculator_pb2.Hello:
-    return speculator_pb2.Hello(
-        protocol_version=PROTOCOL_VERSION,
-        target=peer,
-        model=info,
-        transports=[transport.value for transport in offered(config.distribution_transport, config.device)],
-        max_lookahead=config.max_lookahead,
-    )
+        await close_within(CLOSE_S, pool=engine.pool.aclose(), traces=traces.aclose())
 
 
 def end_token_ids(model: CausalModel, tokenizer: Any) -> frozenset[int]:

@@ -22,8 +22,7 @@ from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SpeculationMode
-from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.link import LinkRegistry
+from specpool_target.link_status import link_statuses
 from specpool_target.requests.reader_threads import ReaderThreads
 from specpool_target.requests.request_reader import RequestReader
 from specpool_target.requests.response_stream import Response, ResponseStream
@@ -37,7 +36,6 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
     def __init__(
         self,
         engine: TargetEngine,
-        links: LinkRegistry,
         reader: RequestReader,
         *,
         peer: Callable[[], types_pb2.Peer],
@@ -46,7 +44,6 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         directory: Discovery,
     ) -> None:
         self._engine = engine
-        self._links = links
         self._reader = reader
         self._threads = ReaderThreads()
         self._peer = peer
@@ -74,7 +71,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             with self._counted():
                 self._reader.check_sizes(request)
                 stream = await self._threads.run(request.ByteSize(), partial(self._read, request, span))
-            _describe(span, request, stream.request)
+            _describe(span, stream.request)
             async with aclosing(self._run(request, stream)) as responses:
                 async for response in responses:
                     yield response
@@ -105,16 +102,11 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
                 yield Response(delta=inference_pb2.GenerationDelta(text=stream.pending_text))
             yield stream.finished(_nothing_left(stream.is_complete))
             return
-        link, inbox = None, None
-        if request.speculator_endpoint and sequence.mode is not SpeculationMode.OFF:
-            link, inbox = self._links.get(request.speculator_endpoint), SpeculationInbox(sequence.max_lookahead)
-            await link.wait_first_attempt(self._connect_deadline_s)
-            link.add_sequence(sequence.id, inbox)
+        if sequence.mode is not SpeculationMode.OFF:
+            await self._engine.pool.settled(self._connect_deadline_s)
         try:
             with self._counted():
-                self._engine.submit(
-                    sequence, stream.updates.put_nowait, detokenizer=stream.engine_detokenizer, link=link, inbox=inbox
-                )
+                self._engine.submit(sequence, stream.updates.put_nowait, detokenizer=stream.engine_detokenizer)
             yield stream.started(request_id)
             async with aclosing(stream.responses()) as responses:
                 async for response in responses:
@@ -122,8 +114,6 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         finally:
             # Also after a cancellation: both engines learn of it now.
             self._engine.cancel(sequence.id)
-            if link is not None:
-                link.remove_sequence(sequence.id)
 
     async def GetTargetStatus(
         self, request: target_pb2.GetTargetStatusRequest, context: Context
@@ -138,7 +128,7 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
             state=types_pb2.SERVING_STATE_DRAINING if draining else types_pb2.SERVING_STATE_SERVING,
             model=self._model,
             load=self._engine.load(),
-            speculators=self._links.statuses(),
+            speculators=link_statuses(self._engine.pool),
             max_lookahead=self._reader.max_lookahead,
             plan=self._engine.lookahead.explain(),
             num_steps=self._engine.thread.heartbeat.num_steps,
@@ -194,7 +184,7 @@ def _nothing_left(reason: FinishReason) -> Finish:
     return Finish(reason=reason, stats=types_pb2.GenerationStats(), num_cached_prompt_tokens=0)
 
 
-def _describe(span: Span, request: target_pb2.RunSequenceRequest, sequence: SequenceRequest) -> None:
+def _describe(span: Span, sequence: SequenceRequest) -> None:
     if span.is_recording():
         span.set_attributes(
             {
@@ -205,7 +195,6 @@ def _describe(span: Span, request: target_pb2.RunSequenceRequest, sequence: Sequ
                 tracing.SPECULATION_MODE: sequence.mode.value,
                 tracing.VERIFICATION_MODE: sequence.verification.value,
                 tracing.TENANT: sequence.tenant,
-                tracing.SPECULATOR: request.speculator_endpoint,
                 tracing.SEQUENCE: sequence.id,
             }
         )

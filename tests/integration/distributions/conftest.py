@@ -41,7 +41,8 @@ class Target:
         )
         request.tokens.token_ids.extend(PROMPT)
         tokens: list[int] = []
-        message = target_pb2.RunSequenceRequest(request=request, speculator_endpoint=speculator)
+        known = [types_pb2.SpeculatorEndpoint(address=speculator)]
+        message = target_pb2.RunSequenceRequest(request=request, speculators=known)
         async for response in self.stub.RunSequence(message, timeout=60):
             if response.WhichOneof("event") == "delta":
                 tokens += response.delta.token_ids

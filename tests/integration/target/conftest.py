@@ -246,6 +246,8 @@ class TargetClient:
     def __init__(self, endpoint: str, connection: grpc.aio.Channel) -> None:
         self.endpoint = endpoint
         self.stub = target_pb2_grpc.TargetServiceStub(connection)
+        self.paired: list[str] = []
+        """What was reported, of all streams."""
 
     def message(
         self,
@@ -271,7 +273,7 @@ class TargetClient:
             request.tokens.token_ids.extend(prompt)
         return target_pb2.RunSequenceRequest(
             request=request,
-            speculator_endpoint=speculator,
+            speculators=[types_pb2.SpeculatorEndpoint(address=speculator)] if speculator else [],
             committed_token_ids=committed,
             num_text_chars_sent=num_text_chars_sent,
         )
@@ -283,6 +285,8 @@ class TargetClient:
             if kind == "started":
                 assert started is None
                 started = response.started
+            elif kind == "paired":
+                self.paired.append(response.paired.endpoint)
             elif kind == "delta":
                 tokens += response.delta.token_ids
                 text += response.delta.text

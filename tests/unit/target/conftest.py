@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
+
+# Under --import-mode=importlib a folder of tests is no package: its helper module is loaded by path.
+if "one_speculator" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location("one_speculator", Path(__file__).with_name("one_speculator.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules["one_speculator"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["one_speculator"])
+
+from one_speculator import OneSpeculator
 
 from specpool.algorithm.noise import Stream, gumbel_argmax
 from specpool.algorithm.sampling import SamplingParams, process_logits
@@ -51,6 +64,7 @@ class Bench:
             TargetConfig(model="toy", block_size=block_size, **config),
             loop=asyncio.get_running_loop(),
             metrics=TargetMetrics("toy"),
+            make_pool=lambda events: OneSpeculator(events, is_connected=False),
         )
 
     def start(self) -> None:

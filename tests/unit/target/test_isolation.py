@@ -11,12 +11,12 @@ import pytest
 
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull, SequenceFailed
+from specpool.speculation import DraftSource, SequenceHandle
+from specpool.speculation.inbox import SpeculationInbox
 from specpool_engine.modeling import ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.paged_kv import SequenceKV
-from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
-from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.link import LinkMeasurements
+from specpool_target.engine.sequence import SpeculationMode, TargetSequence
 from specpool_target.verify import verify_step as verifying
 
 PROMPT = (1, 2, 3)
@@ -31,18 +31,6 @@ class BrokenDetokenizer(IncrementalDetokenizer):
 
     def push(self, tokens):
         broken()
-
-
-class Link:
-    """Connected, as far as the engine looks at it; with `breaks` nothing can be sent to it any more."""
-
-    def __init__(self) -> None:
-        self.measured = LinkMeasurements(max_lookahead=4)
-        self.is_connected = True
-        self.endpoint, self.transport = "fake", "grpc"
-
-    def send(self, epoch, requests):
-        pass
 
 
 async def assert_only_it_failed(bench, request_for, updates, error=SequenceFailed, beside=None):
@@ -137,12 +125,11 @@ async def test_a_step_without_room_ends_one_sequence(bench_for, request_for, mon
 
 async def connected(bench, request_for, name, **options):
     """A sequence with a speculator that sends nothing."""
-    link, inbox = Link(), SpeculationInbox(4)
-    bench.engine.speculators.link_up(link, 1)
+    bench.engine.pool.connect()
     request = replace(request_for(name, PROMPT, **options), mode=SpeculationMode.SSD, max_lookahead=4)
     updates: asyncio.Queue = asyncio.Queue()
-    bench.engine.submit(request, updates.put_nowait, link=link, inbox=inbox)
-    return updates, link, inbox
+    bench.engine.submit(request, updates.put_nowait)
+    return updates
 
 
 async def test_a_sequence_that_does_not_end_well_is_freed(bench_for, request_for, monkeypatch):
@@ -159,28 +146,20 @@ async def test_a_sequence_that_does_not_end_well_is_freed(bench_for, request_for
 async def test_looking_up_and_choosing(bench_for, request_for, monkeypatch):
     bench = bench_for()
     monkeypatch.setattr(SpeculationInbox, "lookup", broken)
-    updates, _, _ = await connected(bench, request_for, "bad")
-    await assert_only_it_failed(bench, request_for, updates)
+    await assert_only_it_failed(bench, request_for, await connected(bench, request_for, "bad"))
 
 
-async def test_resync(bench_for, request_for, monkeypatch):
+@pytest.mark.parametrize("method", ["next", "started"])
+async def test_what_a_speculator_is_told(bench_for, request_for, monkeypatch, method):
     bench = bench_for()
-    updates, _, _ = await connected(bench, request_for, "bad", max_tokens=200)
-    await updates.get()
-    knowledge = bench.engine.speculators._knowledge
-    whole = knowledge.open
-    monkeypatch.setattr(knowledge, "open", lambda sequence: broken() if sequence.id == "bad" else whole(sequence))
-    bench.engine.speculators.resync("bad")
-    await assert_only_it_failed(bench, request_for, updates)
+    monkeypatch.setattr(SequenceHandle, method, broken)
+    await assert_only_it_failed(bench, request_for, await connected(bench, request_for, "bad", max_tokens=200))
 
 
-async def test_a_speculator_that_comes_and_goes(bench_for, request_for, monkeypatch):
+async def test_giving_it_to_the_pool(bench_for, request_for, monkeypatch):
     bench = bench_for()
-    updates, link, inbox = await connected(bench, request_for, "bad", max_tokens=200)
-    await updates.get()
-    monkeypatch.setattr(inbox, "clear", broken)
-    bench.engine.speculators.link_down(link, 1)
-    await assert_only_it_failed(bench, request_for, updates)
+    monkeypatch.setattr(bench.engine.pool, "open", broken)
+    await assert_only_it_failed(bench, request_for, await connected(bench, request_for, "bad"))
 
 
 async def test_distributions_that_cannot_be_read_are_sample_and_match(bench_for, request_for, monkeypatch):
@@ -192,7 +171,8 @@ async def test_distributions_that_cannot_be_read_are_sample_and_match(bench_for,
         request=SimpleNamespace(sampling=request_for("a", PROMPT, temperature=1.0).sampling,
                                 verification=VerificationMode.REJECTION),
         draft=SimpleNamespace(tokens=[1], source=DraftSource.SPECULATOR),
-        inbox=SpeculationInbox(4), link=None, round=1, stats=SimpleNamespace(num_sample_and_match_rounds=0),
+        handle=SimpleNamespace(take_distributions=lambda: None, has_distributions=lambda: True), round=1,
+        stats=SimpleNamespace(num_sample_and_match_rounds=0),
     )  # fmt: skip
     assert bench.engine.loop._distributions.take([sequence]) == [None]
     assert sequence.stats.num_sample_and_match_rounds == 1

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from specpool.speculation import Measurements
 from specpool_target.engine.sequence import SpeculationMode
-from specpool_target.links.link import LinkMeasurements
 from specpool_target.next_round.fallback_policy import FallbackPolicy
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.speculation_trials import Output, Verdict
@@ -43,7 +43,7 @@ def test_in_a_batch_everyone_pays_for_a_token() -> None:
 
 
 def lookahead(made: LookaheadPolicy, batch_size: int) -> int:
-    return made.lookahead(SpeculationMode.SSD, LinkMeasurements(draft_step_s=0.010, max_lookahead=8), batch_size)
+    return made.lookahead(SpeculationMode.SSD, Measurements(draft_step_s=0.010, max_lookahead=8), batch_size)
 
 
 def test_the_larger_the_batch_the_fewer_tokens_are_worth_verifying() -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from unittest.mock import create_autospec
 
 import pytest
+from one_speculator import LOOKAHEAD, OneSpeculator
 
 from specpool.v1 import speculator_pb2
 from specpool_engine.modeling import BlockPool, ToyModel
@@ -20,11 +21,9 @@ from specpool_engine.modeling.toy import ToyTable
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import SequenceRequest, SpeculationMode, TargetSequence
-from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.link import LinkMeasurements
 from specpool_target.metrics import TargetMetrics
 
-VOCAB, NUM_TOKENS, LOOKAHEAD = 24, 160, 4
+VOCAB, NUM_TOKENS = 24, 160
 
 
 class Clock:
@@ -47,18 +46,6 @@ class TimedModel(ToyModel):
         return super().forward(segments)
 
 
-class Link:
-    """A connected speculator that is asked for nothing in particular."""
-
-    endpoint, transport, is_connected = "fake", "grpc", True
-
-    def __init__(self) -> None:
-        self.measured = LinkMeasurements(max_lookahead=LOOKAHEAD, draft_step_s=0.001, round_trip_s=0.001)
-
-    def send(self, epoch, requests):
-        pass
-
-
 class Workload:
     """Sequences that leave K to the target, and a speculator that often guesses right."""
 
@@ -68,14 +55,15 @@ class Workload:
         model = TimedModel(self.table, BlockPool(256, 4), max_context=512)
         model.clock = clock
         config = TargetConfig(model="toy", block_size=4, max_lookahead=LOOKAHEAD)
-        self.engine = TargetEngine(model, config, loop=asyncio.get_running_loop(), metrics=metrics)
-        self.link = Link()
-        self.engine.speculators.link_up(self.link, 1)
+        loop = asyncio.get_running_loop()
+        self.engine = TargetEngine(model, config, loop=loop, metrics=metrics, make_pool=OneSpeculator)
+        self.speculator = self.engine.pool.connection
+        self.speculator.measured.draft_step_s = self.speculator.measured.round_trip_s = 0.001
         self.decisions: list[tuple[object, ...]] = []
         for index, mode in enumerate([SpeculationMode.SSD] * 3 + [SpeculationMode.SD]):
             request = request_for(f"s{index}", (1 + index, 2, 3), max_tokens=NUM_TOKENS - 40 * index)
             request = replace(request, mode=mode, max_lookahead=LOOKAHEAD, leaves_lookahead=True)
-            self.engine.submit(request, lambda update: None, link=self.link, inbox=SpeculationInbox(LOOKAHEAD))
+            self.engine.submit(request, lambda update: None)
 
     def run(self) -> list[tuple[object, ...]]:
         """Decisions until everything has its output."""
@@ -103,17 +91,18 @@ class Workload:
         depth = self.random.choice([0, 2, LOOKAHEAD])
         if sequence.await_deadline_s is not None:
             if depth:
-                self.engine.speculators.speculation(sequence.id, sequence.round - 1, drafted[:depth])
+                answer = {"sequence_id": sequence.id, "round": sequence.round - 1, "draft_tokens": drafted[:depth]}
+                sequence.handle.take_speculation(self.speculator, speculator_pb2.Speculation(**answer))
             return
         accepted = 0
         while accepted < len(sequence.draft.tokens) and sequence.draft.tokens[accepted] == drafted[accepted]:
             accepted += 1
-        if self.random.random() < 0.6 and sequence.inbox is not None:
+        if self.random.random() < 0.6 and sequence.handle is not None:
             table = speculator_pb2.Table(round=sequence.round)
             following = drafted[accepted + 1 : accepted + 1 + depth]
             bonus = (drafted[accepted] + (self.random.random() < 0.3)) % VOCAB
             table.entries.add(num_accepted=accepted, bonus_token=bonus, draft_tokens=following)
-            sequence.inbox.add_table(table)
+            sequence.handle.take_table(self.speculator, table)
 
     def _follow(self, tokens: list[int], count: int) -> list[int]:
         tokens = list(tokens)

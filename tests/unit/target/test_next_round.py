@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
+from one_speculator import LOOKAHEAD, OneSpeculator
 
 from specpool.algorithm.verification import VerificationOutcome
+from specpool.speculation import DraftSource
 from specpool.v1 import speculator_pb2
-from specpool_target.engine.outbox import TargetOutbox
-from specpool_target.engine.sequence import DraftSource, SpeculationMode, TargetSequence
-from specpool_target.engine.streams import Streams
-from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.link import LinkMeasurements
-from specpool_target.links.live_links import LiveLinks
+from specpool_target.engine.sequence import SpeculationMode, TargetSequence
 from specpool_target.next_round.fallback_policy import FallbackPolicy
-from specpool_target.next_round.knowledge import SpeculatorKnowledge
+from specpool_target.next_round.knowledge import KnowledgeEvents, SpeculatorKnowledge
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.speculation_trials import Verdict
 
-LOOKAHEAD, STOP = 4, 9
+STOP = 9
 BONUS = 7
 OUTCOME = VerificationOutcome(num_accepted=0, bonus_token=BONUS)
-
-
-class ConnectedLink:
-    """A link as far as the engine looks at it."""
-
-    def __init__(self) -> None:
-        self.measured = LinkMeasurements(max_lookahead=LOOKAHEAD)
-        self.is_connected = True
-        self.sent: list[str] = []
-
-    def send(self, epoch, requests):
-        self.sent += [request.WhichOneof("message") for request in requests]
 
 
 @pytest.fixture
@@ -46,19 +30,16 @@ def next_draft(request_for):
         request = replace(
             request_for("a", prompt, stop_token_ids=(STOP,)), mode=SpeculationMode.SSD, max_lookahead=LOOKAHEAD
         )
-        policy = FallbackPolicy()
-        knowledge = SpeculatorKnowledge(TargetOutbox(asyncio.get_running_loop(), Streams()), LiveLinks())
+        policy, pool = FallbackPolicy(), OneSpeculator()
+        knowledge = SpeculatorKnowledge(pool, KnowledgeEvents())
         next_round = NextRound(
             knowledge, policy, LookaheadPolicy(policy, max_lookahead=LOOKAHEAD), vocab_size=24, deadline_s=1.0
         )
-        link, inbox = ConnectedLink(), SpeculationInbox(LOOKAHEAD)
-        sequence = TargetSequence(request, link=link, inbox=inbox, max_length=100, backup_ngram=3)
-        sequence.was_admitted = True
-        knowledge.link_up(link, 1)
-        knowledge.reopen(sequence)
+        sequence = TargetSequence(request, max_length=100, backup_ngram=3)
+        next_round.admit(sequence, batch_size=1)
         table = speculator_pb2.Table(round=0)
         table.entries.add(num_accepted=0, bonus_token=BONUS, draft_tokens=drafted)
-        inbox.add_table(table)
+        sequence.handle.take_table(pool.connection, table)
         sequence.tokens.append(BONUS)
         next_round.choose(sequence, OUTCOME, batch_size=1)
         return sequence.draft, sequence.stats
@@ -109,25 +90,19 @@ class Chosen:
 
     def __init__(self, request, mode) -> None:
         request = replace(request, mode=mode, leaves_lookahead=True)
-        self.policy, self.outbox = Told(), TargetOutbox(asyncio.get_running_loop(), Streams())
-        self.knowledge = SpeculatorKnowledge(self.outbox, LiveLinks())
+        self.policy, self.pool = Told(), OneSpeculator()
+        self.knowledge = SpeculatorKnowledge(self.pool, KnowledgeEvents())
         self.next_round = NextRound(self.knowledge, FallbackPolicy(), self.policy, vocab_size=24, deadline_s=1.0)
-        self.link = ConnectedLink()
-        inbox = SpeculationInbox(LOOKAHEAD)
-        self.sequence = TargetSequence(request, link=self.link, inbox=inbox, max_length=100, backup_ngram=3)
-        self.knowledge.link_up(self.link, 1)
+        self.sequence = TargetSequence(request, max_length=100, backup_ngram=3)
 
-    async def told(self, act=None):
+    def told(self, act=None):
         """By `act`, or by the next round."""
         if act is None:
             self.sequence.tokens.append(BONUS)
             self.next_round.choose(self.sequence, OUTCOME, batch_size=1)
         else:
             act()
-        self.outbox.flush()
-        await asyncio.sleep(0)
-        sent, self.link.sent = self.link.sent, []
-        return sent
+        return self.pool.told()
 
     def admit(self):
         self.sequence.was_admitted = True
@@ -136,42 +111,48 @@ class Chosen:
 
 async def test_no_speculator_holds_a_sequence_while_speculation_pauses(request_for):
     chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
-    assert await chosen.told(chosen.admit) == ["open_sequence"]
-    assert await chosen.told() == ["outcomes"]
+    assert chosen.told(chosen.admit) == ["open_sequence"]
+    assert chosen.told() == ["outcomes"]
     chosen.policy.now = Verdict.PLAIN
-    assert await chosen.told() == ["outcomes"]
+    assert chosen.told() == ["outcomes"]
     assert chosen.sequence.draft.tokens == []
     chosen.policy.now = Verdict.PAUSE
-    assert await chosen.told() == ["close_sequence"]
-    assert await chosen.told() == []
+    assert chosen.told() == ["close_sequence"]
+    assert chosen.told() == []
     assert chosen.sequence.draft.source is DraftSource.BACKUP  # prompt lookup goes on: it needs no speculator
     assert chosen.knowledge.is_served(chosen.sequence)
     chosen.policy.now = Verdict.SPECULATE
-    assert await chosen.told() == ["open_sequence"]
-    assert await chosen.told() == ["outcomes"]
+    assert chosen.told() == ["open_sequence"]
+    assert chosen.told() == ["outcomes"]
     assert chosen.sequence.stats.num_misses == 2  # where there was no reason to look, nothing was missed
 
 
 async def test_a_sequence_that_arrives_in_a_pause_is_not_opened(request_for):
     chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SD)
     chosen.policy.now = Verdict.PAUSE
-    assert await chosen.told(chosen.admit) == []
-    assert await chosen.told() == []
+    assert chosen.told(chosen.admit) == []
+    assert chosen.told() == []
     chosen.policy.now = Verdict.SPECULATE
-    assert await chosen.told() == ["open_sequence"]
+    assert chosen.told() == ["open_sequence"]
     assert chosen.next_round.fallbacks == {}
-    assert await chosen.told() == ["outcomes", "speculate_now"]
+    assert chosen.told() == ["outcomes", "speculate_now"]
 
 
 async def test_a_speculator_that_comes_back_ends_the_pause(request_for):
     chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SSD)
-    await chosen.told(chosen.admit)
+    chosen.told(chosen.admit)
     chosen.policy.now = Verdict.PAUSE
-    await chosen.told()
-    knowledge = chosen.knowledge
-    knowledge.link_down(chosen.link, 1)
-    assert await chosen.told(lambda: knowledge.abandon(chosen.sequence)) == []
-    knowledge.link_up(chosen.link, 2)
+    chosen.told()
+    chosen.pool.connect()
     chosen.policy.forget()
-    assert await chosen.told(lambda: knowledge.reopen(chosen.sequence)) == ["open_sequence"]
-    assert await chosen.told() == ["outcomes"]
+    assert chosen.told(lambda: chosen.knowledge.resume(chosen.sequence)) == ["open_sequence"]
+    assert chosen.told() == ["outcomes"]
+
+
+async def test_a_speculator_that_is_lost_while_a_draft_is_requested_costs_nothing(request_for):
+    chosen = Chosen(request_for("a", (1, 2, 3)), SpeculationMode.SD)
+    chosen.told(chosen.admit)
+    chosen.pool.connection.is_open = False
+    assert chosen.told() == ["outcomes"]
+    assert chosen.sequence.await_deadline_s is None
+    assert chosen.next_round.fallbacks == {"speculator_lost": 1}

@@ -8,22 +8,8 @@ from dataclasses import replace
 import pytest
 
 from specpool_target.engine.sequence import SpeculationMode
-from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.link import LinkMeasurements
 
 DEADLINE_S = 0.4
-
-
-class SilentLink:
-    """Connected to a speculator that never answers."""
-
-    endpoint, transport, is_connected = "silent", "grpc", True
-
-    def __init__(self) -> None:
-        self.measured = LinkMeasurements(max_lookahead=4)
-
-    def send(self, epoch, requests):
-        pass
 
 
 def value(bench, name, **labels):
@@ -32,13 +18,12 @@ def value(bench, name, **labels):
 
 async def test_what_several_sequences_wait_at_the_same_time_is_counted_once(bench_for, request_for):
     bench = bench_for(speculation_deadline_ms=DEADLINE_S * 1e3)
-    link = SilentLink()
-    bench.engine.speculators.link_up(link, 1)
+    bench.engine.pool.connect()  # to a speculator that never answers
     streams = []
     for index in range(8):
         request = replace(request_for(f"s{index}", (1, 2, 3)), mode=SpeculationMode.SD, max_lookahead=4)
         updates: asyncio.Queue = asyncio.Queue()
-        bench.engine.submit(request, updates.put_nowait, link=link, inbox=SpeculationInbox(4))
+        bench.engine.submit(request, updates.put_nowait)
         streams.append(updates)
     started_s = asyncio.get_running_loop().time()
     finishes = [(await bench.collect(updates)).finish for updates in streams]

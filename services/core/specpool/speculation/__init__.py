@@ -13,9 +13,12 @@ from specpool.speculation.fingerprint import tokenizer_fingerprint
 from specpool.speculation.handle import SequenceHandle
 from specpool.speculation.handle_owner import SequenceEvents
 from specpool.speculation.identity import PoolIdentity
+from specpool.speculation.measurements import Measurements
+from specpool.speculation.members import Member
 from specpool.speculation.pairing import PoolEvents
 from specpool.speculation.pairing_settings import PairingSettings
 from specpool.speculation.pool import SpeculationPool
+from specpool.speculation.trust import WaitTrust
 
 __all__ = [
     "Connection",
@@ -23,6 +26,8 @@ __all__ = [
     "DenseGroup",
     "DenseReceiver",
     "DraftSource",
+    "Measurements",
+    "Member",
     "NextDraft",
     "PairingSettings",
     "PoolEvents",
@@ -30,5 +35,6 @@ __all__ = [
     "SequenceEvents",
     "SequenceHandle",
     "SpeculationPool",
+    "WaitTrust",
     "tokenizer_fingerprint",
 ]

@@ -7,6 +7,7 @@ a network wait.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
@@ -22,6 +23,7 @@ from specpool.speculation.measurements import Measurements
 from specpool.speculation.trust import WaitTrust
 from specpool.v1 import speculator_pb2
 
+_logger = logging.getLogger(__name__)
 Request = speculator_pb2.SpeculateRequest
 _GRPC: Final = speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC
 _MAX_UNSENT: Final = 10_000
@@ -209,7 +211,10 @@ class Connection:
                 continue
             self.measured.num_received += 1
             self._owes_since_s = None
-            self._dispatch(kind, response)
+            try:
+                self._dispatch(kind, response)
+            except Exception:  # one sequence's error is its own
+                _logger.exception("%s of speculator %s could not be taken in", kind, self.address)
 
     def _dispatch(self, kind: str | None, response: speculator_pb2.SpeculateResponse) -> None:
         if kind == "tables":

@@ -201,7 +201,7 @@ class SequenceHandle:
         self._left(answer)
         if not has_place and connection is not None:
             return self._owner.place(self)  # it was lost in this moment
-        return self._events.on_paired("" if connection is None else connection.address)
+        return self._events.on_paired(connection)
 
     def lost(self, connection: Connection) -> bool:
         """The connection has ended, or does not have the sequence; False if it had moved already."""
@@ -212,7 +212,7 @@ class SequenceHandle:
             answer = self._leave()
         if answer is not None:
             answer(())
-        self._events.on_paired("")
+        self._events.on_paired(None)
         return True
 
     # ---- from the connection, on the event loop ---------------------------------------------------------------

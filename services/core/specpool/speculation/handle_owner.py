@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from specpool.speculation.connection import PlacedSequence
+from specpool.speculation.connection import Connection, PlacedSequence
 from specpool.speculation.outbox import Outbox
 
 
@@ -14,8 +14,8 @@ from specpool.speculation.outbox import Outbox
 class SequenceEvents:
     """Called on whatever thread it happens, with no lock held; must return at once."""
 
-    on_paired: Callable[[str], None] = lambda address: None
-    """The speculator of the sequence has changed: its address, or nothing while there is none."""
+    on_paired: Callable[[Connection | None], None] = lambda connection: None
+    """The sequence has another speculator, or none."""
     on_distributions: Callable[[], None] = lambda: None
     """Draft distributions have arrived."""
 

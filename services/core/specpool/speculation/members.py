@@ -63,6 +63,13 @@ class Member:
         link = self.link
         return None if link is None else link.connection
 
+    @property
+    def error(self) -> str:
+        """Why it is not connected; empty if it is, or need not be."""
+        if self.link is not None:
+            return self.link.last_error
+        return "it cannot be reached" if self.was_asked and not self.is_reachable else ""
+
     def placed(self) -> list[PlacedSequence]:
         """Sequences of this pool that it has."""
         connection = self.connection
@@ -147,7 +154,8 @@ class Member:
             self.is_reachable = False
 
     async def _ask_over(self, to: grpc.aio.Channel) -> bool:
-        await to.channel_ready()
+        if not await _is_connected(to):
+            return False
         asked_s = time.perf_counter()
         stub: Any = speculator_pb2_grpc.SpeculatorServiceStub(to)
         try:
@@ -157,3 +165,12 @@ class Member:
         self._round_trips_s.append(time.perf_counter() - asked_s)
         self.round_trip_s = min(self._round_trips_s)
         return True
+
+
+async def _is_connected(to: grpc.aio.Channel) -> bool:
+    """Connect, and wait for how that ends."""
+    state = to.get_state(try_to_connect=True)
+    while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+        await to.wait_for_state_change(state)
+        state = to.get_state()
+    return state is grpc.ChannelConnectivity.READY

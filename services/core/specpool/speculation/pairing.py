@@ -100,7 +100,11 @@ class Pairing:
         if self.placement.usable(time.monotonic()):
             return True
         members = self.placement.members.values()
-        return all(m.was_asked and (m.link is None or m.link.has_failed) for m in members)
+        now_s, fingerprint = time.monotonic(), self._identity.model.tokenizer_fingerprint
+        return all(
+            m.was_asked and not m.is_worth_connecting(now_s, fingerprint) and (m.link is None or m.link.has_failed)
+            for m in members
+        )
 
     async def _review_forever(self) -> None:
         while True:

@@ -179,16 +179,23 @@ class SpeculationPool:
             traceparent=traceparent,
         )
         del opening.sampling.stop[:]  # text is nothing to a speculator
-        if self._is_closed or opening.sequence_id in self._handles:
-            problem = "the pool is closed" if self._is_closed else f"sequence {opening.sequence_id!r} is open already"
-            raise InvalidArgument(problem, metadata={"sequence_id": opening.sequence_id})
+        if opening.sequence_id in self._handles:
+            raise InvalidArgument(
+                f"sequence {opening.sequence_id!r} is open already", metadata={"sequence_id": opening.sequence_id}
+            )
         if not tokens or not 0 <= min(tokens) <= max(tokens) < _MAX_TOKEN:
             raise InvalidArgument("a sequence has at least one token, and no token below 0 or from 2^32 on")
         handle = SequenceHandle(self, opening, tokens, events or SequenceEvents(), is_paused=is_paused)
         self._handles[handle.id] = handle
-        if not is_paused:
+        if self._is_closed:
+            handle.close()
+        elif not is_paused:
             self.place(handle)
         return handle
+
+    def find(self, sequence_id: str) -> SequenceHandle | None:
+        """The open sequence of this name."""
+        return self._handles.get(sequence_id)
 
     def flush(self) -> None:
         """Send what was reported; once at the end of a step."""

@@ -1,10 +1,10 @@
-"""Dense draft distributions on their way from one speculator: the link's process group, and what comes out of it."""
+"""Dense draft distributions on their way from one speculator: its process group, and what comes out of it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -13,6 +13,7 @@ import torch
 
 from specpool.backoff import Backoff
 from specpool.errors import ProtocolMismatch, SpecPoolError
+from specpool.speculation import Deliver
 from specpool.v1 import speculator_pb2
 from specpool_engine.distributions.group import CREATION_S, TARGET_RANK, GroupMaker, PairGroup
 from specpool_engine.distributions.stream_store import StreamStore
@@ -25,19 +26,26 @@ _FIRST_BACKOFF_S: Final = 1.0
 _MAX_BACKOFF_S: Final = 60.0
 
 Request = speculator_pb2.SpeculateRequest
-Deliver = Callable[[ArrivedDistributions], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseReceiver:
-    """What a target's groups need, whichever the link."""
+    """What a target's groups need, whichever the connection; see `specpool.speculation.DenseReceiver`."""
 
+    transports: Sequence[int]
+    """What this target offers."""
     device: torch.device
     """Of the target's model."""
     vocab_size: int
     """Of the target's model."""
     on_received: Callable[[int], None] = lambda num_bytes: None
     """Told of bytes received, on the group's thread."""
+
+    def group(
+        self, transport: int, *, peer_host: str, send: Callable[[Request], None], on_change: Callable[[], None]
+    ) -> ReceivingGroup:
+        """For a new connection."""
+        return ReceivingGroup(Transport(transport), self, peer_host=peer_host, send=send, on_change=on_change)
 
 
 class ReceivingGroup:

@@ -13,8 +13,9 @@ import torch
 
 from specpool.algorithm.draft_distribution import DraftDistribution
 from specpool.algorithm.verification import VerificationMode
-from specpool_target.engine.sequence import DraftSource, TargetSequence
-from specpool_target.links.live_links import LiveLinks
+from specpool.speculation import DraftSource
+from specpool_target.engine.sequence import TargetSequence
+from specpool_target.next_round.knowledge import SpeculatorKnowledge
 from specpool_target.verify.arrived_distributions import read_distributions
 from specpool_target.verify.verify_step import effective_mode
 
@@ -22,11 +23,11 @@ _logger = logging.getLogger(__name__)
 
 
 class DraftDistributions:
-    """Takes distributions from the sequences' inboxes."""
+    """Takes distributions from the sequences' handles."""
 
     def __init__(
         self,
-        links: LiveLinks,
+        knowledge: SpeculatorKnowledge,
         *,
         deadline_s: float,
         vocab_size: int,
@@ -35,7 +36,7 @@ class DraftDistributions:
         on_late: Callable[[], None],
     ) -> None:
         """`wait_for_news`: blocks until something arrived, for so many seconds at most."""
-        self._links = links
+        self._knowledge = knowledge
         self._deadline_s = deadline_s
         self._vocab_size = vocab_size
         self._device = device
@@ -50,19 +51,26 @@ class DraftDistributions:
 
     def _wait(self, sequences: Sequence[TargetSequence]) -> None:
         started_s = time.perf_counter()
-        may_wait = self._links.may_wait_for_distributions
-        while missing := [s for s in sequences if _is_missing(s) and may_wait(s.link)]:
+        while missing := [s for s in sequences if self._may_wait(s)]:
             waited_s = time.perf_counter() - started_s
             if waited_s >= self._deadline_s:
                 for sequence in missing:
-                    self._links.distributions_late(sequence.link, waited_s)
+                    if (trust := self._knowledge.trust(sequence)) is not None:
+                        trust.distributions_late(waited_s)
                 return
             self._wait_for_news(self._deadline_s - waited_s)
 
+    def _may_wait(self, sequence: TargetSequence) -> bool:
+        """They are missing, and likely to come."""
+        if sequence.handle is None or sequence.handle.has_distributions():
+            return False
+        trust = self._knowledge.trust(sequence)
+        return trust is not None and trust.may_wait_for_distributions()
+
     def _read(self, sequence: TargetSequence) -> DraftDistribution | None:
-        if sequence.inbox is None:
+        if sequence.handle is None:
             return None
-        found = sequence.inbox.take_distributions(sequence.round)
+        found = sequence.handle.take_distributions()
         distribution = None
         try:
             distribution = read_distributions(
@@ -83,7 +91,3 @@ def _needs(sequence: TargetSequence) -> bool:
         and sequence.draft.source is DraftSource.SPECULATOR
         and bool(sequence.draft.tokens)
     )
-
-
-def _is_missing(sequence: TargetSequence) -> bool:
-    return sequence.inbox is not None and not sequence.inbox.has_distributions(sequence.round)

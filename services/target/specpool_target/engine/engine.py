@@ -13,26 +13,25 @@ from functools import partial
 
 from specpool.algorithm.verification import VerificationOutcome
 from specpool.errors import EngineFailed, SpecPoolError
+from specpool.speculation import Connection, PoolEvents, SpeculationPool
 from specpool.v1 import types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.runtime.engine_thread import EngineThread
+from specpool_engine.runtime.outbox import call_on_loop
 from specpool_target.config import TargetConfig
 from specpool_target.engine.draft_distributions import DraftDistributions
 from specpool_target.engine.live_sequences import LiveSequences
 from specpool_target.engine.loop import TargetLoop
 from specpool_target.engine.outbox import TargetOutbox
 from specpool_target.engine.scheduler import Scheduler
-from specpool_target.engine.sequence import SequenceRequest, TargetSequence
+from specpool_target.engine.sequence import Pairing, SequenceRequest, SequenceUpdate, TargetSequence
 from specpool_target.engine.speculator_events import SpeculatorEvents
 from specpool_target.engine.step_recorder import StepRecorder
 from specpool_target.engine.streams import Emit, Streams
-from specpool_target.links.inbox import SpeculationInbox
-from specpool_target.links.link import SpeculatorLink
-from specpool_target.links.live_links import LiveLinks
 from specpool_target.metrics import TargetMetrics
 from specpool_target.next_round.fallback_policy import FallbackPolicy
-from specpool_target.next_round.knowledge import SpeculatorKnowledge
+from specpool_target.next_round.knowledge import KnowledgeEvents, SpeculatorKnowledge
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.observer import Observer
@@ -51,10 +50,21 @@ class TargetEngine:
         *,
         loop: asyncio.AbstractEventLoop,
         metrics: TargetMetrics,
+        make_pool: Callable[[PoolEvents], SpeculationPool],
         on_failed: Callable[[], None] = lambda: None,
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """Not started yet; `on_failed` is called on `loop`, after every stream was ended."""
+        """Not started yet.
+
+        Args:
+            model: of this target.
+            config: of this process.
+            loop: of the wire.
+            metrics: of this process.
+            make_pool: makes the pool of speculators, which works on `loop` and does not flush itself.
+            on_failed: called on `loop`, after every stream was ended.
+            before_start: called on the engine's thread.
+        """
         self.model = model
         self.metrics = metrics
         self.max_context = min(model.max_context, config.max_context or model.max_context)
@@ -68,9 +78,24 @@ class TargetEngine:
         self._on_failed = on_failed
         self._config = config
         self._streams = Streams()
-        self._outbox = TargetOutbox(loop, self._streams)
-        links = LiveLinks()
-        knowledge = SpeculatorKnowledge(self._outbox, links)
+        self._loop = loop
+        self.pool = make_pool(
+            PoolEvents(
+                on_connections=lambda: self.speculators.connections_changed(),
+                on_move=lambda reason: self.speculators.moved(reason),
+                on_stale=metrics.stale_message,
+            )
+        )
+        """Of speculators; started and closed by the server."""
+        self._outbox = TargetOutbox(loop, self._streams, self.pool)
+        knowledge = SpeculatorKnowledge(
+            self.pool,
+            KnowledgeEvents(
+                on_answer=lambda *answer: self.speculators.answered(*answer),
+                on_distributions=lambda: self.speculators.distributions_arrived(),
+                on_paired=self._paired,
+            ),
+        )
         fallback = FallbackPolicy(config.fallback)
         self.lookahead = LookaheadPolicy(fallback, max_lookahead=config.max_lookahead)
         next_round = NextRound(
@@ -83,7 +108,7 @@ class TargetEngine:
         self._recorder = StepRecorder(metrics, self.scheduler, next_round.take_counts)
         self._sequences = LiveSequences(self.scheduler, knowledge, self._outbox, metrics)
         distributions = DraftDistributions(
-            links,
+            knowledge,
             deadline_s=config.distribution_deadline_ms / 1e3,
             vocab_size=model.vocab_size,
             device=model.device,
@@ -105,7 +130,13 @@ class TargetEngine:
             self.loop, name="target engine", loop=loop, on_failed=self._failed, before_start=before_start
         )
         self.speculators = SpeculatorEvents(
-            self.thread, self._sequences, knowledge, next_round, self.lookahead.trials, metrics
+            self.thread,
+            self._sequences,
+            knowledge,
+            next_round,
+            self.lookahead.trials,
+            metrics,
+            connections=lambda: [m.connection for m in self.pool.members if m.connection is not None],
         )
         self._num_submitted = 0
         self._num_added = 0
@@ -119,16 +150,12 @@ class TargetEngine:
         emit: Emit,
         *,
         detokenizer: IncrementalDetokenizer | None = None,
-        link: SpeculatorLink | None = None,
-        inbox: SpeculationInbox | None = None,
     ) -> None:
         """Run a sequence; `emit` is called on the event loop. Raises at once what can never run."""
         num_tokens = len(request.prompt_tokens) + len(request.committed_tokens)
         sequence = TargetSequence(
             request,
             detokenizer=detokenizer,
-            link=link,
-            inbox=inbox,
             max_length=self.scheduler.max_length,
             backup_ngram=self._config.backup_ngram,
             arrived_s=time.perf_counter(),
@@ -152,7 +179,15 @@ class TargetEngine:
     def cancel(self, sequence_id: str) -> None:
         """Free a sequence without another update. Unknown ids are ignored. Called on the event loop."""
         self._streams.close(sequence_id)
+        if (handle := self.pool.find(sequence_id)) is not None:
+            handle.close()  # without waiting for the step that runs
         self.thread.call(partial(self._sequences.cancel, sequence_id))
+
+    def _paired(self, sequence_id: str, connection: Connection | None) -> None:
+        """On any thread."""
+        pairing = Pairing() if connection is None else Pairing(connection.address, connection.ack.speculator.id)
+        update = SequenceUpdate(paired=pairing)
+        call_on_loop(self._loop, lambda: self._streams.deliver(sequence_id, update))
 
     def fail_all(self, error: SpecPoolError) -> None:
         """End every sequence with `error`."""

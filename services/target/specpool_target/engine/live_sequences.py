@@ -51,6 +51,7 @@ class LiveSequences:
         """It has ended well."""
         del self._by_id[sequence.id]
         self._scheduler.remove(sequence)
+        self._knowledge.close(sequence)
 
     def cancel(self, sequence_id: str) -> None:
         """Nobody wants it any more; unknown ids are ignored."""
@@ -59,7 +60,6 @@ class LiveSequences:
             return
         with self.isolated(sequence):
             self.remove(sequence)
-            self._knowledge.close(sequence)
             self._metrics.request_finished("cancelled", time.perf_counter() - sequence.arrived_s)
 
     # ---- what goes wrong with one sequence --------------------------------------------------------------------

@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from typing import Final
 
-from specpool.v1 import speculator_pb2
+from specpool.speculation import SpeculationPool
 from specpool_engine.runtime.outbox import Outbox
 from specpool_target.engine.sequence import SequenceUpdate
 from specpool_target.engine.streams import Streams
-from specpool_target.links.link import Request, SpeculatorLink
 
-
-@dataclass(frozen=True, slots=True)
-class ToSpeculator:
-    """Messages for the stream of one connection."""
-
-    link: SpeculatorLink
-    epoch: int
-    requests: list[Request]
+_Update = tuple[str, SequenceUpdate]
+_TO_SPECULATORS: Final = None
 
 
 class TargetOutbox:
-    """Used on the engine thread."""
+    """Used on the engine thread. The pool must work on `loop`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, streams: Streams) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, streams: Streams, pool: SpeculationPool) -> None:
         self._streams = streams
-        self._to_loop = Outbox(loop, self._deliver)
-        self._requests: dict[tuple[SpeculatorLink, int], list[Request]] = {}
-        self._outcomes: dict[tuple[SpeculatorLink, int], speculator_pb2.Outcomes] = {}
-        self._updates: list[tuple[str, SequenceUpdate]] = []
-
-    def send(self, link: SpeculatorLink, epoch: int, request: Request) -> None:
-        """A message for one speculator, after this flush's outcomes."""
-        self._requests.setdefault((link, epoch), []).append(request)
-
-    def outcome(self, link: SpeculatorLink, epoch: int, outcome: speculator_pb2.Outcome) -> None:
-        """All outcomes of a step travel in one message."""
-        self._outcomes.setdefault((link, epoch), speculator_pb2.Outcomes()).outcomes.append(outcome)
+        self._pool = pool
+        self._to_loop: Outbox[_Update | None] = Outbox(loop, self._deliver)
+        self._updates: list[_Update] = []
 
     def emit(self, sequence_id: str, update: SequenceUpdate) -> None:
         """For the stream of a sequence."""
@@ -45,19 +29,16 @@ class TargetOutbox:
 
     def flush(self) -> None:
         """Hand everything over, to speculators first."""
-        for (link, epoch), outcomes in self._outcomes.items():
-            requests = [Request(outcomes=outcomes), *self._requests.pop((link, epoch), ())]
-            self._to_loop.put(ToSpeculator(link, epoch, requests))
-        for (link, epoch), requests in self._requests.items():
-            self._to_loop.put(ToSpeculator(link, epoch, requests))
+        if not self._pool.outbox.is_empty:
+            self._to_loop.put(_TO_SPECULATORS)
         for update in self._updates:
             self._to_loop.put(update)
-        self._outcomes, self._requests, self._updates = {}, {}, []
+        self._updates = []
         self._to_loop.flush()
 
-    def _deliver(self, items: list[ToSpeculator | tuple[str, SequenceUpdate]]) -> None:
+    def _deliver(self, items: list[_Update | None]) -> None:
         for item in items:
-            if isinstance(item, ToSpeculator):
-                item.link.send(item.epoch, item.requests)
+            if item is None:
+                self._pool.deliver()
             else:
                 self._streams.deliver(*item)

@@ -6,22 +6,19 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from specpool.algorithm.draft_distribution import DraftDistribution
 from specpool.algorithm.prompt_lookup import PromptLookup
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import SpecPoolError
-from specpool.v1 import speculator_pb2, types_pb2
+from specpool.speculation import DraftSource, SequenceHandle
+from specpool.v1 import types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_target.engine.statistics import Phases, SequenceStats
 from specpool_target.verify.verify_step import TokenLogprobs, VerifyItem
-
-if TYPE_CHECKING:
-    from specpool_target.links.inbox import SpeculationInbox
-    from specpool_target.links.link import SpeculatorLink
 
 _SEED_BITS: Final = 63
 
@@ -35,14 +32,6 @@ class SpeculationMode(StrEnum):
     """The speculator, after each verification."""
     OFF = "off"
     """Nobody."""
-
-
-class DraftSource(Enum):
-    """Where the tokens that a round verifies come from."""
-
-    NONE = speculator_pb2.DRAFT_SOURCE_NONE
-    SPECULATOR = speculator_pb2.DRAFT_SOURCE_SPECULATOR
-    BACKUP = speculator_pb2.DRAFT_SOURCE_BACKUP
 
 
 class FinishReason(Enum):
@@ -122,6 +111,15 @@ class Finish:
     num_cached_prompt_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """The speculator of a sequence."""
+
+    address: str = ""
+    """As the directory names it; empty: none."""
+    speculator_id: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceUpdate:
     """What a step did for one sequence."""
@@ -134,6 +132,8 @@ class SequenceUpdate:
     finish: Finish | None = None
     error: SpecPoolError | None = None
     """The sequence failed."""
+    paired: Pairing | None = None
+    """It has another speculator, or none any more; nothing else is in this update."""
 
     @property
     def is_last(self) -> bool:
@@ -162,16 +162,14 @@ class TargetSequence:
         request: SequenceRequest,
         *,
         detokenizer: IncrementalDetokenizer | None = None,
-        link: SpeculatorLink | None = None,
-        inbox: SpeculationInbox | None = None,
         max_length: int,
         backup_ngram: int = 3,
         arrived_s: float = 0.0,
     ) -> None:
         self.request = request
         self.detokenizer = detokenizer
-        self.link = link
-        self.inbox = inbox
+        self.handle: SequenceHandle | None = None
+        """In the pool; None before it is admitted, and where nobody drafts."""
         self.tokens = [*request.prompt_tokens, *request.committed_tokens]
         self.max_length = min(max_length, len(request.prompt_tokens) + request.sampling.max_tokens)
         self.kv: SequenceKV | None = None
@@ -187,9 +185,6 @@ class TargetSequence:
         self.is_paused = False
         """Whether no speculator is told of it, since plain decoding is faster for now."""
         self.await_deadline_s: float | None = None
-        self.opened_epoch: int | None = None
-        """Connection of the link on which the speculator was told of this sequence."""
-        self.resynced_round: int | None = None
         self.stats = SequenceStats()
         self.num_cached_prompt_tokens = 0
         self.arrived_s = arrived_s

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from specpool.algorithm.row_times import RowTimes, best_lookahead
+from specpool.speculation import Measurements
 from specpool_target.engine.sequence import SpeculationMode
-from specpool_target.links.link import LinkMeasurements
 from specpool_target.next_round.fallback_policy import FallbackPolicy
 from specpool_target.next_round.speculation_trials import SpeculationTrials, Verdict
 
@@ -36,7 +36,7 @@ class LookaheadPolicy:
         if self._num_steps % _STEPS_PER_CHOICE == 0:
             self._lookaheads.clear()
 
-    def lookahead(self, mode: SpeculationMode, measured: LinkMeasurements | None, batch_size: int) -> int:
+    def lookahead(self, mode: SpeculationMode, measured: Measurements | None, batch_size: int) -> int:
         """K in mode SD or SSD; 0: plain decoding. In a pause it is the most of the backup's tokens."""
         if self.trials.verdict(mode, batch_size) is Verdict.PLAIN:
             return 0

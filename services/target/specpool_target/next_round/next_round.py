@@ -1,7 +1,7 @@
 """The one decision: how many tokens a sequence verifies next, whose they are, and whether to wait for them.
 
 Runs on the engine thread. Everything here only changes speed: whatever tokens come out of it are verified. It reads
-what `observer` has measured, and what `links.knowledge` has of speculators; it never reads a metric.
+what `observer` has measured, and what `knowledge` has of speculators; it never reads a metric.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Final
 from specpool.algorithm.fallback import NO_WAIT, FallbackChoice
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
-from specpool_target.engine.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
+from specpool.speculation import DraftSource, NextDraft
+from specpool_target.engine.sequence import Draft, SpeculationMode, TargetSequence
 from specpool_target.next_round.fallback_policy import FallbackPolicy
 from specpool_target.next_round.knowledge import SpeculatorKnowledge
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
@@ -53,13 +54,16 @@ class NextRound:
         self._lookups: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         """Rounds that fell back since `take_counts`, by reason."""
-        knowledge.on_lost = self._end_wait_without
 
     def take_counts(self) -> tuple[Counter[str], Counter[str]]:
         """Lookups by kind and fallbacks by reason since the last call."""
         taken = self._lookups, self.fallbacks
         self._lookups, self.fallbacks = Counter(), Counter()
         return taken
+
+    def note_lost_speculator(self) -> None:
+        """A sequence lost the speculator that it had."""
+        self.fallbacks["speculator_lost"] += 1
 
     def note_late_distributions(self) -> None:
         """A round is verified without the distributions it was drafted from."""
@@ -76,20 +80,20 @@ class NextRound:
 
     def choose(self, sequence: TargetSequence, outcome: VerificationOutcome, *, batch_size: int) -> None:
         """Choose what the sequence verifies next, and report the outcome of the round that ended."""
-        ended = sequence.round
         self._batch_size = batch_size
         sequence.round += 1
         sequence.draft = Draft()
         was_paused, sequence.is_paused = sequence.is_paused, self._is_paused(sequence)
         self._set_lookahead(sequence)
+        found = self._knowledge.next(sequence, outcome, lookahead=self._limit(sequence))
         if was_paused or sequence.is_paused:
             self._choose_alone(sequence)
             self._pause_or_resume(sequence, was_paused)
-            return
-        wait = self._draft_or_wait(sequence, ended, outcome)
-        self._knowledge.report(sequence, ended, outcome, awaits=wait.depth > 0)
-        if wait.depth:
-            self._request(sequence, ended, wait)
+        else:
+            wait = self._draft_or_wait(sequence, found, outcome)
+            if wait.depth and self._request(sequence, wait):
+                return
+        self._knowledge.started(sequence)
 
     def _is_paused(self, sequence: TargetSequence) -> bool:
         request = sequence.request
@@ -112,31 +116,32 @@ class NextRound:
         if not was_paused:
             self._knowledge.pause(sequence)
         elif not sequence.is_paused:
-            self._knowledge.open(sequence)  # which tells all that an outcome would
+            self._knowledge.resume(sequence)  # which tells all that an outcome would
 
-    def _draft_or_wait(self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome) -> FallbackChoice:
+    def _draft_or_wait(
+        self, sequence: TargetSequence, found: NextDraft, outcome: VerificationOutcome
+    ) -> FallbackChoice:
         """Set the draft, or return what to wait for."""
         if sequence.lookahead == 0:
             return NO_WAIT
         limit = self._limit(sequence)
         if sequence.request.mode is SpeculationMode.SSD:
-            return self._draft_or_wait_ssd(sequence, ended, outcome, limit)
+            return self._draft_or_wait_ssd(sequence, found, outcome, limit)
         if sequence.request.mode is SpeculationMode.SD and limit > 0:
-            if self._knowledge.may_wait(sequence):
+            trust = self._knowledge.trust(sequence)
+            if trust is not None and trust.may_wait():
                 return FallbackChoice(limit, 0.0, self._deadline_s)
             self.fallbacks["no_draft" if self._knowledge.knows(sequence) else "speculator_lost"] += 1
         return NO_WAIT
 
     def _draft_or_wait_ssd(
-        self, sequence: TargetSequence, ended: int, outcome: VerificationOutcome, limit: int
+        self, sequence: TargetSequence, found: NextDraft, outcome: VerificationOutcome, limit: int
     ) -> FallbackChoice:
-        # Near the end of the output the table is deeper than what can be used, or ends where the output would: still
-        # a hit.
-        kind, found, rank = self._knowledge.look_up(sequence, ended, outcome, lookahead=max(1, limit))
-        tokens = self._valid(found)[:limit]
+        kind, tokens = found.kind or LookupKind.MISS, found.tokens
+        # Near the end of the output the table ends where the output would: still a hit.
         if kind is LookupKind.PARTIAL and _ends_output(sequence, tokens):
             kind = LookupKind.HIT
-        sequence.stats.lookup(kind, outcome.num_accepted, rank)
+        sequence.stats.lookup(kind, outcome.num_accepted, found.rank)
         self._lookups[kind.value] += 1
         sequence.draft = Draft(lookup=kind.value)
         if limit == 0:
@@ -148,7 +153,8 @@ class NextRound:
 
     def _after_miss(self, sequence: TargetSequence, limit: int) -> FallbackChoice:
         measured = self._knowledge.measured(sequence)
-        if measured is not None and self._knowledge.may_wait(sequence, after_miss=True):
+        trust = self._knowledge.trust(sequence)
+        if measured is not None and trust is not None and trust.may_wait_after_miss():
             choice = self._fallback.choose(
                 measured.draft_times(),
                 batch_size=self._batch_size,
@@ -210,7 +216,8 @@ class NextRound:
 
     # ---- waiting for a speculation ----------------------------------------------------------------------------
 
-    def _request(self, sequence: TargetSequence, ended: int, choice: FallbackChoice) -> None:
+    def _request(self, sequence: TargetSequence, choice: FallbackChoice) -> bool:
+        """Wait for what was chosen; False: nobody can draft it any more, and the sequence goes on without."""
         if sequence.request.mode is SpeculationMode.SD:
             wait_s, speculator_s = self._deadline_s, self._deadline_s * _SD_SHARE
         else:
@@ -218,15 +225,19 @@ class NextRound:
             speculator_s = _SLACK * choice.waiting_s
             round_trip_s = 0.0 if measured is None else measured.round_trip_s
             wait_s = min(self._deadline_s, speculator_s + round_trip_s + _MARGIN_S)
-        self._knowledge.request(sequence, ended, choice.depth, speculator_s)
+        if not self._knowledge.request(sequence, choice.depth, speculator_s):
+            if sequence.request.mode is SpeculationMode.SSD:
+                self._use_backup(sequence)
+            return False
         sequence.await_started_s = time.perf_counter()
         sequence.await_deadline_s = sequence.await_started_s + wait_s
+        return True
 
     def answer(self, sequence: TargetSequence, round_: int, tokens: Sequence[int]) -> bool:
-        """A speculation arrived; False if nobody waits for it any more."""
+        """A speculation arrived, or never will (no tokens); False if nobody waits for it any more."""
         if sequence.await_deadline_s is None or round_ != sequence.round - 1:
             return False
-        tokens = self._valid(tokens)[: self._limit(sequence)]
+        tokens = tokens[: self._limit(sequence)]
         if tokens:
             self._use(sequence, tokens)
             self._end_wait(sequence)

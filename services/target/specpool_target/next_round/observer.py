@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from specpool_target.engine.sequence import Draft, DraftSource, SpeculationMode, TargetSequence
+from specpool.speculation import DraftSource
+from specpool_target.engine.sequence import Draft, SpeculationMode, TargetSequence
 from specpool_target.next_round.fallback_policy import FallbackPolicy
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.speculation_trials import Output

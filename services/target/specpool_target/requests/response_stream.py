@@ -11,7 +11,7 @@ from specpool.telemetry import tracing
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate
+from specpool_target.engine.sequence import Finish, FinishReason, Pairing, SequenceRequest, SequenceUpdate
 from specpool_target.verify.verify_step import TokenLogprobs
 
 Response = target_pb2.RunSequenceResponse
@@ -100,6 +100,9 @@ class ResponseStream:
             update = await self.updates.get()
             if update.error is not None:
                 raise update.error
+            if update.paired is not None:
+                yield _paired(update.paired)
+                continue
             if update.round is not None:
                 self._rounds.add(
                     num_draft_tokens=update.round.num_draft_tokens,
@@ -139,6 +142,10 @@ class ResponseStream:
         self._span.set_attribute(tracing.GEN_AI_USAGE_CACHED_INPUT_TOKENS, usage.num_cached_prompt_tokens)
         message = inference_pb2.GenerationFinished(finish_reason=finish.reason.value, usage=usage, stats=finish.stats)
         return Response(finished=message)
+
+
+def _paired(pairing: Pairing) -> Response:
+    return Response(paired=target_pb2.Paired(endpoint=pairing.address, speculator_id=pairing.speculator_id))
 
 
 def _to_proto(position: TokenLogprobs) -> types_pb2.PositionLogprobs:

@@ -32,13 +32,13 @@ class ArrivedDistributions:
 
 
 def read_distributions(
-    message: speculator_pb2.DraftDistributions | ArrivedDistributions | None,
+    message: object | None,
     draft_tokens: Sequence[int],
     *,
     vocab_size: int,
     device: torch.device,
 ) -> DraftDistribution | None:
-    """The distributions of exactly these tokens, or None if the message is not that or not sound.
+    """The distributions of exactly these tokens, or None if what came is not that or not sound.
 
     A speculator can only be trusted so far: a distribution that is none, or gives its own token no probability, would
     make the output wrong. Sample-and-match is right whatever it sent.
@@ -46,7 +46,11 @@ def read_distributions(
     if isinstance(message, ArrivedDistributions):
         is_same = list(message.draft_tokens[: len(draft_tokens)]) == list(draft_tokens)
         return message.distribution.narrow(len(draft_tokens)) if is_same and message.distribution is not None else None
-    if message is None or len(message.distributions) < len(draft_tokens) or not draft_tokens:
+    if (
+        not isinstance(message, speculator_pb2.DraftDistributions)
+        or len(message.distributions) < len(draft_tokens)
+        or not draft_tokens
+    ):
         return None
     if list(message.draft_tokens)[: len(draft_tokens)] != list(draft_tokens):
         return None
