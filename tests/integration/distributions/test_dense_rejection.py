@@ -93,14 +93,14 @@ async def test_nothing_falls_back_when_all_is_well(target_for, speculator_for, m
 async def test_many_pairs_in_one_process(target_for, speculator_for) -> None:
     targets = [await target_for(distribution_deadline_ms=1000.0) for _ in range(3)]
     speculators = [await speculator_for() for _ in range(3)]
-    pairs = [(target, speculator) for target in targets for speculator in speculators]
+    pairs = list(zip(targets, speculators, strict=True))
     await asyncio.gather(*(target.generate(speculator, max_tokens=5) for target, speculator in pairs))
     async with asyncio.timeout(20):
-        while num_pair_threads() < 18:
+        while num_pair_threads() < 6:
             await asyncio.sleep(0.02)
     results = await asyncio.gather(*(t.generate(s, seed=i) for i, (t, s) in enumerate(pairs)))
     assert all(len(tokens) == 40 for tokens, _ in results)
-    assert sum(stats.num_draft_tokens for _, stats in results) > 100
+    assert sum(stats.num_draft_tokens for _, stats in results) > 30
 
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
@@ -156,9 +156,12 @@ async def test_a_transfer_that_fails_closes_the_group_and_another_one_is_built(
         send(self, body, number, timeout_s)
 
     monkeypatch.setattr(group_module.GlooGroup, "send", broken)
-    tokens, _ = await target.generate(speculator, max_tokens=60)
-    assert len(tokens) == 60
-    link = await target.until(lambda link: not is_dense(link))
+    async with asyncio.timeout(60):
+        link = await target.link()
+        while is_dense(link):  # on a busy host a short output may end before anything is drafted for it
+            tokens, _ = await target.generate(speculator, max_tokens=60)
+            assert len(tokens) == 60
+            link = await target.link()
     assert (link.transport, link.agreed_transport) == ("grpc", "gloo")
     assert link.group_error
     monkeypatch.setattr(group_module.GlooGroup, "send", send)

@@ -109,7 +109,7 @@ def test_a_hit_is_what_the_table_has_and_the_outcome_says_what_is_verified(handl
         (0, 0, 7, [8, 9, 10, 11]),
         (1, 2, 5, [3, 4]),
     ]
-    assert paired == [GPU]
+    assert [speculator.address for speculator in paired] == [GPU]
 
 
 def test_less_can_be_used_than_the_table_has(handle, first):
@@ -142,7 +142,7 @@ def test_without_a_speculator_nothing_is_looked_up_and_the_next_one_hears_everyt
     handle.started((6,), DraftSource.BACKUP)
     ((_, opened),) = owner.told()
     assert (list(opened.token_ids), opened.round, list(opened.draft_tokens)) == ([1, 2, 7, 8, 5], 2, [6])
-    assert paired == [GPU]
+    assert [speculator.address for speculator in paired] == [GPU]
 
 
 def test_a_round_that_is_not_started_verifies_nothing(handle, owner, first):
@@ -237,7 +237,7 @@ def test_a_move_closes_here_and_opens_there_and_tables_from_here_are_not_used(ha
     assert not handle.lost(first)
     assert handle.lost(second)
     assert not handle.is_placed
-    assert paired == [GPU, GPU, ""]
+    assert paired == [first, second, None]
     assert (first.num_placed, second.num_placed) == (0, 0)
 
 

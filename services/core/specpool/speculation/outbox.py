@@ -17,14 +17,14 @@ class _Waiting:
         self.sealed: list[Request] = []
         self.outcomes: Request | None = None
         self.after: list[Request] = []
-        self.named_after: set[str] = set()
-        """Sequences that `after` is about."""
+        self.named: set[str] = set()
+        """Sequences that something was said about since `sealed`."""
 
     def seal(self) -> list[Request]:
         if self.outcomes is not None:
             self.sealed.append(self.outcomes)
         self.sealed += self.after
-        self.outcomes, self.after, self.named_after = None, [], set()
+        self.outcomes, self.after, self.named = None, [], set()
         return self.sealed
 
 
@@ -41,11 +41,12 @@ class Outbox:
         return not self._waiting
 
     def outcome(self, connection: Connection, outcome: speculator_pb2.Outcome) -> None:
-        """Joins the other outcomes of the step, unless something else about its sequence was said since."""
+        """Joins the other outcomes of the step; comes after all that was said about its sequence before."""
         with self._lock:
             waiting = self._of(connection)
-            if outcome.sequence_id in waiting.named_after:
+            if outcome.sequence_id in waiting.named:
                 waiting.seal()
+            waiting.named.add(outcome.sequence_id)
             if waiting.outcomes is None:
                 waiting.outcomes = Request(outcomes=speculator_pb2.Outcomes())
             waiting.outcomes.outcomes.outcomes.append(outcome)
@@ -55,7 +56,7 @@ class Outbox:
         with self._lock:
             waiting = self._of(connection)
             waiting.after.append(request)
-            waiting.named_after.add(sequence_id)
+            waiting.named.add(sequence_id)
 
     def take(self) -> list[tuple[Connection, list[Request]]]:
         """Everything."""
