@@ -82,7 +82,7 @@ class SpeculatorLink:
             self.connection.half_close()
             await asyncio.wait([self._task], timeout=_CLOSE_S)
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.wait([self._task], timeout=_CLOSE_S)
 
     async def _run(self) -> None:
         # A second at most: hits return soon after a speculator has.

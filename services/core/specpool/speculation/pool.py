@@ -13,6 +13,7 @@ By default the pool has a thread with an event loop of its own; an engine that h
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -32,7 +33,8 @@ from specpool.speculation.pairing import Pairing, PoolEvents
 from specpool.speculation.pairing_settings import PairingSettings
 from specpool.v1 import speculator_pb2, types_pb2
 
-_CLOSE_S: Final = 5.0
+_logger = logging.getLogger(__name__)
+_CLOSE_S: Final = 10.0
 _SETTLE_POLL_S: Final = 0.005
 _MAX_TOKEN: Final = 2**32
 
@@ -91,13 +93,13 @@ class SpeculationPool:
 
     def close(self) -> None:
         """From a thread other than the loop's: free every sequence and end all streams."""
-        closing = self._schedule(self.aclose())
         try:
-            closing.result(_CLOSE_S)
-        finally:
-            if self._thread is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join(_CLOSE_S)
+            self._schedule(self.aclose()).result(_CLOSE_S)
+        except TimeoutError:
+            _logger.warning("the streams to speculators did not end within %g s; going on without", _CLOSE_S)
+        if self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSE_S)
 
     async def aclose(self) -> None:
         """The same, on the loop that was given."""
