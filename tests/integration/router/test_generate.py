@@ -38,14 +38,13 @@ def is_whole(completion: Completion) -> bool:
     return True
 
 
-async def test_streams_with_a_speculator_of_the_same_tokenizer(start_router: Any) -> None:
+async def test_streams_of_a_tenant_name_the_speculators(start_router: Any) -> None:
     target = FakeTarget()
-    async with running(target, FakeSpeculator("other"), FakeSpeculator("f")) as (endpoint, other, same):
-        router = await start_router(targets=(endpoint,), speculators=(other, same))
+    async with running(target, FakeSpeculator("f")) as (endpoint, speculator):
+        router = await start_router(targets=(endpoint,), speculators=(speculator,))
         async with Client(router) as client:
             assert is_whole(await client.complete(request_of()))
-            await client.complete(request_of(mode=types_pb2.SPECULATION_MODE_OFF))
-    assert [request.speculator_endpoint for request in target.requests] == [same, ""]
+    assert [told.address for told in target.requests[0].speculators] == [speculator]
     assert target.requests[0].tenant == "default"
     assert target.requests[0].request.model == "m"
 

@@ -1,4 +1,4 @@
-"""Choice of target and speculator."""
+"""Choice of the target."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from dataclasses import replace
 import pytest
 
 from specpool.errors import ModelNotFound, TargetUnavailable
-from specpool_router.placement.pod_choice import Candidate, choose_speculator, choose_target
+from specpool_router.placement.pod_choice import Candidate, choose_target
 
 
-def pod(
-    endpoint: str, num_sequences: int = 0, *, model: str = "m", available: bool = True, tokenizer: str = "t"
-) -> Candidate:
+def pod(endpoint: str, num_sequences: int = 0, *, model: str = "m", available: bool = True) -> Candidate:
     return Candidate(
         endpoint=endpoint,
         model=model,
-        tokenizer_fingerprint=tokenizer,
         num_sequences=num_sequences,
         available=available,
     )
@@ -62,16 +59,3 @@ def test_model_errors() -> None:
         choose_target([pod("a", available=False)], model="m")
     with pytest.raises(TargetUnavailable, match="any model yet"):
         choose_target([pod("a", model="", available=False)], model="m")
-
-
-def test_speculator_needs_the_same_tokenizer() -> None:
-    target = pod("t")
-    assert choose_speculator([pod("a", tokenizer="u"), pod("b", available=False)], target) is None
-    assert choose_speculator([pod("a", tokenizer="u"), pod("b", 50)], target) == pod("b", 50)
-
-
-def test_targets_spread_over_speculators_and_stay() -> None:
-    speculators = [pod(name) for name in "abc"]
-    chosen = {str(i): choose_speculator(speculators, pod(str(i))) for i in range(60)}
-    assert len({c.endpoint for c in chosen.values() if c}) == 3
-    assert chosen == {str(i): choose_speculator(speculators[::-1], pod(str(i))) for i in range(60)}

@@ -18,7 +18,6 @@ from specpool_router.generation.target_run import Event, Target, TargetLost, Tar
 from specpool_router.generation.target_search import TargetSearch
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
-from specpool_router.placement.pod_choice import choose_speculator
 from specpool_router.sessions.lease import Lease
 from specpool_router.sessions.sessions import Sessions
 
@@ -102,11 +101,8 @@ class Stream:
 
     async def _run_on(self, target: Target) -> AsyncGenerator[Event, None]:
         """Events of one target, without what there is already."""
-        speculator = self._speculator_for(target)
-        self._sessions.pair(self._lease, target.endpoint.address, speculator)
-        run = TargetRun(
-            target, self._run_request(speculator), progress_timeout_s=self._patience.progress_timeout_s
-        )  # fmt: skip
+        self._sessions.pair(self._lease, target.endpoint.address, "")
+        run = TargetRun(target, self._run_request(), progress_timeout_s=self._patience.progress_timeout_s)
         self._stop.on_set(run.cancel)
         async with aclosing(run.events()) as events:
             async for event in events:
@@ -115,21 +111,13 @@ class Stream:
                 for shown in self._take_in(event):
                     yield shown
 
-    def _speculator_for(self, target: Target) -> str:
-        """For targets that do not choose for themselves."""
-        if self.request.mode == types_pb2.SPECULATION_MODE_OFF:
-            return ""
-        speculator = choose_speculator(self._cluster.speculators.candidates(), target.candidate())
-        return speculator.endpoint if speculator else ""
-
-    def _run_request(self, speculator: str) -> target_pb2.RunSequenceRequest:
+    def _run_request(self) -> target_pb2.RunSequenceRequest:
         tenant = self._lease.tenant
         return target_pb2.RunSequenceRequest(
             request=self.request,
             tenant=tenant.name,
             tenant_weight=tenant.weight,
             cache_salt=tenant.cache_salt,
-            speculator_endpoint=speculator,
             committed_token_ids=self.progress.token_ids,
             num_text_chars_sent=self.progress.num_chars,
             was_running=self._has_started,

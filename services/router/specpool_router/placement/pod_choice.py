@@ -1,4 +1,4 @@
-"""Which target and which speculator a request gets: pure functions of what is known of the pods."""
+"""Which target a request gets: pure functions of what is known of the pods. Targets choose their speculators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class Candidate:
 
     endpoint: str
     model: str
-    tokenizer_fingerprint: str
     num_sequences: int
     """Running and waiting."""
     available: bool
@@ -48,21 +47,6 @@ def choose_target(
         )
     soundest = _soundest(usable)
     return _preferred(soundest, session_id) if session_id else _least_busy(soundest)
-
-
-def choose_speculator(
-    candidates: Sequence[Candidate], target: Candidate, *, exclude: Collection[str] = ()
-) -> Candidate | None:
-    """The speculator for a sequence of this target, if there is one with its tokenizer.
-
-    A target keeps to one speculator while that is not much busier than others: fewer streams between pods.
-    """
-    usable = [
-        c
-        for c in candidates
-        if c.available and c.endpoint not in exclude and c.tokenizer_fingerprint == target.tokenizer_fingerprint
-    ]
-    return _preferred(_soundest(usable), target.endpoint) if usable else None
 
 
 def resolve_model(candidates: Iterable[Candidate], model: str) -> str:

@@ -72,13 +72,12 @@ class Pod(Generic[Status]):
         """As routing sees it."""
         address = self.endpoint.address
         if self.status is None:
-            return Candidate(endpoint=address, model="", tokenizer_fingerprint="", num_sequences=0, available=False)
+            return Candidate(endpoint=address, model="", num_sequences=0, available=False)
         load = self.status.load
         is_alive = self.reachable or time.monotonic() - self.heard_s < _FLOW_S
         return Candidate(
             endpoint=address,
             model=self.status.model.name,
-            tokenizer_fingerprint=self.status.model.tokenizer_fingerprint,
             num_sequences=max(self.num_streams, load.num_sequences_running + load.num_sequences_waiting),
             available=is_alive and self.healthy and self.status.state == types_pb2.SERVING_STATE_SERVING,
             is_leaving=self.endpoint.terminating or not self.endpoint.ready,

@@ -15,7 +15,7 @@ from rich.live import Live
 from specpool.client import Client
 from specpool.errors import DeadlineExceeded, Internal, SpecPoolError, TokenizerMismatch, error_from_reason
 from specpool.rpc.client import channel
-from specpool.v1 import inference_pb2, router_pb2, target_pb2, target_pb2_grpc, types_pb2
+from specpool.v1 import router_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_tools.local.processes import Processes
 from specpool_tools.local.supervisor import Child
 from specpool_tools.local.system import System
@@ -117,24 +117,14 @@ def _all_reachable(status: router_pb2.GetClusterStatusResponse, processes: Proce
 
 
 async def _link(target: str, speculator: str) -> None:
-    """Run a short sequence on a target with this speculator, until they are connected."""
-    request = target_pb2.RunSequenceRequest(
-        request=inference_pb2.GenerateRequest(
-            tokens=inference_pb2.TokenPrompt(token_ids=[1, 2]),
-            sampling=types_pb2.SamplingParams(max_tokens=8, ignore_eos=True),
-            mode=types_pb2.SPECULATION_MODE_SSD,
-        ),
-        tenant="warm-up",
-        speculator_endpoint=speculator,
-    )
+    """Tell a target of this speculator, until they are connected."""
+    request = target_pb2.GetTargetStatusRequest(speculators=[types_pb2.SpeculatorEndpoint(address=speculator)])
     reported = ""
     async with channel(target) as connection:
         stub = target_pb2_grpc.TargetServiceStub(connection)
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                async for _ in stub.RunSequence(request):
-                    pass
-                status = await stub.GetTargetStatus(target_pb2.GetTargetStatusRequest())
+                status = await stub.GetTargetStatus(request)
                 links = [link for link in status.speculators if link.endpoint == speculator]
                 if any(link.connected for link in links):
                     return
