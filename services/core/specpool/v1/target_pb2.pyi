@@ -28,7 +28,6 @@ class RunSequenceRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
-    SPECULATOR_ENDPOINT_FIELD_NUMBER: _builtins.int
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_TEXT_CHARS_SENT_FIELD_NUMBER: _builtins.int
     SPECULATORS_FIELD_NUMBER: _builtins.int
@@ -39,8 +38,6 @@ class RunSequenceRequest(_message.Message):
     """Share of speculator rows relative to other tenants, at most 1,000,000. 0 is read as 1."""
     cache_salt: _builtins.bytes
     """Salt of this tenant's prefix cache. At most 1,024 bytes."""
-    speculator_endpoint: _builtins.str
-    """DEPRECATED, ignored by targets that choose for themselves: endpoint of the speculator this sequence was given."""
     num_text_chars_sent: _builtins.int
     """Characters (Unicode code points) of the completion's text that the client already has."""
     was_running: _builtins.bool
@@ -67,7 +64,6 @@ class RunSequenceRequest(_message.Message):
         tenant: _builtins.str = ...,
         tenant_weight: _builtins.float = ...,
         cache_salt: _builtins.bytes = ...,
-        speculator_endpoint: _builtins.str = ...,
         committed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_text_chars_sent: _builtins.int = ...,
         speculators: _abc.Iterable[_types_pb2.SpeculatorEndpoint] | None = ...,
@@ -75,7 +71,7 @@ class RunSequenceRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculator_endpoint", b"speculator_endpoint", "speculators", b"speculators", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "was_running", b"was_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "committed_token_ids", b"committed_token_ids", "num_text_chars_sent", b"num_text_chars_sent", "request", b"request", "speculators", b"speculators", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "was_running", b"was_running"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,7 +33,6 @@ _VERIFICATIONS: Final = {
     types_pb2.VERIFICATION_MODE_COUPLED: VerificationMode.COUPLED,
     types_pb2.VERIFICATION_MODE_REJECTION: VerificationMode.REJECTION,
 }
-_MAX_ENDPOINT_CHARS: Final = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,6 @@ class RequestReader:
     def _check_envelope(self, message: target_pb2.RunSequenceRequest) -> None:
         """What the router adds to the client's request."""
         check_text("tenant", message.tenant, MAX_TENANT_NAME_CHARS)
-        check_text("speculator_endpoint", message.speculator_endpoint, _MAX_ENDPOINT_CHARS)
         check_size("cache_salt", len(message.cache_salt), MAX_SALT_BYTES)
         check_weight(message.tenant_weight)
         num_committed, max_context = len(message.committed_token_ids), self.model.max_context
