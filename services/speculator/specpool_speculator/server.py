@@ -18,7 +18,7 @@ from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_engine.modeling.files import Progress, no_progress
 from specpool_engine.modeling.interface import CausalModel, Segment
 from specpool_engine.modeling.paged_kv import SequenceKV
-from specpool_engine.runtime.loading import EngineSettings, LoadedEngine, load_engine, prepare_process
+from specpool_engine.runtime.loading import LoadedEngine, load_engine, prepare_process
 from specpool_engine.runtime.running import running
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.engine.drafter import Drafter
@@ -44,9 +44,15 @@ async def serve(
         on_progress: told about download and load.
         stop: another way to end.
     """
-    settings = EngineSettings.of(config)
-    prepare_process(settings)
-    loaded = await asyncio.to_thread(load_engine, settings, on_progress)
+    prepare_process(config, config.distribution_transport)
+    loaded = await asyncio.to_thread(
+        load_engine,
+        config,
+        on_progress,
+        weights=config.weights,
+        sm_share=config.sm_share,
+        num_frequent_tokens=config.draft_vocab_size,
+    )
     info = loaded.info
     traces = tracing.setup("specpool-speculator", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
     metrics = SpeculatorMetrics(info.name)

@@ -20,7 +20,7 @@ from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.files import Progress, no_progress
 from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_engine.runtime.loading import EngineSettings, load_engine, prepare_process
+from specpool_engine.runtime.loading import load_engine, prepare_process
 from specpool_engine.runtime.running import running
 from specpool_target.config import TargetConfig
 from specpool_target.dense.receiving_group import DenseReceiver
@@ -51,10 +51,9 @@ async def serve(
     """
     stopping = stop or asyncio.Event()
     speculators = directory.parse(config.speculators, field="speculators")
-    settings = EngineSettings.of(config)
-    prepare_process(settings)
+    prepare_process(config, config.distribution_transport)
     traces = tracing.setup("specpool-target", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
-    loaded = await asyncio.to_thread(load_engine, settings, on_progress)
+    loaded = await asyncio.to_thread(load_engine, config, on_progress, weights=config.weights)
     model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
     metrics = TargetMetrics(info.name)
     metrics.set_engine(attention_backend=info.attention_backend, dtype=info.dtype, device=info.device)
