@@ -16,6 +16,7 @@ from specpool.speculation.inbox import SpeculationInbox
 from specpool_engine.modeling import ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.paged_kv import SequenceKV
+from specpool_target.engine.scheduler import _Places
 from specpool_target.engine.sequence import SpeculationMode, TargetSequence
 from specpool_target.verify import verify_step as verifying
 
@@ -141,6 +142,32 @@ async def test_a_sequence_that_does_not_end_well_is_freed(bench_for, request_for
     await bench.idle()
     assert bench.engine.failure is None
     assert (bench.engine.num_sequences, bench.pool.num_used) == (0, 0)
+
+
+async def test_being_admitted(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    whole = SequenceKV.from_prefix
+
+    def from_prefix(pool, tokens, salt):
+        return broken() if tokens[0] == 7 else whole(pool, tokens, salt)
+
+    monkeypatch.setattr(SequenceKV, "from_prefix", from_prefix)
+    beside = bench.submit(request_for("beside", PROMPT, max_tokens=40))
+    await assert_only_it_failed(bench, request_for, bench.submit(request_for("bad", (7, 2, 3))), beside=beside)
+
+
+async def test_a_place_in_a_step(bench_for, request_for, monkeypatch):
+    bench = bench_for()
+    beside = bench.submit(request_for("beside", PROMPT, max_tokens=40))
+    bad = bench.submit(request_for("bad", (7, 2, 3), max_tokens=200))
+    await bad.get()
+    whole = _Places.add
+
+    def add(self, sequence, num_tokens):
+        return broken() if sequence.id == "bad" else whole(self, sequence, num_tokens)
+
+    monkeypatch.setattr(_Places, "add", add)
+    await assert_only_it_failed(bench, request_for, bad, beside=beside)
 
 
 async def test_looking_up_and_choosing(bench_for, request_for, monkeypatch):

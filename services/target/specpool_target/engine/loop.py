@@ -21,7 +21,7 @@ from specpool_target.engine.commit import commit
 from specpool_target.engine.draft_distributions import DraftDistributions
 from specpool_target.engine.live_sequences import LiveSequences
 from specpool_target.engine.outbox import TargetOutbox
-from specpool_target.engine.scheduler import ScheduledStep, Scheduler
+from specpool_target.engine.scheduler import ScheduledStep, Scheduler, Unschedulable
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceUpdate, TargetSequence
 from specpool_target.engine.statistics import Phases
 from specpool_target.engine.step_recorder import StepRecorder, round_info
@@ -78,7 +78,7 @@ class TargetLoop:
         """One forward and the rounds that end with it."""
         started_s = time.perf_counter()
         self._expire(started_s)
-        step = self._admit(self._scheduler.schedule())
+        step = self._admit(self._schedule())
         self._outbox.flush()  # the speculators start while the forward runs
         if not step.segments:
             self._idle(started_s)
@@ -114,6 +114,13 @@ class TargetLoop:
         for sequence in waiting:
             with self._sequences.isolated(sequence):
                 self._next_round.expire(sequence)
+
+    def _schedule(self) -> ScheduledStep:
+        while True:
+            try:
+                return self._scheduler.schedule()
+            except Unschedulable as refusal:  # one sequence less each time
+                self._sequences.fail(refusal.sequence, refusal.cause)
 
     def _admit(self, step: ScheduledStep) -> ScheduledStep:
         for sequence in step.admitted:

@@ -49,6 +49,15 @@ class ScheduledStep:
     """Out of the batch since this step."""
 
 
+class Unschedulable(Exception):
+    """Something went wrong with one sequence; the scheduler is as it was, and can go on once that has ended."""
+
+    def __init__(self, sequence: TargetSequence, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.sequence = sequence
+        self.cause = cause
+
+
 class Scheduler:
     """Owns the order of the sequences and their KV."""
 
@@ -63,6 +72,8 @@ class Scheduler:
         self.waiting: deque[TargetSequence] = deque()
         self.running: list[TargetSequence] = []
         """Oldest admission first."""
+        self._admitted: list[TargetSequence] = []
+        """Not told of yet."""
 
     @property
     def max_length(self) -> int:
@@ -123,13 +134,18 @@ class Scheduler:
         sequence.free(publish=publish)
 
     def schedule(self) -> ScheduledStep:
-        """Segments of the next forward: what is in the batch, oldest first, then admissions."""
+        """Segments of the next forward: what is in the batch, oldest first, then admissions; or `Unschedulable`."""
         places = _Places(self.pool, prefill_budget=self._prefill_budget())
         preempted: list[TargetSequence] = []
         for sequence in list(self.running):
             if sequence.is_admitted and sequence.await_deadline_s is None:
-                self._place_running(sequence, places, preempted)
-        admitted = [] if preempted else list(self._admit(places))
+                try:
+                    self._place_running(sequence, places, preempted)
+                except Exception as error:
+                    raise Unschedulable(sequence, error) from error
+        if not preempted:
+            self._admit(places)
+        admitted, self._admitted = [s for s in self._admitted if s.is_admitted], []
         return ScheduledStep(places.segments, admitted, preempted)
 
     def _prefill_budget(self) -> int:
@@ -157,12 +173,15 @@ class Scheduler:
         victim.free()
         self.waiting.appendleft(victim)
 
-    def _admit(self, places: _Places) -> Iterator[TargetSequence]:
+    def _admit(self, places: _Places) -> None:
         # Blocks that sequences in the batch still need for their prefill are spoken for.
         num_promised = sum(self._blocks_to_finish(s) for s in self.running) - places.num_blocks
         while self.waiting and len(self.running) < self._max_batch_size and places.prefill_budget > 0:
             sequence = self.waiting[0]
-            sequence.kv = SequenceKV.from_prefix(self.pool, sequence.tokens, sequence.salt)
+            try:
+                sequence.kv = SequenceKV.from_prefix(self.pool, sequence.tokens, sequence.salt)
+            except Exception as error:
+                raise Unschedulable(sequence, error) from error
             wanted = self._blocks_to_finish(sequence)
             if max(0, num_promised) + places.num_blocks + wanted > self.pool.num_free:
                 sequence.kv.free()
@@ -171,11 +190,11 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             sequence.is_admitted = True
+            self._admitted.append(sequence)
             num_promised += wanted
             num_tokens = places.chunk_of(sequence) if sequence.await_deadline_s is None else 0
             if num_tokens:
                 num_promised -= places.add(sequence, num_tokens)
-            yield sequence
 
     @staticmethod
     def _blocks_to_finish(sequence: TargetSequence) -> int:
