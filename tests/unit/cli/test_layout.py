@@ -10,7 +10,7 @@ import pytest
 
 from specpool.errors import ConfigError, InvalidArgument
 from specpool_tools.cli import service
-from specpool_tools.local import processes
+from specpool_tools.local import processes, up
 from specpool_tools.local.cores import default_threads, parse_affinity
 from specpool_tools.local.processes import lay_out
 from specpool_tools.local.up_config import UpConfig
@@ -147,3 +147,13 @@ def test_free_ports_are_different() -> None:
 def test_up_refuses_what_contradicts_itself() -> None:
     with pytest.raises(ConfigError, match="lookahead must be at least 0, got -1"):
         UpConfig(target="toy", lookahead=-1)
+
+
+def test_systems_that_start_in_one_second_have_logs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECPOOL_CACHE", str(tmp_path))
+    monkeypatch.setattr(up.time, "strftime", lambda text: "20260101-000000")
+    first, second = up._new_log_directory(), up._new_log_directory()
+    assert first != second
+    assert first.parent == second.parent == tmp_path / "logs"

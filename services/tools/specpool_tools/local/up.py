@@ -47,7 +47,7 @@ async def running(
 ) -> AsyncIterator[System | None]:
     """The system, ready; None if it was stopped before. Everything is gone afterwards."""
     run_directory = Path(tempfile.mkdtemp(prefix="specpool-run-"))
-    log_directory = Path(config.log_dir) if config.log_dir else logs_directory() / time.strftime("%Y%m%d-%H%M%S")
+    log_directory = Path(config.log_dir) if config.log_dir else _new_log_directory()
     log_directory.mkdir(parents=True, exist_ok=True)
     processes = lay_out(config, settings_file=settings_file, run_directory=run_directory)
     system = System(processes, log_directory, console)
@@ -65,6 +65,12 @@ async def running(
         forget_endpoint(system.endpoint)
         await _stop(system)
         shutil.rmtree(run_directory, ignore_errors=True)
+
+
+def _new_log_directory() -> Path:
+    """Named by the time and by chance: two systems that start in one second may share a cache."""
+    logs_directory().mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs_directory()))
 
 
 async def _stop(system: System) -> None:
