@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -84,7 +85,9 @@ async def serve(
             serve_metrics(metrics.registry, config.metrics_port)
         for name in ("", _OPERATIONS):
             await health.set_service(name, True)
-        readiness = background.keep_running(partial(_report_readiness, health, cluster), name="readiness")
+        readiness = background.keep_running(
+            partial(_report_readiness, health, cluster, config.request_wait_s), name="readiness"
+        )
         if on_ready is not None:
             on_ready(endpoint)
         await run_until_stopped(server, drain, health=health, grace_s=config.drain_grace_s, stop=stop)
@@ -95,10 +98,17 @@ async def serve(
         await close_within(CLOSE_S, cluster=cluster.close(), sessions=sessions.close(), traces=traces.aclose())
 
 
-async def _report_readiness(health: Health, cluster: Cluster) -> None:
-    """The inference service is healthy while a target can take requests: that is what a readiness probe asks about."""
+async def _report_readiness(health: Health, cluster: Cluster, hold_s: float) -> None:
+    """The inference service is healthy while a target can take requests: that is what a readiness probe asks about.
+
+    And for ``hold_s`` after that: as long as requests wait, as while the only target is replaced, they should come.
+    """
+    clock = asyncio.get_running_loop().time
+    last_s = -math.inf
     while True:
-        await health.set_service(_INFERENCE, any(target.available for target in cluster.targets.candidates()))
+        is_available = any(target.available for target in cluster.targets.candidates())
+        last_s = clock() if is_available else last_s
+        await health.set_service(_INFERENCE, is_available or clock() < last_s + hold_s)
         await cluster.targets.wait_for_change(_READINESS_INTERVAL_S)
 
 

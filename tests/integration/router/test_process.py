@@ -57,7 +57,7 @@ async def test_ready_only_while_a_target_is_there(start_router: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    endpoint = await start_router(targets=(address,), session_store="memory://")
+    endpoint = await start_router(targets=(address,), session_store="memory://", request_wait_s=1.0)
     name = "specpool.v1.InferenceService"
     assert await health_of(endpoint, "") == serving
     assert await health_of(endpoint, name) == not_serving
@@ -70,3 +70,21 @@ async def test_ready_only_while_a_target_is_there(start_router: Any) -> None:
     await server.stop(None)
     await until_health(endpoint, name, not_serving)
     assert await health_of(endpoint, "") == serving
+
+
+async def test_ready_while_the_only_target_is_replaced(start_router: Any) -> None:
+    """Requests wait for it: clients should still find the router."""
+    serving, name = health_pb2.HealthCheckResponse.SERVING, "specpool.v1.InferenceService"
+    server, address, _ = await start(FakeTarget(delay_s=0))
+    endpoint = await start_router(targets=(address,), session_store="memory://", request_wait_s=60.0)
+    await until_health(endpoint, name, serving)
+    async with Client(endpoint) as client:
+        await server.stop(None)
+        async with asyncio.timeout(20):
+            while any(entry.reachable for entry in (await client.cluster_status()).targets):
+                await asyncio.sleep(0.05)
+        assert await health_of(endpoint, name) == serving
+        waiting = asyncio.create_task(client.complete(inference_pb2.GenerateRequest(text="x")))
+        server, _, _ = await start(FakeTarget(delay_s=0), address)
+        assert (await waiting).token_ids
+    await server.stop(None)
