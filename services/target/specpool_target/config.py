@@ -38,6 +38,8 @@ class TargetConfig(EngineConfig):
     speculators: str = "router"
     """Where speculators are found: `router` (what routers tell), `static:HOST:PORT,...`, `dns:NAME:PORT` (all addresses
     of a name) or `kubernetes:NAMESPACE/LABELS`."""
+    labels: tuple[str, ...] = ()
+    """Where this target runs, `node=NAME`, `zone=NAME`, `region=NAME` or `rack=NAME`: near speculators come first."""
     connect_deadline_ms: NonNegativeFloat = 250.0
     """Longest wait of a request for the first connection to a speculator nobody used before."""
     fallback: Fallback = "auto"

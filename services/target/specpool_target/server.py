@@ -51,6 +51,7 @@ async def serve(
     """
     stopping = stop or asyncio.Event()
     speculators = directory.parse(config.speculators, field="speculators")
+    labels = directory.parse_labels(config.labels)
     prepare_process(config, config.distribution_transport)
     traces = tracing.setup("specpool-target", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
     loaded = await asyncio.to_thread(load_engine, config, on_progress, weights=config.weights)
@@ -65,7 +66,7 @@ async def serve(
         vocab_size=model.vocab_size,
         on_received=metrics.dense_distributions,
     )
-    identity = PoolIdentity(peer=peer, model=info, max_lookahead=config.max_lookahead)
+    identity = PoolIdentity(peer=peer, model=info, max_lookahead=config.max_lookahead, labels=labels)
 
     def make_pool(events: PoolEvents) -> SpeculationPool:
         return SpeculationPool(speculators, identity, loop=loop, events=events, receiver=receiver, flushes_itself=False)

@@ -27,7 +27,12 @@ from specpool_tools.local.embedded_store import find_binary
 ROOT = Path(__file__).resolve().parents[3]
 CHART = ROOT / "helm" / "specpool"
 NAMESPACE = "inference"
-FIELDS = {"status.podIP": "127.0.0.1", "metadata.namespace": NAMESPACE}
+FIELDS = {
+    "status.podIP": "127.0.0.1",
+    "metadata.namespace": NAMESPACE,
+    "spec.nodeName": "node-1",
+    "metadata.labels['topology.kubernetes.io/zone']": "",
+}
 API_KEY = "a test key"
 
 

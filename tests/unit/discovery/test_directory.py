@@ -194,6 +194,13 @@ def test_bad_addresses_are_named(text: str) -> None:
         directory.parse(text)
 
 
+def test_labels_say_where_a_process_runs() -> None:
+    assert directory.parse_labels(["node=n1", "zone=", "rack=r=7"]) == {"node": "n1", "rack": "r=7"}
+    for entry in ("node", "colour=red", "=x"):
+        with pytest.raises(ConfigError, match="accepted: node=NAME, zone=NAME"):
+            directory.parse_labels([entry])
+
+
 def test_needs_neither_kubernetes_nor_torch() -> None:
     code = (
         "import sys; from specpool.discovery import directory\n"

@@ -10,14 +10,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from specpool.addresses import parse_address
-from specpool.discovery.discovery import Discovery, StaticDiscovery
+from specpool.discovery.discovery import NODE, RACK, REGION, ZONE, Discovery, StaticDiscovery
 from specpool.discovery.dns import DnsDiscovery
 from specpool.discovery.told import ToldDiscovery
 from specpool.errors import ConfigError
 
+LABELS: Final = (NODE, ZONE, REGION, RACK)
 _ACCEPTED: Final = "static:HOST:PORT,..., dns:NAME:PORT, kubernetes:NAMESPACE/LABELS or router"
 
 
@@ -42,3 +44,19 @@ def parse(text: str, *, field: str = "directory") -> Discovery:
     raise ConfigError(
         f"{field} is {text!r}; accepted: {_ACCEPTED}", metadata={"field": field, "value": text, "accepted": _ACCEPTED}
     )
+
+
+def parse_labels(entries: Iterable[str], *, field: str = "labels") -> dict[str, str]:
+    """Where a process says that it runs, by `node=NAME` and the like; names that are empty are left out."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        label, separator, name = entry.partition("=")
+        if not separator or label not in LABELS:
+            accepted = ", ".join(f"{each}=NAME" for each in LABELS)
+            raise ConfigError(
+                f"{field} has {entry!r}; accepted: {accepted}",
+                metadata={"field": field, "value": entry, "accepted": accepted},
+            )
+        if name:
+            found[label] = name
+    return found
