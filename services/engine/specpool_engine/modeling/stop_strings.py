@@ -16,6 +16,7 @@ class StopStrings:
         self._stop = tuple(s for s in stop if s)
         self._failures = [_failures_of(s) for s in self._stop]
         self._matched = [0] * len(self._stop)
+        self._first = frozenset(s[0] for s in self._stop)
 
     @property
     def num_held_back(self) -> int:
@@ -30,10 +31,14 @@ class StopStrings:
         """
         if not self._stop:
             return None
+        is_matching = any(self._matched)
         for position, character in enumerate(piece, start=1):
+            if not is_matching and character not in self._first:
+                continue
             complete = [len(stop) for index, stop in enumerate(self._stop) if self._advance(index, character)]
             if complete:
                 return position - max(complete)
+            is_matching = any(self._matched)
         return None
 
     def _advance(self, index: int, character: str) -> bool:
