@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-import grpc
 import pytest
 
 GREEDY = {"temperature": 0.0}
@@ -136,34 +135,6 @@ async def test_waits_end_at_once_when_the_speculator_dies(target_for, speculator
     assert len((await asyncio.wait_for(running, 10)).tokens) == 40
 
 
-async def test_tokenizer_mismatch_is_reported_and_requests_go_on(target_for, speculator_for):
-    target = await target_for()
-    speculator = await speculator_for(fingerprint="ab" * 32)
-    got = await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
-    assert len(got.tokens) == 40
-    (link,) = (await target.status()).speculators
-    assert not link.connected
-    assert link.last_error.startswith("target 'toy' has tokenizer ")
-    assert "speculator 'fake' has tokenizer abababababab" in link.last_error
-    assert speculator.seen["open_sequence"] == 0
-
-
-async def test_protocol_mismatch_is_reported(target_for, speculator_for):
-    target = await target_for()
-    speculator = await speculator_for(protocol_version=9)
-    await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
-    (link,) = (await target.status()).speculators
-    assert link.last_error == "the target speaks protocol version 1, the speculator 9"
-
-
-async def test_refused_handshake_is_reported(target_for, speculator_for):
-    target = await target_for()
-    speculator = await speculator_for(refuse=grpc.StatusCode.FAILED_PRECONDITION)
-    await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint)
-    (link,) = (await target.status()).speculators
-    assert link.last_error == "refused by the script"
-
-
 async def test_cancellation_closes_the_sequence_at_the_speculator_at_once(target_for, speculator_for):
     target = await target_for("toy#vocab=24,seed=3,step_ms=20")
     speculator = await speculator_for(tables="random")
@@ -207,7 +178,8 @@ async def test_a_speculator_that_is_always_late_costs_next_to_nothing(target_for
 async def test_rejection_uses_distributions_that_are_there_and_sound(
     target_for, speculator_for, distributions, all_rejection
 ):
-    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=10", distribution_deadline_ms=50.0)
+    deadline_ms = 2000.0 if all_rejection else 50.0  # a busy host is no reason to go on without
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=10", distribution_deadline_ms=deadline_ms)
     greedy = await target.generate(PROMPT, **GREEDY)
     speculator = await speculator_for(truth={PROMPT: greedy.tokens}, tables="random", distributions=distributions)
     got = await target.generate(
