@@ -200,6 +200,27 @@ async def test_rolling_two_servers_under_one_channel_fails_nothing() -> None:
     assert outcomes["OK"] == outcomes.total(), outcomes
 
 
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_drain_that_fails_or_hangs_does_not_hold_the_stop_up(
+    fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = asyncio.Event()
+
+    async def drain(grace_s: float) -> None:
+        if fails:
+            raise OSError("no store")
+        while not release.is_set():
+            with suppress(asyncio.CancelledError):
+                await release.wait()
+
+    server, _, health = await _start(_Target())
+    stop = asyncio.Event()
+    stop.set()
+    await asyncio.wait_for(run_until_stopped(server, drain, health=health, grace_s=0.2, stop=stop), 20)
+    assert ("draining failed" if fails else "draining did not end") in caplog.text
+    release.set()
+
+
 async def test_a_second_signal_ends_streams_with_a_reason() -> None:
     server, endpoint, health = await _start(_Target())
     stop = asyncio.Event()

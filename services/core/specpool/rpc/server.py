@@ -265,6 +265,8 @@ async def _first_of(work: Awaitable[object], interrupt: Awaitable[object], *, ti
     await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    if isinstance(results[0], Exception):
-        _logger.error("draining failed", exc_info=results[0])
+    await asyncio.wait(tasks, timeout=_CLOSE_S)
+    if not tasks[0].done():
+        _logger.error("draining did not end when it was told to; going on without")
+    elif not tasks[0].cancelled() and tasks[0].exception() is not None:
+        _logger.error("draining failed", exc_info=tasks[0].exception())

@@ -136,7 +136,9 @@ class Member:
 
     async def ask_forever(self, interval_s: Callable[[], float], on_answer: Callable[[], None]) -> None:
         """Ask it for its status now and then, over a connection that is closed again."""
-        while True:
+        task = asyncio.current_task()
+        # An answer that fails while this is being cancelled hides the cancellation.
+        while task is not None and not task.cancelling():
             await self._ask()
             self.was_asked = True
             on_answer()
