@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 
 from specpool.errors import InvalidArgument
+from specpool.rpc.checks import MAX_DRAFT_TOKENS
 from specpool.speculation.answer import Answer, OnAnswer
 from specpool.speculation.connection import Connection
 from specpool.speculation.draft import DraftSource, NextDraft
@@ -231,7 +232,7 @@ class SequenceHandle:
                 return
             answer = self._answer.take()
         if answer is not None:
-            answer(self._valid(reply.draft_tokens))
+            answer(self._valid(reply.draft_tokens[:MAX_DRAFT_TOKENS]))
 
     def add_distributions(self, connection: Connection, round_: int, distributions: object) -> None:
         """See `PlacedSequence`."""

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from specpool.algorithm.speculation_cache import SpeculationCache
+from specpool.rpc.checks import MAX_DRAFT_TOKENS
 from specpool.speculation.draft import NextDraft
 from specpool.v1 import speculator_pb2
 
 Entries = dict[tuple[int, int], tuple[int, ...]]
+_MAX_ENTRIES: Final = 4096
+"""Of one table; a larger one is no table."""
+_MAX_GUESSES: Final = 1024
+"""Of one round; more are not kept. Looking for one must not take long, whatever a speculator sends."""
 
 
 def read_table(table: speculator_pb2.Table) -> Entries:
     """Guessed outcome -> tokens."""
-    return {(e.num_accepted, e.bonus_token): tuple(e.draft_tokens) for e in table.entries}
+    entries = table.entries if len(table.entries) <= _MAX_ENTRIES else ()
+    return {
+        (e.num_accepted, e.bonus_token): tuple(e.draft_tokens)
+        for e in entries
+        if len(e.draft_tokens) <= MAX_DRAFT_TOKENS
+    }
 
 
 class SpeculationInbox:
@@ -21,22 +33,28 @@ class SpeculationInbox:
         self._cache = SpeculationCache(lookahead)
         self._guesses: dict[int, list[int]] = {}
         """Bonus tokens guessed of the running round, by accepted length, in the order of their arrival."""
+        self._num_guesses = 0
         self._distributions: dict[int, object] = {}
         self._taken_round = -1
 
     def add_table(self, round_: int, entries: Entries) -> None:
         """A pushed table of the running round."""
-        self._cache.update(round_, entries)
-        for num_accepted, bonus_token in entries:
-            tokens = self._guesses.setdefault(num_accepted, [])
-            if bonus_token not in tokens:
-                tokens.append(bonus_token)
+        kept: Entries = {}
+        for (num_accepted, bonus_token), tokens in entries.items():
+            guesses = self._guesses.get(num_accepted, [])
+            if bonus_token not in guesses:
+                if self._num_guesses == _MAX_GUESSES:
+                    continue
+                self._num_guesses += 1
+                self._guesses.setdefault(num_accepted, guesses).append(bonus_token)
+            kept[num_accepted, bonus_token] = tokens
+        self._cache.update(round_, kept)
 
     def lookup(self, round_: int, num_accepted: int, bonus_token: int, *, lookahead: int) -> NextDraft:
         """What is proposed after this outcome; ends the round."""
         found = self._cache.lookup(round_, num_accepted, bonus_token, lookahead=lookahead)
         guesses = self._guesses.get(num_accepted, [])
-        self._guesses = {}
+        self._guesses, self._num_guesses = {}, 0
         return NextDraft(found.kind, found.tokens, guesses.index(bonus_token) if bonus_token in guesses else None)
 
     def add_distributions(self, round_: int, distributions: object) -> None:
@@ -58,5 +76,5 @@ class SpeculationInbox:
     def clear(self) -> None:
         """The speculator lost its state."""
         self._cache.clear()
-        self._guesses.clear()
+        self._guesses, self._num_guesses = {}, 0
         self._distributions.clear()

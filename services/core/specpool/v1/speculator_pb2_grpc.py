@@ -40,7 +40,8 @@ class SpeculatorServiceStub:
     `draft_tokens` are the tokens the target is verifying in that round. The speculator starts at once.
     3. While round r runs, the speculator pushes `tables`: for guessed outcomes (num_accepted, bonus_token) of round r the
     tokens drafted for round r+1. A later table of the same round adds entries or lengthens them; an entry's tokens
-    only ever grow. Tables are advice: nothing waits for one.
+    only ever grow. A table has at most 4,096 entries, and of one round a target keeps 1,024 guesses. Tables are
+    advice: nothing waits for one.
     4. At the end of round r the target looks its outcome up in its own memory and sends `outcomes` (one message a step,
     all sequences): round r, the outcome, and `draft_tokens`, what it verifies in round r+1. The speculator drops every
     branch the outcome ruled out before its next step, and speculates on round r+1.
@@ -116,7 +117,8 @@ class SpeculatorServiceServicer:
     `draft_tokens` are the tokens the target is verifying in that round. The speculator starts at once.
     3. While round r runs, the speculator pushes `tables`: for guessed outcomes (num_accepted, bonus_token) of round r the
     tokens drafted for round r+1. A later table of the same round adds entries or lengthens them; an entry's tokens
-    only ever grow. Tables are advice: nothing waits for one.
+    only ever grow. A table has at most 4,096 entries, and of one round a target keeps 1,024 guesses. Tables are
+    advice: nothing waits for one.
     4. At the end of round r the target looks its outcome up in its own memory and sends `outcomes` (one message a step,
     all sequences): round r, the outcome, and `draft_tokens`, what it verifies in round r+1. The speculator drops every
     branch the outcome ruled out before its next step, and speculates on round r+1.
@@ -214,7 +216,8 @@ class SpeculatorService:
     `draft_tokens` are the tokens the target is verifying in that round. The speculator starts at once.
     3. While round r runs, the speculator pushes `tables`: for guessed outcomes (num_accepted, bonus_token) of round r the
     tokens drafted for round r+1. A later table of the same round adds entries or lengthens them; an entry's tokens
-    only ever grow. Tables are advice: nothing waits for one.
+    only ever grow. A table has at most 4,096 entries, and of one round a target keeps 1,024 guesses. Tables are
+    advice: nothing waits for one.
     4. At the end of round r the target looks its outcome up in its own memory and sends `outcomes` (one message a step,
     all sequences): round r, the outcome, and `draft_tokens`, what it verifies in round r+1. The speculator drops every
     branch the outcome ruled out before its next step, and speculates on round r+1.

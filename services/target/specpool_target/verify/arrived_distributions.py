@@ -52,7 +52,7 @@ def read_distributions(
         or not draft_tokens
     ):
         return None
-    if list(message.draft_tokens)[: len(draft_tokens)] != list(draft_tokens):
+    if list(message.draft_tokens[: len(draft_tokens)]) != list(draft_tokens):
         return None
     rows = message.distributions[: len(draft_tokens)]
     if not all(_is_sound(row, token, vocab_size) for row, token in zip(rows, draft_tokens, strict=True)):
@@ -67,8 +67,10 @@ def read_distributions(
 
 
 def _is_sound(row: speculator_pb2.SparseDistribution, token: int, vocab_size: int) -> bool:
+    if not len(row.token_ids) == len(row.probabilities) <= vocab_size:  # before anything is done with them
+        return False
     ids, probabilities = list(row.token_ids), list(row.probabilities)
-    if not ids or len(ids) != len(probabilities) or len(set(ids)) != len(ids) or max(ids) >= vocab_size:
+    if not ids or len(set(ids)) != len(ids) or max(ids) >= vocab_size:
         return False
     if not all(0 <= p <= 1 for p in probabilities) or not math.isclose(sum(probabilities), 1, abs_tol=_SUM_TOLERANCE):
         return False
