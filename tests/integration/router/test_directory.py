@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import grpc
+import grpc.aio
+import pytest
 from router_fakes import NUM_TOKENS, FakeSpeculator, FakeTarget, running
 
 from specpool.client import Client
 from specpool.discovery.discovery import Discovery, Endpoint, StaticDiscovery
-from specpool.v1 import inference_pb2, types_pb2
+from specpool.rpc.client import channel
+from specpool.v1 import inference_pb2, router_pb2, router_pb2_grpc, types_pb2
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
 from specpool_router.sessions.sessions import Sessions
@@ -70,3 +75,14 @@ async def test_requests_carry_the_directory_and_the_pairing_is_recorded(start_ro
     assert len(completion.token_ids) == NUM_TOKENS
     assert {each.address for each in target.requests[0].speculators} == {speculator, "127.0.0.1:1"}
     assert pairings[-1] == (endpoint, "chosen:7")
+
+
+@pytest.mark.parametrize("grace_s", [math.nan, math.inf, -1.0, 1e300])
+async def test_a_drain_of_no_time_that_there_is_is_refused_by_name(start_router: Any, grace_s: float) -> None:
+    async with channel(await start_router()) as connection:
+        stub = router_pb2_grpc.RouterServiceStub(connection)
+        with pytest.raises(grpc.aio.AioRpcError, match="grace_seconds must be between 0 and") as caught:
+            await stub.DrainRouter(router_pb2.DrainRouterRequest(grace_seconds=grace_s))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        status = await stub.GetClusterStatus(router_pb2.GetClusterStatusRequest())
+    assert status.state == types_pb2.SERVING_STATE_SERVING

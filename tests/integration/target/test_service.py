@@ -277,3 +277,12 @@ async def test_told_speculators_are_checked_where_they_enter(target_for):
     message.speculators.append(bad)
     with pytest.raises(grpc.aio.AioRpcError, match=r"speculators\.address must be HOST:PORT"):
         await client.run(message)
+
+
+@pytest.mark.parametrize("grace_s", [math.nan, math.inf, -1.0, 1e300])
+async def test_a_drain_of_no_time_that_there_is_is_refused_by_name(target_for, grace_s):
+    client = await target_for()
+    with pytest.raises(grpc.aio.AioRpcError, match="grace_seconds must be between 0 and") as caught:
+        await client.stub.DrainTarget(target_pb2.DrainTargetRequest(grace_seconds=grace_s))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await client.status()).state == types_pb2.SERVING_STATE_SERVING
