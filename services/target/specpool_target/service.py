@@ -60,7 +60,6 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
     async def RunSequence(
         self, request: target_pb2.RunSequenceRequest, context: Context
     ) -> AsyncGenerator[Response, None]:
-        """See the protocol."""
         with self._counted():
             if self._is_draining:
                 raise Draining("this target is draining and takes no new sequences")
@@ -118,7 +117,6 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
     async def GetTargetStatus(
         self, request: target_pb2.GetTargetStatusRequest, context: Context
     ) -> target_pb2.GetTargetStatusResponse:
-        """See the protocol."""
         if self._engine.failure is not None:
             raise EngineFailed(self._engine.failure.message)
         self._hear_of(request.speculators)
@@ -146,7 +144,6 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
     async def DrainTarget(
         self, request: target_pb2.DrainTargetRequest, context: Context
     ) -> target_pb2.DrainTargetResponse:
-        """See the protocol."""
         check_grace(request.grace_seconds)
         self._start_draining()
         if self._grace_task is None:

@@ -25,7 +25,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """See the proto."""
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
         async with aclosing(self._generations.generate(tenant, request)) as events:
             async for event in events:
@@ -34,21 +33,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Any
     ) -> AsyncGenerator[inference_pb2.ResumeResponse, None]:
-        """See the proto."""
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
         async with aclosing(self._generations.resume(tenant, resume_point(request))) as events:
             async for event in events:
                 yield _as(inference_pb2.ResumeResponse, event)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Any) -> inference_pb2.CancelResponse:
-        """See the proto."""
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
         return inference_pb2.CancelResponse(cancelled=await self._generations.cancel(tenant, request.request_id))
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
-        """See the proto."""
         self._tenants.authenticate(context.invocation_metadata() or ())
         models: dict[str, types_pb2.ModelInfo] = {}
         for pod in self._cluster.targets.all():

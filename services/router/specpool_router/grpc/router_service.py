@@ -40,7 +40,6 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
     async def GetClusterStatus(
         self, request: router_pb2.GetClusterStatusRequest, context: Any
     ) -> router_pb2.GetClusterStatusResponse:
-        """See the proto."""
         self._tenants.authenticate(context.invocation_metadata() or ())
         await asyncio.gather(self._cluster.targets.refresh(), self._cluster.speculators.refresh())
         draining = self._admission.is_draining
@@ -69,7 +68,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         )
 
     async def DrainRouter(self, request: router_pb2.DrainRouterRequest, context: Any) -> router_pb2.DrainRouterResponse:
-        """See the proto. The process stops like one that gets SIGTERM, so that clients connect elsewhere at once."""
+        """Stop the process like one that gets SIGTERM, so that clients connect elsewhere at once."""
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
         if not tenant.operator:
             raise PermissionDenied(f"tenant {tenant.name!r} is no operator; only operators may drain the router")

@@ -67,7 +67,6 @@ class MemorySessionStore(SessionStore):
         """Nothing to release."""
 
     async def create(self, session: Session) -> bool:
-        """See `SessionStore`."""
         self._expire()
         record = self._get(session.request_id)
         if record and record.session.owner == session.owner:
@@ -80,12 +79,10 @@ class MemorySessionStore(SessionStore):
         return True
 
     async def load(self, request_id: str) -> Session | None:
-        """See `SessionStore`."""
         record = self._get(request_id)
         return record.session if record else None
 
     async def take_over(self, request_id: str, owner: str, former: str) -> bool:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is None or record.session.owner not in (owner, former):
             return False
@@ -94,7 +91,6 @@ class MemorySessionStore(SessionStore):
         return True
 
     async def pair(self, request_id: str, owner: str, target: str, speculator: str) -> bool:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is None or record.session.owner != owner:
             return False
@@ -102,7 +98,6 @@ class MemorySessionStore(SessionStore):
         return True
 
     async def append(self, request_id: str, owner: str, start: int, entries: Sequence[bytes]) -> LeaseState:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is None:
             return LeaseState.UNKNOWN
@@ -121,12 +116,10 @@ class MemorySessionStore(SessionStore):
         return LeaseState.CANCEL_REQUESTED if record.cancel_requested else LeaseState.HELD
 
     async def read_journal(self, request_id: str) -> list[bytes]:
-        """See `SessionStore`."""
         record = self._get(request_id)
         return list(record.entries) if record else []
 
     async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes, outline: bytes) -> bool:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is None or record.session.owner != owner:
             return False
@@ -138,13 +131,11 @@ class MemorySessionStore(SessionStore):
         return True
 
     async def delete(self, request_id: str, owner: str) -> None:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is not None and record.session.owner == owner:
             self._remove(request_id)
 
     async def renew(self, request_id: str, owner: str) -> LeaseState:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is None:
             return LeaseState.UNKNOWN
@@ -154,7 +145,6 @@ class MemorySessionStore(SessionStore):
         return LeaseState.CANCEL_REQUESTED if record.cancel_requested else LeaseState.HELD
 
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
-        """See `SessionStore`."""
         record = self._get(request_id)
         if record is None or record.session.tenant != tenant or record.session.state is not SessionState.RUNNING:
             return False
@@ -164,7 +154,6 @@ class MemorySessionStore(SessionStore):
     async def acquire(
         self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
     ) -> QuotaRefusal | None:
-        """See `SessionStore`."""
         now = self._clock()
         places = {key: until for key, until in self._places.get(tenant, {}).items() if until > now}
         self._places[tenant] = places
@@ -180,18 +169,15 @@ class MemorySessionStore(SessionStore):
         return None
 
     async def renew_places(self, tenant: str, owners: Sequence[str]) -> list[str]:
-        """See `SessionStore`."""
         places = self._places.get(tenant, {})
         missing = [owner for owner in owners if owner not in places]
         places.update(dict.fromkeys(places.keys() & set(owners), self._clock() + LEASE_S))
         return missing
 
     async def release(self, tenant: str, owner: str) -> None:
-        """See `SessionStore`."""
         self._places.get(tenant, {}).pop(owner, None)
 
     async def add_tokens(self, tenant: str, counter: str, counted: int, total: int) -> None:
-        """See `SessionStore`."""
         counted = max(counted, self._totals.get((tenant, counter), 0))
         if total > counted:
             self._totals[tenant, counter] = total

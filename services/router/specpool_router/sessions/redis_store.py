@@ -81,68 +81,55 @@ class RedisSessionStore(SessionStore):
         await self._answer(self._reads.send("PING"))
 
     async def probe(self, writer: str) -> None:
-        """See `SessionStore`."""
         if not self._identified:
             await self._identify()
         await self._run(scripts.PROBE, [f"{self._prefix}:probe"], [writer])
 
     async def close(self) -> None:
-        """See `SessionStore`."""
         await self._writes.close()
         await self._reads.close()
         await self._redis.aclose()
 
     async def create(self, session: Session) -> bool:
-        """See `SessionStore`."""
         fields = [item for pair in _to_fields(session).items() for item in pair]
         return bool(await self._of_session(scripts.CREATE, session.request_id, session.owner, *fields))
 
     async def load(self, request_id: str) -> Session | None:
-        """See `SessionStore`."""
         fields: dict[bytes, bytes] = await self._answer(self._reads.send("HGETALL", self._keys(request_id)[0]))
         return _from_fields(request_id, fields) if fields else None
 
     async def take_over(self, request_id: str, owner: str, former: str) -> bool:
-        """See `SessionStore`."""
         return bool(await self._of_session(scripts.TAKE_OVER, request_id, owner, former))
 
     async def pair(self, request_id: str, owner: str, target: str, speculator: str) -> bool:
-        """See `SessionStore`."""
         fields = ("target", target, "speculator", speculator)
         return bool(await self._of_session(scripts.UPDATE, request_id, owner, *fields))
 
     async def append(self, request_id: str, owner: str, start: int, entries: Sequence[bytes]) -> LeaseState:
-        """See `SessionStore`."""
         return LeaseState((await self._of_session(scripts.APPEND, request_id, owner, start, *entries)).decode())
 
     async def read_journal(self, request_id: str) -> list[bytes]:
-        """See `SessionStore`."""
         entries: list[bytes] = await self._answer(self._reads.send("LRANGE", self._keys(request_id)[1], 0, -1))
         return entries
 
     async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes, outline: bytes) -> bool:
-        """See `SessionStore`."""
         fields: list[str | bytes] = ["state", state.value, "ending", ending]
         if ending:
             fields += ["request", outline]
         return bool(await self._of_session(scripts.UPDATE, request_id, owner, *fields))
 
     async def delete(self, request_id: str, owner: str) -> None:
-        """See `SessionStore`."""
         await self._of_session(scripts.DELETE, request_id, owner)
 
     async def renew(self, request_id: str, owner: str) -> LeaseState:
-        """See `SessionStore`."""
         return LeaseState((await self._of_session(scripts.RENEW, request_id, owner)).decode())
 
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
-        """See `SessionStore`."""
         return bool(await self._run(scripts.CANCEL, self._keys(request_id), [tenant]))
 
     async def acquire(
         self, tenant: str, owner: str, limits: QuotaLimits, *, instead_of: str = ""
     ) -> QuotaRefusal | None:
-        """See `SessionStore`."""
         keys = [self._quota_key(tenant, "leases"), self._quota_key(tenant, "")]
         wanted = [owner, instead_of, limits.max_concurrent_requests, limits.tokens_per_minute, LEASE_S, WINDOW_S]
         refused, used, now = await self._run(scripts.ACQUIRE, keys, wanted)
@@ -151,16 +138,13 @@ class RedisSessionStore(SessionStore):
         return token_refusal(limits, used, float(now)) if refused == 2 else None
 
     async def renew_places(self, tenant: str, owners: Sequence[str]) -> list[str]:
-        """See `SessionStore`."""
         missing = await self._run(scripts.RENEW_PLACES, [self._quota_key(tenant, "leases")], [LEASE_S, *owners])
         return [owner.decode() for owner in missing]
 
     async def release(self, tenant: str, owner: str) -> None:
-        """See `SessionStore`."""
         await self._run(scripts.RELEASE, [self._quota_key(tenant, "leases")], [owner])
 
     async def add_tokens(self, tenant: str, counter: str, counted: int, total: int) -> None:
-        """See `SessionStore`."""
         keys = [self._quota_key(tenant, f"from:{counter}"), self._quota_key(tenant, "")]
         await self._run(scripts.ADD_TOKENS, keys, [counted, total, WINDOW_S])
 

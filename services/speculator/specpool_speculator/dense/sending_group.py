@@ -39,7 +39,7 @@ class GroupChannel:
         self._numbers = itertools.count(1)
 
     def offer(self, rows: Tensor) -> speculator_pb2.DenseTransfer | None:
-        """See `Channel`. Nobody may write to `rows` any more."""
+        """Queue `rows`, which nobody may write to any more; None if the group is not there or is full."""
         number, num_bytes = next(self._numbers), rows.nbytes
         computed = torch.cuda.current_stream(rows.device).record_event() if rows.is_cuda else None
 

@@ -52,7 +52,7 @@ class EngineSnapshot:
     miss_power_law: tuple[float, ...] = ()
     """c, r after a rejection; c, r after everything was accepted."""
     confidence_spread: float = 0.0
-    """See `RankCalibration.confidence_spread`."""
+    """How much surer the draft is in some places than in others, 0 to 1: `RankCalibration.confidence_spread`."""
     explanation: str = ""
     """What the rows of a step are chosen from, in words."""
     refusals: Mapping[Reason, int] = field(default_factory=dict)

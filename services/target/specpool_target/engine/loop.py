@@ -33,7 +33,7 @@ Verified = tuple[TargetSequence, VerifyItem, VerificationOutcome]
 
 
 class TargetLoop:
-    """See `Engine`. Used on the engine thread."""
+    """The target's engine as its thread sees it: what each step does, and in which order."""
 
     def __init__(
         self,

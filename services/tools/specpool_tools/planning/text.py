@@ -121,7 +121,6 @@ class SimulatedRanker:
         self._confidences = [draw_confidence(profile, rng) for _ in range(_NUM_CONFIDENCES)]
 
     def rank(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks]:
-        """See `Ranker.rank`."""
         return [self._ranks(sequence, node) for sequence, node in rows]
 
     def _ranks(self, sequence: SequenceState, node: Node) -> NodeRanks:
