@@ -35,16 +35,16 @@ class DenseReceiver:
     transports: Sequence[int]
     """What this target offers."""
     device: torch.device
-    """Of the target's model."""
+    """Device of the target's model."""
     vocab_size: int
-    """Of the target's model."""
+    """Size of the vocabulary of the target's model."""
     on_received: Callable[[int], None] = lambda num_bytes: None
     """Told of bytes received, on the group's thread."""
 
     def group(
         self, transport: int, *, peer_host: str, send: Callable[[Request], None], on_change: Callable[[], None]
     ) -> ReceivingGroup:
-        """For a new connection."""
+        """The groups of a new connection, none of them asked for yet."""
         return ReceivingGroup(Transport(transport), self, peer_host=peer_host, send=send, on_change=on_change)
 
 
@@ -88,7 +88,7 @@ class ReceivingGroup:
 
     @property
     def is_up(self) -> bool:
-        """Whether dense distributions can come."""
+        """Whether the group was made and is not lost."""
         return self._worker is not None and self._worker.is_up
 
     def open(self) -> None:
@@ -119,12 +119,12 @@ class ReceivingGroup:
         self._worker.start()
 
     def receive_key(self, message: speculator_pb2.GroupKey) -> None:
-        """The speculator set a key."""
+        """Take in a key that the speculator set, for the rendezvous."""
         if self._store is not None and message.group == self._number:
             self._store.receive(message.key, message.value)
 
     def closed(self, message: speculator_pb2.GroupClosed) -> None:
-        """The speculator's side is lost."""
+        """Give the group up: the speculator's side is lost."""
         self._lost(message.group, SpecPoolError(message.reason))
 
     def announce(self, message: speculator_pb2.DraftDistributions, deliver: Deliver) -> None:

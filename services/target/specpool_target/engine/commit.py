@@ -14,7 +14,7 @@ from specpool_target.verify.verify_step import TokenLogprobs, logprobs_of
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a round brought."""
+    """What a round brought to one sequence."""
 
     tokens: list[int]
     text: str | None

@@ -86,7 +86,7 @@ class TargetEngine:
                 on_stale=metrics.stale_message,
             )
         )
-        """Of speculators; started and closed by the server."""
+        """The connections to speculators; started and closed by the server."""
         self._outbox = TargetOutbox(loop, self._streams, self.pool)
         knowledge = SpeculatorKnowledge(
             self.pool,
@@ -140,7 +140,7 @@ class TargetEngine:
         )
         self._num_submitted = 0
         self._num_added = 0
-        """Of the sequences submitted; the others are still in the queue of commands."""
+        """Submitted sequences that were added; the others are still in the queue of commands."""
 
     # ---- called by the wire -----------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class TargetEngine:
         self.thread.call(partial(self._sequences.cancel, sequence_id))
 
     def _paired(self, sequence_id: str, connection: Connection | None) -> None:
-        """On any thread."""
+        """Pass a new pairing on to the sequence's stream; callable on any thread."""
         pairing = Pairing() if connection is None else Pairing(connection.address, connection.ack.speculator.id)
         update = SequenceUpdate(paired=pairing)
         call_on_loop(self._loop, lambda: self._streams.deliver(sequence_id, update))
@@ -198,7 +198,7 @@ class TargetEngine:
             self._sequences.fail(sequence, error)
 
     def _failed(self, error: EngineFailed) -> None:
-        """On the event loop."""
+        """Tell every stream of the failure, on the event loop."""
         self._streams.fail(error)
         self._on_failed()
 
@@ -209,9 +209,9 @@ class TargetEngine:
 
     @property
     def num_sequences(self) -> int:
-        """Running and waiting."""
+        """Number of sequences, running and waiting."""
         return len(self._sequences)
 
     def load(self) -> types_pb2.Load:
-        """For status."""
+        """The load that status and the router's choice are made of."""
         return self._recorder.load()

@@ -39,16 +39,16 @@ class LiveSequences:
         return iter(list(self._by_id.values()))
 
     def get(self, sequence_id: str) -> TargetSequence | None:
-        """None if it has ended."""
+        """The sequence of this id; None if it has ended."""
         return self._by_id.get(sequence_id)
 
     def add(self, sequence: TargetSequence) -> None:
-        """It waits for admission."""
+        """Add a sequence, which then waits for admission."""
         self._by_id[sequence.id] = sequence
         self._scheduler.add(sequence)
 
     def remove(self, sequence: TargetSequence) -> None:
-        """It has ended well."""
+        """Remove a sequence that has ended well."""
         del self._by_id[sequence.id]
         self._scheduler.remove(sequence)
         self._knowledge.close(sequence)

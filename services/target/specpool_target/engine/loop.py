@@ -70,7 +70,7 @@ class TargetLoop:
         kv.free()
 
     def seconds_to_deadline(self) -> float | None:
-        """Until the next wait for a speculation ends."""
+        """Seconds until the next wait for a speculation ends; None if nobody waits."""
         deadlines = [s.await_deadline_s for s in self._scheduler.running if s.await_deadline_s is not None]
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
@@ -109,7 +109,7 @@ class TargetLoop:
     # ---- parts of a step --------------------------------------------------------------------------------------
 
     def _expire(self, now_s: float) -> None:
-        """Waits end at their deadline."""
+        """End the waits whose deadline has come."""
         waiting = [s for s in self._scheduler.running if s.await_deadline_s is not None and s.await_deadline_s <= now_s]
         for sequence in waiting:
             with self._sequences.isolated(sequence):

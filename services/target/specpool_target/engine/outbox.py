@@ -24,7 +24,7 @@ class TargetOutbox:
         self._updates: list[_Update] = []
 
     def emit(self, sequence_id: str, update: SequenceUpdate) -> None:
-        """For the stream of a sequence."""
+        """Put an update for the stream of a sequence."""
         self._updates.append((sequence_id, update))
 
     def flush(self) -> None:

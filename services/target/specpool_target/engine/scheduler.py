@@ -30,7 +30,7 @@ class ScheduledSegment:
     """Whether it computes more than a round does."""
 
     def segment(self) -> Segment:
-        """For the model."""
+        """The segment that the model computes."""
         sequence = self.sequence
         assert sequence.kv is not None, "only admitted sequences are scheduled"
         pending = sequence.tokens[sequence.kv.length :] + sequence.draft.tokens
@@ -40,7 +40,7 @@ class ScheduledSegment:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """A step of the engine."""
+    """What one step of the engine computes, and who joined or left the batch for it."""
 
     segments: Sequence[ScheduledSegment]
     admitted: Sequence[TargetSequence]
@@ -71,7 +71,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self.waiting: deque[TargetSequence] = deque()
         self.running: list[TargetSequence] = []
-        """Oldest admission first."""
+        """Sequences in the batch, the oldest admission first."""
         self._admitted: list[TargetSequence] = []
         """Not told of yet."""
 
@@ -120,7 +120,7 @@ class Scheduler:
         self.waiting.insert(position, sequence)
 
     def sequences(self) -> Iterator[TargetSequence]:
-        """All of them."""
+        """All sequences, running ones first."""
         yield from self.running
         yield from self.waiting
 

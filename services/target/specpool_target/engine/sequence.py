@@ -31,7 +31,7 @@ class SpeculationMode(StrEnum):
     SD = "sd"
     """The speculator, after each verification."""
     OFF = "off"
-    """Nobody."""
+    """Nobody drafts."""
 
 
 class FinishReason(Enum):
@@ -42,7 +42,7 @@ class FinishReason(Enum):
 
     @property
     def label(self) -> str:
-        """For metrics and traces."""
+        """Its name in metrics and traces."""
         return self.name.lower()
 
 
@@ -72,7 +72,7 @@ class SequenceRequest:
     """Unique among the live sequences of this target."""
     prompt_tokens: Sequence[int]
     sampling: SamplingParams
-    """With a seed."""
+    """How it is sampled; the seed is set."""
     mode: SpeculationMode = SpeculationMode.SSD
     verification: VerificationMode = VerificationMode.COUPLED
     max_lookahead: int = 8
@@ -93,18 +93,18 @@ class SequenceRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundInfo:
-    """One verification, for traces."""
+    """One verification, as traces show it."""
 
     num_draft_tokens: int
     num_accepted: int
     lookup: str
-    """Of the outcome before: where this round's tokens come from."""
+    """What the lookup of the outcome before gave: where this round's tokens come from."""
     phases: Phases
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
-    """The end of a sequence."""
+    """The end of a sequence: why, and what it took."""
 
     reason: FinishReason
     stats: types_pb2.GenerationStats
@@ -113,10 +113,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """The speculator of a sequence."""
+    """The speculator that a sequence is paired with."""
 
     address: str = ""
-    """As the directory names it; empty: none."""
+    """Address as the directory names it; empty: none."""
     speculator_id: str = ""
 
 
@@ -131,23 +131,23 @@ class SequenceUpdate:
     round: RoundInfo | None = None
     finish: Finish | None = None
     error: SpecPoolError | None = None
-    """The sequence failed."""
+    """Why the sequence failed; then nothing follows."""
     paired: Pairing | None = None
     """It has another speculator, or none any more; nothing else is in this update."""
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing follows."""
+        """Whether no update follows this one."""
         return self.finish is not None or self.error is not None
 
 
 @dataclass(slots=True)
 class Draft:
-    """What a round verifies."""
+    """Tokens that a round verifies, and where they come from."""
 
     tokens: list[int] = field(default_factory=list)
     source: DraftSource = DraftSource.NONE
-    """Of the first tokens."""
+    """Where the first tokens come from."""
     lookup: str = "none"
     """hit, partial, late, miss, or none when nothing was looked up."""
     num_tail: int = 0
@@ -181,7 +181,7 @@ class TargetSequence:
         self.missed_before: bool | None = None
         """Whether the round that ended last had waited for the speculator after a miss; None if it was a hit."""
         self.lookahead = request.max_lookahead
-        """K now."""
+        """Draft tokens of the next round (K)."""
         self.is_paused = False
         """Whether no speculator is told of it, since plain decoding is faster for now."""
         self.await_deadline_s: float | None = None
@@ -198,19 +198,19 @@ class TargetSequence:
 
     @property
     def id(self) -> str:
-        """Of the request."""
+        """The request's id."""
         return self.request.id
 
     @property
     def seed(self) -> int:
-        """Of the noise."""
+        """Seed of the sequence's noise."""
         seed = self.request.sampling.seed
         assert seed is not None, "the service draws a seed"
         return seed
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Without the output."""
+        """Number of prompt tokens, output not counted."""
         return len(self.request.prompt_tokens)
 
     @property
@@ -244,7 +244,7 @@ class TargetSequence:
 
     @property
     def salt(self) -> str:
-        """Of the prefix cache."""
+        """Salt of the tenant's prefix cache."""
         return self.request.cache_salt.hex()
 
     def backup(self, num_tokens: int, *, after: Sequence[int] = (), min_ngram: int = 1) -> list[int]:

@@ -39,7 +39,7 @@ class SpeculatorEvents:
         self._known: set[Connection] = set()
 
     def connections_changed(self) -> None:
-        """On the event loop."""
+        """Take in the connections that are live now; called on the event loop."""
         connections = self._connections()
         self._metrics.set_links(len(connections))
         self._metrics.set_transports([connection.transport for connection in connections])
@@ -80,4 +80,4 @@ class SpeculatorEvents:
 
 
 def _nothing() -> None:
-    """Wakes the engine."""
+    """Do nothing but wake the engine."""
