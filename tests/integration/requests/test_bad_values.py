@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -150,6 +150,30 @@ async def test_every_field_of_what_a_router_says(start_service: Any) -> None:
     for start in ("tenant='xxx", "tenant_weight='nan'", "tenant_weight='inf'", "tenant_weight='-1.0'", "cache_salt="):
         assert any(name.startswith(start) for name in found), f"{start} was served"
     assert await refusals(stub.RunSequence, iter([("good", base)])) == {}
+
+
+async def test_every_field_of_resume_and_cancel(start_service: Any) -> None:
+    service = await start_service()
+    stub: Any = inference_pb2_grpc.InferenceServiceStub(service.router)
+
+    def resumed() -> Iterator[tuple[str, Message]]:
+        base = inference_pb2.ResumeRequest(request_id="r", request=generate_request())
+        for number, (name, message) in enumerate(cases(base.DESCRIPTOR, base)):
+            assert isinstance(message, inference_pb2.ResumeRequest)
+            if message.request_id == base.request_id:  # each finds that its session is lost
+                message.request_id = f"r-{number}"
+            yield name, message
+
+    async def cancel(request: Any) -> AsyncIterator[Any]:
+        yield await stub.Cancel(request)
+
+    found = await refusals(stub.Resume, resumed())
+    accepted = ("INVALID_ARGUMENT", "NOT_FOUND MODEL_NOT_FOUND", "NOT_FOUND SESSION_NOT_FOUND")
+    accepted += ("FAILED_PRECONDITION RESUME_IMPOSSIBLE",)
+    for name, how in found.items():
+        assert how.startswith(accepted), f"{name}: {how}"
+    assert found["request_id='xxxxxxxxxxxxxxxxxxxx'"].startswith("INVALID_ARGUMENT")
+    check(await refusals(cancel, cases(inference_pb2.CancelRequest.DESCRIPTOR, inference_pb2.CancelRequest())))
 
 
 @pytest.mark.parametrize(

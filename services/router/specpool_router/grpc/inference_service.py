@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from specpool.request_limits import MAX_REQUEST_ID_CHARS, check_text
 from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import Tenants
 from specpool_router.generation.generations import Generations
@@ -40,6 +41,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Any) -> inference_pb2.CancelResponse:
         tenant = self._tenants.authenticate(context.invocation_metadata() or ())
+        check_text("request_id", request.request_id, MAX_REQUEST_ID_CHARS)
         return inference_pb2.CancelResponse(cancelled=await self._generations.cancel(tenant, request.request_id))
 
     async def ListModels(
@@ -54,7 +56,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def resume_point(request: inference_pb2.ResumeRequest) -> ResumePoint:
-    """What a client asks for, and what it says that it has."""
+    """What a client asks for, and what it says that it has. Raises InvalidArgument."""
+    check_text("request_id", request.request_id, MAX_REQUEST_ID_CHARS)
     token_ids = tuple(request.received_token_ids)
     return ResumePoint(
         request_id=request.request_id,
