@@ -197,6 +197,20 @@ async def test_the_clients_answer_counts_where_the_journal_has_another(start_rou
         check_whole(nothing, await resume(other))
 
 
+async def test_a_resumed_stream_waits_for_a_full_target(start_router: Any) -> None:
+    target = FakeTarget(num_per_delta=3)
+    async with running(target) as (endpoint,):
+        router = await start_router(targets=(endpoint,))
+        received = await receive(router, 9)
+        target.capacity = 0
+        rest = asyncio.create_task(resume(router, **what_is_said("ids chars", received)))
+        async with asyncio.timeout(20):
+            while len(target.requests) < 3:  # refused twice
+                await asyncio.sleep(0.01)
+        target.capacity = None
+        check_whole(received, await rest)
+
+
 async def test_a_count_inside_a_delta_needs_the_characters(start_router: Any) -> None:
     target = FakeTarget(delay_s=0, num_per_delta=4)
     async with running(target) as (endpoint,):

@@ -95,7 +95,8 @@ class Stream:
             self._stop,
             model=self.request.model,
             session_id=self.request.session_id,
-            request_wait_s=self._patience.failover_wait_s if self.progress.token_ids else self._patience.request_wait_s,
+            is_new=not self.progress.token_ids,
+            request_wait_s=self._patience.request_wait_s,
             failover_wait_s=self._patience.failover_wait_s,
         )
 

@@ -30,6 +30,7 @@ class TargetSearch:
         *,
         model: str,
         session_id: str,
+        is_new: bool,
         request_wait_s: float,
         failover_wait_s: float,
     ) -> None:
@@ -39,8 +40,8 @@ class TargetSearch:
         self._session_id = session_id
         self._failover_wait_s = failover_wait_s
         self._loop = asyncio.get_running_loop()
-        self._deadline_s = self._loop.time() + request_wait_s
-        self._is_new = True
+        self._deadline_s = self._loop.time() + (request_wait_s if is_new else failover_wait_s)
+        self._is_new = is_new
         self._num_cost = 0
         self._avoided: dict[str, tuple[float, Backoff]] = {}
         """Until when each target is left alone."""
