@@ -9,7 +9,7 @@ logits are computed for as many rows as there are tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from specpool.errors import InvalidArgument
 from specpool_engine.modeling.attention import AttentionBackend, PackedSegment
 from specpool_engine.modeling.files import Progress
 from specpool_engine.modeling.interface import CausalModel
+from specpool_engine.modeling.model import TransformersModel
+from specpool_engine.modeling.packed_inputs import PackedInputs
 from specpool_engine.modeling.static_tensors import StaticTensors
-
-if TYPE_CHECKING:
-    from specpool_engine.modeling.model import PackedInputs, TransformersModel
 
 CudaGraphs = Literal["auto", "on", "off"]
 
@@ -160,8 +159,6 @@ class GraphedForward(BucketedForward):
         return logits
 
     def _capture(self, model: TransformersModel, num_tokens: int, shares: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        from specpool_engine.modeling.model import PackedInputs
-
         self.forward.fill([], PackedInputs())
         current = torch.cuda.current_stream(model.device)
         self._stream.wait_stream(current)

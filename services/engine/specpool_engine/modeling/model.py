@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from specpool.errors import InvalidArgument
-from specpool_engine.modeling.attention import AttentionBackend, KVStorage, PackedAttention, PackedSegment
+from specpool_engine.modeling.attention import AttentionBackend, KVStorage, PackedAttention
 from specpool_engine.modeling.cpu.operators import define_operator
-from specpool_engine.modeling.cuda_graphs import BucketedForward
 from specpool_engine.modeling.interface import Segment, check_segments
+from specpool_engine.modeling.packed_inputs import PackedInputs, SmallForwards, pack
 from specpool_engine.modeling.paged_kv import BlockPool, reserve_all
 
 PAGED_ATTENTION = "specpool_paged"
@@ -147,7 +147,7 @@ class TransformersModel:
         """Forwards of fewer tokens are padded to this many."""
         self.around_forward: Callable[[], AbstractContextManager[object]] = nullcontext
         """Entered for every forward."""
-        self.graphs: BucketedForward | None = None
+        self.graphs: SmallForwards | None = None
         """CUDA graphs of small forwards, if there are any."""
         self.vocab_size: int = config.vocab_size
         self.max_context: int = max_context or config.max_position_embeddings
@@ -183,7 +183,7 @@ class TransformersModel:
         return self._run(segments)
 
     def _run(self, segments: Sequence[Segment]) -> Tensor:
-        packed = _pack(segments)
+        packed = pack(segments)
         inputs = PackedInputs.of(segments, packed, self.pool.block_size)
         if self.graphs is not None and (logits := self.graphs.run(packed, inputs)) is not None:
             return logits
@@ -221,29 +221,6 @@ class TransformersModel:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedInputs:
-    """What a forward is computed from, besides block tables; one value per packed token."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    """In the token's sequence."""
-    slots: list[int] = field(default_factory=list)
-    """Where its keys and values go in the flattened cache."""
-    logit_rows: list[int] = field(default_factory=list)
-    """Packed tokens whose logits are wanted."""
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment], packed: Sequence[PackedSegment], block_size: int) -> PackedInputs:
-        """The inputs of a forward over segments whose block tables have room for their tokens."""
-        return cls(
-            tokens=[token for segment in segments for token in segment.tokens],
-            positions=[position for segment in packed for position in range(segment.kv.length, segment.end)],
-            slots=_slots(packed, block_size),
-            logit_rows=_logit_rows(segments, packed),
-        )
-
-
 class KVGeometry:
     """Size of one token's keys and values."""
 
@@ -267,28 +244,3 @@ class KVGeometry:
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Keys and values of all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
-
-
-def _pack(segments: Sequence[Segment]) -> list[PackedSegment]:
-    packed, offset = [], 0
-    for segment in segments:
-        packed.append(PackedSegment(kv=segment.kv, offset=offset, num_tokens=len(segment.tokens)))
-        offset += len(segment.tokens)
-    return packed
-
-
-def _slots(packed: Sequence[PackedSegment], block_size: int) -> list[int]:
-    """Slot of every packed token in the flattened cache."""
-    return [
-        segment.kv.block_ids[position // block_size] * block_size + position % block_size
-        for segment in packed
-        for position in range(segment.kv.length, segment.end)
-    ]
-
-
-def _logit_rows(segments: Sequence[Segment], packed: Sequence[PackedSegment]) -> list[int]:
-    return [
-        row
-        for segment, place in zip(segments, packed, strict=True)
-        for row in range(place.offset + place.num_tokens - segment.num_logits, place.offset + place.num_tokens)
-    ]
