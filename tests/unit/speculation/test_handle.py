@@ -304,11 +304,11 @@ def test_outcomes_of_a_step_travel_together_but_never_before_what_was_said_earli
     outcome = speculator_pb2.Outcome
     request = speculator_pb2.SpeculateRequest
     outbox = owner.outbox
-    outbox.outcome(one, outcome(sequence_id="a", round=1))
+    outbox.outcome(one, "a", outcome(sequence_id="a", round=1))
     outbox.send(one, "a", request(speculate_now=speculator_pb2.SpeculateNow(sequence_id="a")))
-    outbox.outcome(one, outcome(sequence_id="b", round=1))
-    outbox.outcome(two, outcome(sequence_id="c", round=1))
-    outbox.outcome(one, outcome(sequence_id="a", round=2))
+    outbox.outcome(one, "b", outcome(sequence_id="b", round=1))
+    outbox.outcome(two, "c", outcome(sequence_id="c", round=1))
+    outbox.outcome(one, "a", outcome(sequence_id="a", round=2))
     taken = {connection: [r.WhichOneof("message") for r in requests] for connection, requests in outbox.take()}
     assert taken == {one: ["outcomes", "speculate_now", "outcomes"], two: ["outcomes"]}
     assert outbox.is_empty

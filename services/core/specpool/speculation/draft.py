@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.v1 import speculator_pb2
@@ -19,8 +19,7 @@ class DraftSource(IntEnum):
     """The engine's own, prompt lookup for example."""
 
 
-@dataclass(frozen=True, slots=True)
-class NextDraft:
+class NextDraft(NamedTuple):
     """What the pool proposes after an outcome."""
 
     kind: LookupKind | None = None

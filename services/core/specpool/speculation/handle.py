@@ -105,8 +105,11 @@ class SequenceHandle:
             if lookahead is None:
                 lookahead = self._opening.max_lookahead
             found = self._inbox.lookup(ended, num_accepted, bonus_token, lookahead=max(1, lookahead))
-        tokens = self._valid(found.tokens)[:lookahead]
-        return found if tokens == found.tokens else NextDraft(found.kind, tokens, found.rank)
+        kind, tokens, rank = found
+        valid = self._valid(tokens)
+        if len(valid) > lookahead:
+            valid = valid[:lookahead]
+        return found if valid is tokens else NextDraft(kind, valid, rank)
 
     def committed(self, tokens: Sequence[int], *, lookahead: int | None = None) -> NextDraft:
         """As `next`, by the tokens that the round committed: some of the draft, and one more."""
@@ -232,7 +235,7 @@ class SequenceHandle:
                 return
             answer = self._answer.take()
         if answer is not None:
-            answer(self._valid(reply.draft_tokens[:MAX_DRAFT_TOKENS]))
+            answer(self._valid(tuple(reply.draft_tokens[:MAX_DRAFT_TOKENS])))
 
     def add_distributions(self, connection: Connection, round_: int, distributions: object) -> None:
         """See `PlacedSequence`."""
@@ -285,10 +288,12 @@ class SequenceHandle:
         self._teller.leave()
         return self._answer.take()
 
-    def _valid(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def _valid(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Up to the first token that the model does not have."""
         vocab_size = self._owner.vocab_size
+        if not tokens or max(tokens) < vocab_size:
+            return tokens
         for index, token in enumerate(tokens):
             if token >= vocab_size:
-                return tuple(tokens[:index])
-        return tuple(tokens)
+                return tokens[:index]
+        return tokens

@@ -22,28 +22,6 @@ def open_sequence(
     return request
 
 
-def outcome(
-    sequence_id: str,
-    round_: int,
-    num_accepted: int,
-    bonus_token: int,
-    draft_tokens: Sequence[int],
-    source: DraftSource,
-    *,
-    awaits: bool,
-) -> speculator_pb2.Outcome:
-    """How `round_` ended, and what the next one verifies; `awaits`: that is to be said later."""
-    return speculator_pb2.Outcome(
-        sequence_id=sequence_id,
-        round=round_,
-        num_accepted=num_accepted,
-        bonus_token=bonus_token,
-        draft_tokens=draft_tokens,
-        draft_source=source.value,
-        awaits_speculation=awaits,
-    )
-
-
 def speculate_now(sequence_id: str, round_: int, num_tokens: int, deadline_s: float) -> Request:
     """Asks for a draft for the round after `round_`."""
     return Request(

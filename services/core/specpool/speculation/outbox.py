@@ -15,16 +15,16 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.sealed: list[Request] = []
-        self.outcomes: Request | None = None
+        self.outcomes: list[speculator_pb2.Outcome] = []
         self.after: list[Request] = []
         self.named: set[str] = set()
         """Sequences that something was said about since `sealed`."""
 
     def seal(self) -> list[Request]:
-        if self.outcomes is not None:
-            self.sealed.append(self.outcomes)
+        if self.outcomes:
+            self.sealed.append(Request(outcomes=speculator_pb2.Outcomes(outcomes=self.outcomes)))
         self.sealed += self.after
-        self.outcomes, self.after, self.named = None, [], set()
+        self.outcomes, self.after, self.named = [], [], set()
         return self.sealed
 
 
@@ -40,16 +40,14 @@ class Outbox:
         """Whether there is nothing to take."""
         return not self._waiting
 
-    def outcome(self, connection: Connection, outcome: speculator_pb2.Outcome) -> None:
+    def outcome(self, connection: Connection, sequence_id: str, outcome: speculator_pb2.Outcome) -> None:
         """Joins the other outcomes of the step; comes after all that was said about its sequence before."""
         with self._lock:
-            waiting = self._of(connection)
-            if outcome.sequence_id in waiting.named:
+            waiting = self._waiting.get(connection) or self._of(connection)
+            if sequence_id in waiting.named:
                 waiting.seal()
-            waiting.named.add(outcome.sequence_id)
-            if waiting.outcomes is None:
-                waiting.outcomes = Request(outcomes=speculator_pb2.Outcomes())
-            waiting.outcomes.outcomes.outcomes.append(outcome)
+            waiting.named.add(sequence_id)
+            waiting.outcomes.append(outcome)
 
     def send(self, connection: Connection, sequence_id: str, request: Request) -> None:
         """After all that was said about the sequence before."""

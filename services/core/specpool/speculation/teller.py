@@ -10,8 +10,6 @@ from specpool.speculation.draft import DraftSource
 from specpool.speculation.outbox import Outbox
 from specpool.v1 import speculator_pb2, types_pb2
 
-_SSD = types_pb2.SPECULATION_MODE_SSD
-
 
 class Teller:
     """Used under the lock of its handle."""
@@ -27,6 +25,7 @@ class Teller:
         self._outbox = outbox
         self._opening = opening
         self._id = opening.sequence_id
+        self._is_ssd = opening.mode == types_pb2.SPECULATION_MODE_SSD
 
     def attach(self, connection: Connection, sequence: PlacedSequence) -> bool:
         """The sequence is placed there; False if that stream has ended."""
@@ -59,7 +58,7 @@ class Teller:
     def start(self, round_: int, draft: Sequence[int], source: DraftSource) -> None:
         """What `round_` verifies, with the outcome before it unless that was told already."""
         if self.outcome is not None:
-            self._report(round_, draft, source, awaits=False)
+            self._report(round_, draft, source, False)
         elif self.connection is not None:
             self._send(self.connection, messages.start_round(self._id, round_, draft, source))
 
@@ -68,19 +67,28 @@ class Teller:
         connection = self.connection
         if connection is None or not connection.is_open or self.outcome is None:
             return False
-        self._report(round_, (), DraftSource.NONE, awaits=True)
+        self._report(round_, (), DraftSource.NONE, True)
         self._send(connection, messages.speculate_now(self._id, round_ - 1, num_tokens, deadline_s))
         return True
 
-    def _report(self, round_: int, draft: Sequence[int], source: DraftSource, *, awaits: bool) -> None:
+    def _report(self, round_: int, draft: Sequence[int], source: DraftSource, awaits: bool) -> None:
         assert self.outcome is not None, "checked by both callers"
         num_accepted, bonus_token = self.outcome
         self.outcome = None
-        if self.connection is not None:
-            outcome = messages.outcome(self._id, round_ - 1, num_accepted, bonus_token, draft, source, awaits=awaits)
-            self._outbox.outcome(self.connection, outcome)
-            if awaits or self._opening.mode == _SSD:
-                self.connection.expect_answer()
+        connection = self.connection
+        if connection is not None:
+            outcome = speculator_pb2.Outcome(
+                sequence_id=self._id,
+                round=round_ - 1,
+                num_accepted=num_accepted,
+                bonus_token=bonus_token,
+                draft_tokens=draft,
+                draft_source=source,  # type: ignore[arg-type]
+                awaits_speculation=awaits,
+            )
+            self._outbox.outcome(connection, self._id, outcome)
+            if awaits or self._is_ssd:
+                connection.expect_answer()
 
     def _send(self, connection: Connection, request: speculator_pb2.SpeculateRequest) -> None:
         self._outbox.send(connection, self._id, request)
