@@ -19,13 +19,13 @@ def value(bench, name, **labels):
 async def test_what_several_sequences_wait_at_the_same_time_is_counted_once(bench_for, request_for):
     bench = bench_for(speculation_deadline_ms=DEADLINE_S * 1e3)
     bench.engine.pool.connect()  # to a speculator that never answers
+    started_s = asyncio.get_running_loop().time()
     streams = []
     for index in range(8):
         request = replace(request_for(f"s{index}", (1, 2, 3)), mode=SpeculationMode.SD, max_lookahead=4)
         updates: asyncio.Queue = asyncio.Queue()
         bench.engine.submit(request, updates.put_nowait)
         streams.append(updates)
-    started_s = asyncio.get_running_loop().time()
     finishes = [(await bench.collect(updates)).finish for updates in streams]
     wall_s = asyncio.get_running_loop().time() - started_s
     assert sum(finish.stats.seconds_waiting for finish in finishes) > 4 * DEADLINE_S, "each of them waited"
