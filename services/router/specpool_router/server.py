@@ -56,7 +56,12 @@ async def serve(
     try:
         await sessions.start()
         await cluster.start()
-        server = create_server(Authentication(tenants.authenticate), max_request_bytes=config.max_request_bytes)
+        server = create_server(
+            Authentication(tenants.authenticate),
+            max_request_bytes=config.max_request_bytes,
+            # To resume is to send the request again, and what came of it so far.
+            larger_requests={f"/{_INFERENCE}/Resume": 2 * config.max_request_bytes},
+        )
         endpoint = bind(server, config.listen)
         admission = Admission(sessions, metrics)
         generations = Generations(

@@ -11,13 +11,13 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from router_fakes import FakeTarget, running
+from router_fakes import FakeTarget, running, text_of, tokens_of
 
 from specpool import errors
 from specpool.client import Client
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
-from specpool.v1 import inference_pb2, types_pb2
+from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 KEY = "secret"
 
@@ -65,6 +65,27 @@ async def test_the_largest_request_reaches_the_target(start_router: Any) -> None
                 await client.complete(request)
     assert (caught.value.reason, caught.value.metadata["accepted"]) == ("REQUEST_TOO_LARGE", str(max_bytes))
     assert len(target.requests) == 1
+
+
+async def test_the_largest_request_can_be_resumed(start_router: Any) -> None:
+    """A client that resumes sends the request again, with all that it has of the answer."""
+    max_bytes = 300_000
+    sampling = types_pb2.SamplingParams(seed=5, max_tokens=220)
+    async with running(FakeTarget(delay_s=0)) as (endpoint,):
+        router = await start_router(targets=(endpoint,), max_request_bytes=max_bytes)
+        request = inference_pb2.GenerateRequest(
+            text="x" * (max_bytes - 100), request_id="r", model="m", sampling=sampling
+        )
+        point = inference_pb2.ResumeRequest(
+            request_id="r", request=request, num_tokens_received=200, received_token_ids=tokens_of(5, 200)
+        )
+        assert point.ByteSize() > max_bytes
+        point.num_chars_received = len(text_of(5, 200))
+        async with channel(router) as connection:
+            call = inference_pb2_grpc.InferenceServiceStub(connection).Resume(point)
+            events = [event async for event in call]
+    rest = [token for event in events for token in event.delta.token_ids]
+    assert rest == tokens_of(5, 220)[200:]
 
 
 async def test_the_largest_setting_leaves_room_for_what_the_router_adds(start_router: Any) -> None:

@@ -6,8 +6,9 @@ anybody could send one, with or without credentials.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, Final
 
 import grpc
@@ -44,8 +45,9 @@ class Authentication(ScopeInterceptor):
 class Parsing(grpc.aio.ServerInterceptor):
     """The innermost interceptor: those around it see bytes."""
 
-    def __init__(self, max_request_bytes: int) -> None:
+    def __init__(self, max_request_bytes: int, larger: Mapping[str, int] = MappingProxyType({})) -> None:
         self._max_request_bytes = max_request_bytes
+        self._larger = larger
 
     async def intercept_service(
         self,
@@ -61,12 +63,14 @@ class Parsing(grpc.aio.ServerInterceptor):
         return wrap(handler, lambda context: nullcontext(), read)
 
     def _parser(self, deserialize: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
+        max_bytes = self._larger.get(method, self._max_request_bytes)
+
         def parse(encoded: bytes) -> Any:
-            if len(encoded) > self._max_request_bytes:
+            if len(encoded) > max_bytes:
                 raise InvalidArgument(
-                    f"the request has {len(encoded)} bytes; accepted: up to {self._max_request_bytes}",
+                    f"the request has {len(encoded)} bytes; accepted: up to {max_bytes}",
                     reason=TOO_LARGE,
-                    metadata={"num_bytes": len(encoded), "accepted": self._max_request_bytes},
+                    metadata={"num_bytes": len(encoded), "accepted": max_bytes},
                 )
             try:
                 return deserialize(encoded)

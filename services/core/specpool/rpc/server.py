@@ -17,9 +17,10 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -124,6 +125,7 @@ class Server(grpc.aio.Server):
 def create_server(
     *interceptors: grpc.aio.ServerInterceptor,
     max_request_bytes: int = MAX_MESSAGE_BYTES,
+    larger_requests: Mapping[str, int] = MappingProxyType({}),
     max_calls: int = MAX_RUNNING_CALLS,
 ) -> Server:
     """A server whose calls are traced and bounded in number and size, and whose errors are typed.
@@ -132,12 +134,19 @@ def create_server(
         interceptors: run inside of that, and before requests are parsed.
         max_request_bytes: larger requests are refused with a typed error; several times larger ones by gRPC itself,
             which does not take them in.
+        larger_requests: the same limit for methods that have one of their own, by path.
         max_calls: more calls than these at once are refused.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_about_metadata)
     calls = RunningCalls(max_calls)
     inner = grpc.aio.server(
-        interceptors=(ServerTracing(), ErrorInterceptor(), calls, *interceptors, Parsing(max_request_bytes)),
+        interceptors=(
+            ServerTracing(),
+            ErrorInterceptor(),
+            calls,
+            *interceptors,
+            Parsing(max_request_bytes, larger_requests),
+        ),
         options=server_options(max_message_bytes=min(MAX_MESSAGE_BYTES, _TAKEN_IN * max_request_bytes)),
     )
     return Server(inner, calls)
