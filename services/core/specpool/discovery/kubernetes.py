@@ -153,8 +153,13 @@ def _port_of(pod: Any) -> int | None:
 
 
 def _default_api_client() -> Any:
-    from kubernetes import client, config
-
+    try:
+        from kubernetes import client, config
+    except ImportError as error:
+        raise ConfigError(
+            "pods are to be watched, but the package kubernetes is not installed: pip install 'specpool[router]'",
+            metadata={"field": "kubernetes_namespace"},
+        ) from error
     try:
         config.load_config()
     except config.ConfigException as error:
