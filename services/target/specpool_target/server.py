@@ -104,7 +104,7 @@ async def serve(
     peer.endpoint = config.advertise or bound
     freeze_loaded_objects()
     try:
-        engine.pool.start()
+        await asyncio.wrap_future(engine.pool.start())
         async with running(engine.thread, model, config.stall_timeout_s):
             if config.metrics_port is not None:
                 _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+import pytest
+
 from specpool.discovery.discovery import Discovery, Endpoint, StaticDiscovery
+from specpool.errors import ConfigError
 from specpool_router.metrics import RouterMetrics
 from specpool_router.placement.cluster import Cluster
 
@@ -49,3 +52,11 @@ async def test_a_running_request_moves_to_the_replacement_that_the_router_names(
         await asyncio.gather(running, return_exceptions=True)
     finally:
         await cluster.close()
+
+
+async def test_a_directory_that_cannot_be_asked_ends_the_start(target_for, monkeypatch) -> None:
+    """No silent downgrade: a target that would never find a speculator says so."""
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ConfigError, match="neither a service account nor a kubeconfig"):
+        await target_for(speculators="kubernetes:ns/app=speculator")

@@ -84,12 +84,14 @@ class SpeculationPool:
 
     # ---- start and end ----------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begin to look for speculators and to connect; returns at once."""
+    def start(self) -> Future[None]:
+        """Begin to look for speculators and to connect; returns at once. The result raises if nobody can be asked."""
         if self._is_own_loop:
             self._thread = threading.Thread(target=self._run_loop, name="speculation pool", daemon=True)
             self._thread.start()
-        self._schedule(self._pairing.start())
+        started = self._schedule(self._pairing.start())
+        started.add_done_callback(_log_failure)
+        return started
 
     def close(self) -> None:
         """From a thread other than the loop's: free every sequence and end all streams."""
@@ -247,3 +249,8 @@ class SpeculationPool:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:  # the loop is closed: the process, or the pool, is ending
             self._is_flushing = False
+
+
+def _log_failure(started: Future[None]) -> None:
+    if not started.cancelled() and (error := started.exception()) is not None:
+        _logger.error("no speculators can be found: %s", error)
