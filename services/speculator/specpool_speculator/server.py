@@ -18,8 +18,8 @@ from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_engine.modeling.files import Progress, no_progress
 from specpool_engine.modeling.interface import CausalModel, Segment
 from specpool_engine.modeling.paged_kv import SequenceKV
-from specpool_engine.runtime.loading import LoadedEngine, load_engine, prepare_process
-from specpool_engine.runtime.running import running
+from specpool_engine.runtime.load_engine import LoadedEngine, load_engine, prepare_process
+from specpool_engine.runtime.run_engine import running
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.engine.drafter import Drafter
 from specpool_speculator.engine.engine import SpeculatorEngine

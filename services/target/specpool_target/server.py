@@ -20,8 +20,8 @@ from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.files import Progress, no_progress
 from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_engine.runtime.loading import load_engine, prepare_process
-from specpool_engine.runtime.running import running
+from specpool_engine.runtime.load_engine import load_engine, prepare_process
+from specpool_engine.runtime.run_engine import running
 from specpool_target.config import TargetConfig
 from specpool_target.dense.receiving_group import DenseReceiver
 from specpool_target.engine.engine import TargetEngine

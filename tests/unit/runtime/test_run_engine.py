@@ -13,7 +13,7 @@ from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.toy import ToyModel, ToyTable
 from specpool_engine.runtime.engine_thread import EngineThread
-from specpool_engine.runtime.running import running
+from specpool_engine.runtime.run_engine import running
 
 
 class Hanging:
