@@ -65,7 +65,8 @@ class KubernetesDiscovery(ThreadedDiscovery):
                 backoff.reset()
                 self._follow(api, version)
             except client.ApiException as error:
-                if error.status == _GONE:  # the watch is older than the server's memory: list again at once
+                if error.status == _GONE:  # the watch is older than the server's memory: list again, soon
+                    self._stopping.wait(_FIRST_BACKOFF_S)
                     continue
                 self._pause(error, backoff.next_s())
             except Exception as error:  # whatever the HTTP library raises; the watch must never end
