@@ -40,7 +40,7 @@ async def test_output_equals_off(target_for, speculator_for, script, mode, sampl
 
 
 async def test_right_tables_are_hits(target_for, speculator_for):
-    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=5")
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=40")
     expected = await target.generate(PROMPT, max_tokens=51)
     speculator = await speculator_for(truth={PROMPT: expected.tokens})
     got = await target.generate(PROMPT, mode="ssd", speculator=speculator.endpoint, max_tokens=51)
