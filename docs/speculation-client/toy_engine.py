@@ -6,14 +6,14 @@ Usage: specpool speculator --model 'toy#vocab=32,seed=1' --listen 127.0.0.1:7300
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from specpool.discovery.directory import parse
-from specpool.speculation import PoolIdentity, SpeculationPool, tokenizer_fingerprint
+from specpool.speculation import PoolIdentity, SpeculationPool, tokenizer_fingerprint, worth_waiting
 from specpool.v1.types_pb2 import ModelInfo, Peer, SamplingParams
 
-Model = Callable[[Sequence[int], int], list[int]]
-"""(tokens, n) -> the most likely next token after each of the last n tokens: one forward."""
+Model = Callable[[Sequence[int], int], list[int]]  # (tokens, n) -> the next token after each of the last n
 
 
 def toy_model(vocab: int, seed: int) -> tuple[Model, object]:
@@ -23,6 +23,7 @@ def toy_model(vocab: int, seed: int) -> tuple[Model, object]:
     table = ToyTable(vocab, seed)
 
     def forward(tokens: Sequence[int], n: int) -> list[int]:
+        time.sleep(0.01)  # as long as a real one takes at least: meanwhile speculators draft
         ends = range(len(tokens) - n + 1, len(tokens) + 1)
         return [int(table.logits(tokens[end - 2] if end > 1 else -1, tokens[end - 1]).argmax()) for end in ends]
 
@@ -30,7 +31,7 @@ def toy_model(vocab: int, seed: int) -> tuple[Model, object]:
 
 
 def connect(directory: str, tokenizer: object, vocab: int) -> SpeculationPool:
-    """The pool, by a directory: static:HOST:PORT,... or dns:NAME:PORT."""
+    """The pool of the speculators that a directory names: static:HOST:PORT,... or dns:NAME:PORT."""
     model = ModelInfo(name="toy", vocab_size=vocab, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
     pool = SpeculationPool(parse(directory, field="directory"), PoolIdentity(peer=Peer(id="toy"), model=model))
     pool.start()
@@ -48,7 +49,8 @@ def generate(pool: SpeculationPool, forward: Model, prompt: Sequence[int], max_t
         accepted = next((i for i, token in enumerate(draft) if token != truth[i]), len(draft))
         tokens += truth[: accepted + 1]
         draft = list(handle.next(accepted, truth[accepted]).tokens)  # a hit is a lookup: nothing is waited for
-        if not draft and handle.request(4, deadline_s=0.05):  # a miss: draft now, if a speculator can
+        depth = 0 if draft else worth_waiting(handle, 4, round_s=0.1)  # a miss: is a draft worth a wait?
+        if depth and handle.request(depth, deadline_s=0.05):
             draft = list(handle.wait(0.1))
         handle.started(draft)
     handle.close()
@@ -58,6 +60,5 @@ def generate(pool: SpeculationPool, forward: Model, prompt: Sequence[int], max_t
 if __name__ == "__main__":
     model, vocabulary = toy_model(32, seed=1)
     speculators = connect(f"static:{sys.argv[1]}", vocabulary, 32)
-    output, num_forwards = generate(speculators, model, [1, 2, 3], 200)
-    print(f"{len(output)} tokens in {num_forwards} forwards: {output}")
+    print("tokens, number of forwards:", *generate(speculators, model, [1, 2, 3], 200))
     speculators.close()

@@ -8,7 +8,7 @@ import pytest
 
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.errors import InvalidArgument
-from specpool.speculation import DraftSource, NextDraft, SequenceEvents, SequenceHandle
+from specpool.speculation import DraftSource, NextDraft, SequenceEvents, SequenceHandle, worth_waiting
 from specpool.speculation.connection import Connection
 from specpool.speculation.outbox import Outbox
 from specpool.v1 import speculator_pb2, types_pb2
@@ -226,6 +226,17 @@ def test_waiting_is_bounded_and_costs_trust(handle, first):
     assert handle.request(4, 60.0)
     threading.Timer(0.05, lambda: handle.take_speculation(first, reply(1, [8]))).start()
     assert handle.wait(60.0) == (8,)
+
+
+def test_a_wait_is_worth_it_if_its_draft_comes_in_half_a_round(handle, first):
+    handle.next(0, 7)
+    assert worth_waiting(handle, 4, round_s=1.0) == 0  # nothing reported yet
+    first.measured.draft_step_s = 0.1
+    assert [worth_waiting(handle, 4, round_s=round_s) for round_s in (0.1, 0.21, 0.61, 10.0)] == [0, 1, 3, 4]
+    first.trust.timed_out()
+    assert worth_waiting(handle, 4, round_s=10.0) == 0
+    handle.move(None)
+    assert worth_waiting(handle, 4, round_s=10.0) == 0
 
 
 def test_a_move_closes_here_and_opens_there_and_tables_from_here_are_not_used(handle, owner, first, paired):

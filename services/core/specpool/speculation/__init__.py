@@ -19,6 +19,7 @@ from specpool.speculation.pairing import PoolEvents
 from specpool.speculation.pairing_settings import PairingSettings
 from specpool.speculation.pool import SpeculationPool
 from specpool.speculation.trust import WaitTrust
+from specpool.speculation.waiting import worth_waiting
 
 __all__ = [
     "Connection",
@@ -37,4 +38,5 @@ __all__ = [
     "SpeculationPool",
     "WaitTrust",
     "tokenizer_fingerprint",
+    "worth_waiting",
 ]

@@ -28,7 +28,7 @@ Request = speculator_pb2.SpeculateRequest
 _GRPC: Final = speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC
 _MAX_UNSENT: Final = 10_000
 """Messages that a speculator has not read; one that reads none is given up."""
-_SHORTEST_SILENCE_S: Final = 3.0
+_SHORTEST_SILENCE_S: Final = 5.0
 _SILENT_STEPS: Final = 20
 """Draft steps after which an engine that owes an answer counts as stalled."""
 

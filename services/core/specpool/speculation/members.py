@@ -82,7 +82,7 @@ class Member:
         return is_first and link is not None and now_s - link.created_at_s < _HOPEFUL_S
 
     def takes_sequences(self, now_s: float) -> bool:
-        """Connected, staying, answering, and not full."""
+        """Connected, staying, and not refusing."""
         connection = self.connection
         return (
             connection is not None
@@ -91,17 +91,20 @@ class Member:
             and not self.is_terminating
             and self.leaving_since_s is None
             and now_s >= self.refused_until_s
-            and not connection.is_stalled(now_s)
         )
+
+    def is_silent(self, now_s: float) -> bool:
+        """Its engine has owed an answer for long."""
+        connection = self.connection
+        return connection is not None and connection.is_stalled(now_s)
 
     def reason_to_leave(self, now_s: float) -> str | None:
         """Why its sequences should go elsewhere, if they should."""
-        connection = self.connection
         if self.leaving_since_s is not None:
             return "going_away"
         if not self.is_named or self.is_terminating:
             return "unlisted"
-        return "silent" if connection is not None and connection.is_stalled(now_s) else None
+        return "silent" if self.is_silent(now_s) else None
 
     def is_worth_connecting(self, now_s: float, fingerprint: str) -> bool:
         """Not connected, and nothing is known that speaks against it."""

@@ -97,7 +97,7 @@ class Pairing:
 
     def has_settled(self) -> bool:
         """Whether some speculator takes sequences, or none that is known can be reached now."""
-        if self.placement.usable(time.monotonic()):
+        if any(member.takes_sequences(time.monotonic()) for member in self.placement.members.values()):
             return True
         members = self.placement.members.values()
         now_s, fingerprint = time.monotonic(), self._identity.model.tokenizer_fingerprint

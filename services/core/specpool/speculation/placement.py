@@ -25,7 +25,10 @@ class Placement:
 
     def place(self, sequence: PlacedSequence) -> bool:
         """Give it to the best speculator that is connected; False if there is none."""
-        return self.put(sequence, self.best_for(sequence, list(self.members.values())))
+        now_s = time.monotonic()
+        silent = [member for member in list(self.members.values()) if member.takes_sequences(now_s)]
+        best = self.best_for(sequence, self.usable(now_s)) or self.best_for(sequence, silent)
+        return self.put(sequence, best)
 
     def put(self, sequence: PlacedSequence, member: Member | None) -> bool:
         """Give it to this one; False if that is none, or has just been lost."""
@@ -53,11 +56,12 @@ class Placement:
         self.unplaced[sequence.id] = sequence
 
     def usable(self, now_s: float) -> list[Member]:
-        """Those that take sequences."""
-        return [member for member in self.members.values() if member.takes_sequences(now_s)]
+        """Those that take sequences and answer."""
+        members = list(self.members.values())
+        return [member for member in members if member.takes_sequences(now_s) and not member.is_silent(now_s)]
 
     def best_for(self, sequence: PlacedSequence, members: Iterable[Member]) -> Member | None:
-        """The best of those that take it."""
+        """The best of these that takes it."""
         now_s = time.monotonic()
         return self.choose(
             m for m in members if m.takes_sequences(now_s) and sequence.avoided.get(m.address, 0.0) <= now_s

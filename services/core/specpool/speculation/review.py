@@ -78,7 +78,7 @@ class Review:
         reason = member.reason_to_leave(now_s)
         if reason is None:
             return
-        others = [other for other in self._members.values() if other is not member]
+        others = [other for other in self._placement.usable(now_s) if other is not member]
         since_s, placement = member.leaving_since_s, self._placement
         is_overdue = since_s is not None and now_s - since_s > self._settings.longest_leave_s
         for sequence in member.placed():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
+from specpool.speculation.fingerprint import tokenizer_fingerprint
 from specpool_engine.modeling.files import Progress, no_progress, resolve_model_directory
 from specpool_engine.modeling.spec import ModelKind, ModelSpec
 from specpool_engine.modeling.toy import ToyTokenizer
+
+__all__ = ["load_tokenizer", "tokenizer_fingerprint"]
 
 
 def load_tokenizer(spec: ModelSpec | str, *, on_progress: Progress = no_progress) -> Any:
@@ -21,11 +22,3 @@ def load_tokenizer(spec: ModelSpec | str, *, on_progress: Progress = no_progress
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(resolve_model_directory(spec.source, on_progress))
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash over the vocabulary and the special tokens: equal if and only if token ids mean the same on both sides."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    special = sorted(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
-    text = json.dumps([vocabulary, special], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
