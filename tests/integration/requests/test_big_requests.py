@@ -11,13 +11,15 @@ import grpc
 import grpc.aio
 import pytest
 
+from specpool.errors import InvalidArgument
 from specpool.rpc.errors import from_rpc_error
-from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
+from specpool.v1 import inference_pb2, inference_pb2_grpc, target_pb2, types_pb2
 from specpool_engine.modeling.text_codec import TextCodec
 
 LONGEST_GAP_S = 1.5
 """Far above what refusing takes, far below what reading such a request takes."""
 LARGE = "x" * 300_000
+MODEL = "toy#vocab=64,seed=3,context=4096,step_ms=5"
 
 
 def request_of(**fields: Any) -> inference_pb2.GenerateRequest:
@@ -26,14 +28,15 @@ def request_of(**fields: Any) -> inference_pb2.GenerateRequest:
 
 
 BIG = {
-    "text": lambda: request_of(text="word " * 10_000_000),
-    "text beyond ASCII": lambda: request_of(text="🫨" * 12_000_000),
-    "chat": lambda: request_of(
-        chat=inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")] * 500_000)
+    "text": lambda size: request_of(text="word " * (size // 5)),
+    "text beyond ASCII": lambda size: request_of(text="🫨" * (size // 4)),
+    "chat": lambda size: request_of(
+        chat=inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user", content="hi")] * (size // 12))
     ),
-    "tokens": lambda: request_of(tokens=inference_pb2.TokenPrompt(token_ids=[1] * 30_000_000)),
-    "stop": lambda: request_of(text="hi", sampling={"stop": [f"{i} {i}" for i in range(500_000)]}),
+    "tokens": lambda size: request_of(tokens=inference_pb2.TokenPrompt(token_ids=[1] * size)),
+    "stop": lambda size: request_of(text="hi", sampling={"stop": [f"{i} {i}" for i in range(size // 16)]}),
 }
+"""Requests of about so many bytes."""
 
 
 class Gaps:
@@ -58,13 +61,10 @@ class Gaps:
         self._last_s = time.perf_counter()
 
 
-@pytest.mark.parametrize("kind", BIG)
-async def test_a_big_request_is_refused_and_stops_nobody(start_service: Any, kind: str) -> None:
-    model = "toy#vocab=64,seed=3,context=4096,step_ms=5"
-    service = await start_service(model, num_kv_blocks=1024, block_size=4)
+async def _longest_gap_s(service: Any, way: grpc.aio.Channel, method: str, message: bytes) -> float:
+    """Of another stream, while a request is refused as an invalid argument."""
     gaps = Gaps(inference_pb2_grpc.InferenceServiceStub(service.router))
-    message = BIG[kind]().SerializeToString()
-    call = service.router.unary_stream("/specpool.v1.InferenceService/Generate")  # of bytes: this side costs nothing
+    call = way.unary_stream(method)  # of bytes: this side costs nothing
     stream = asyncio.create_task(gaps.run())
     await asyncio.wait_for(gaps.flows.wait(), 30)
     gaps.start()
@@ -72,9 +72,26 @@ async def test_a_big_request_is_refused_and_stops_nobody(start_service: Any, kin
         async for _ in call(message):
             pass
     stream.cancel()
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, from_rpc_error(caught.value)
-    print(f"{kind}: {len(message) / 1e6:.0f} MB, longest gap {gaps.longest_s:.3f} s")
-    assert gaps.longest_s < LONGEST_GAP_S
+    assert isinstance(from_rpc_error(caught.value), InvalidArgument)
+    print(f"{len(message) / 1e6:.0f} MB, longest gap {gaps.longest_s:.3f} s")
+    return gaps.longest_s
+
+
+@pytest.mark.parametrize("num_bytes", [7_000_000, 50_000_000])
+@pytest.mark.parametrize("kind", BIG)
+async def test_a_big_request_is_refused_and_stops_nobody(start_service: Any, kind: str, num_bytes: int) -> None:
+    service = await start_service(MODEL, num_kv_blocks=1024)
+    message = BIG[kind](num_bytes).SerializeToString()
+    gap_s = await _longest_gap_s(service, service.router, "/specpool.v1.InferenceService/Generate", message)
+    assert gap_s < LONGEST_GAP_S
+
+
+@pytest.mark.parametrize("kind", BIG)
+async def test_a_target_does_not_stop_either(start_service: Any, kind: str) -> None:
+    service = await start_service(MODEL, num_kv_blocks=1024)
+    message = target_pb2.RunSequenceRequest(request=BIG[kind](30_000_000)).SerializeToString()
+    gap_s = await _longest_gap_s(service, service.target, "/specpool.v1.TargetService/RunSequence", message)
+    assert gap_s < LONGEST_GAP_S
 
 
 class SlowTokenizing:
