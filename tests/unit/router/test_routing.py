@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from specpool.errors import ModelNotFound, TargetUnavailable
-from specpool_router.placement.pod_choice import Candidate, choose_target
+from specpool_router.placement.pod_choice import Candidate, choose_target, resolve_model
 
 
 def pod(endpoint: str, num_sequences: int = 0, *, model: str = "m", available: bool = True) -> Candidate:
@@ -34,17 +34,17 @@ def test_a_terminating_target_is_better_than_none() -> None:
 
 def test_session_keeps_its_target_until_that_is_much_busier() -> None:
     pods = [pod(name) for name in "abcdef"]
-    home = choose_target(pods, model="", session_id="s").endpoint
+    home = choose_target(pods, model="m", session_id="s").endpoint
     busy = [pod(p.endpoint, 4 if p.endpoint == home else 0) for p in pods]
-    assert choose_target(busy, model="", session_id="s").endpoint == home
+    assert choose_target(busy, model="m", session_id="s").endpoint == home
     busier = [pod(p.endpoint, 5 if p.endpoint == home else 0) for p in pods]
-    assert choose_target(busier, model="", session_id="s").endpoint != home
+    assert choose_target(busier, model="m", session_id="s").endpoint != home
 
 
 def test_a_target_that_goes_moves_only_its_own_sessions() -> None:
     pods = [pod(name) for name in "abcdef"]
-    before = {s: choose_target(pods, model="", session_id=s).endpoint for s in map(str, range(200))}
-    after = {s: choose_target(pods[1:], model="", session_id=s).endpoint for s in before}
+    before = {s: choose_target(pods, model="m", session_id=s).endpoint for s in map(str, range(200))}
+    after = {s: choose_target(pods[1:], model="m", session_id=s).endpoint for s in before}
     assert len(set(before.values())) == 6
     assert {s for s in before if before[s] != after[s]} == {s for s in before if before[s] == "a"}
 
@@ -52,10 +52,13 @@ def test_a_target_that_goes_moves_only_its_own_sessions() -> None:
 def test_model_errors() -> None:
     pods = [pod("a"), pod("b", model="n")]
     with pytest.raises(ModelNotFound, match="served: m, n"):
-        choose_target(pods, model="x")
+        resolve_model(pods, "x")
     with pytest.raises(ModelNotFound, match="names no model and several are served"):
-        choose_target(pods, model="")
+        resolve_model(pods, "")
+    assert resolve_model(pods[:1], "") == "m"
     with pytest.raises(TargetUnavailable, match="no target for model 'm'"):
         choose_target([pod("a", available=False)], model="m")
+    with pytest.raises(TargetUnavailable, match="no target for model 'm'"):
+        choose_target([pod("a", model="n")], model="m")
     with pytest.raises(TargetUnavailable, match="any model yet"):
-        choose_target([pod("a", model="", available=False)], model="m")
+        resolve_model([pod("a", model="", available=False)], "m")

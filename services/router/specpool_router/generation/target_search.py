@@ -17,7 +17,7 @@ _LONGEST_PAUSE_S: Final = 1.0
 _LOOK_S: Final = 0.25
 """How long a stop may go unnoticed while nothing changes."""
 _MAX_TARGETS_COST: Final = 2
-"""The request itself may be what ends targets: two lost in a row while they ran it, without a token, are enough."""
+"""The request itself may be what ends targets: two lost while they ran it, with no token between, are enough."""
 
 
 class TargetSearch:
@@ -44,7 +44,7 @@ class TargetSearch:
         self._is_new = is_new
         self._num_cost = 0
         self._avoided: dict[str, tuple[float, Backoff]] = {}
-        """Until when each target is left alone."""
+        """Until when each target is left alone. Once the time for waiting is over, all of them are."""
         self._refusal: SpecPoolError | None = None
 
     async def next(self) -> Target | None:
@@ -53,7 +53,7 @@ class TargetSearch:
             now_s = self._loop.time()
             try:
                 return self._choose(now_s)
-            except (TargetUnavailable, ModelNotFound) as error:  # its model was served when it came
+            except TargetUnavailable as error:
                 overloaded = self._is_new and self._refusal is not None and self._refusal.reason == OVERLOADED
                 if overloaded or now_s >= self._deadline_s:
                     raise (self._refusal or error) from error
@@ -93,7 +93,8 @@ class TargetSearch:
         self._avoided[address] = (self._loop.time() + backoff.next_s(), backoff)
 
     def _choose(self, now_s: float) -> Target:
-        avoided = {address for address, (until_s, _) in self._avoided.items() if until_s > now_s}
+        is_over = now_s >= self._deadline_s
+        avoided = {address for address, (until_s, _) in self._avoided.items() if is_over or until_s > now_s}
         chosen = choose_target(
             self._targets.candidates(), model=self._model, session_id=self._session_id, exclude=avoided
         )
@@ -107,7 +108,7 @@ class TargetSearch:
 
 
 async def wait_for_model(cluster: Cluster, stop: StopSignal, model: str, *, wait_s: float) -> str:
-    """The full name of ``model``, once a target is known that serves any."""
+    """The full name of ``model``, once a target is known that serves any; raises what ``stop`` says once it is set."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + wait_s
     while True:
@@ -117,8 +118,10 @@ async def wait_for_model(cluster: Cluster, stop: StopSignal, model: str, *, wait
             if cluster.targets.served_lately(model):
                 return model
             raise
-        except TargetUnavailable:
+        except TargetUnavailable as error:
             remaining_s = deadline_s - loop.time()
-            if remaining_s <= 0 or stop.is_set:
+            if stop.is_set:
+                raise (stop.error or error) from error
+            if remaining_s <= 0:
                 raise
         await cluster.targets.wait_for_change(min(remaining_s, _LOOK_S))

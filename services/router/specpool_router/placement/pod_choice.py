@@ -31,15 +31,14 @@ class Candidate:
 def choose_target(
     candidates: Sequence[Candidate], *, model: str, session_id: str = "", exclude: Collection[str] = ()
 ) -> Candidate:
-    """The target for a request.
+    """The target for a request; TargetUnavailable if there is none now, also where nobody knows the model any more.
 
     Args:
         candidates: all targets known, those that are away included.
-        model: name wanted; empty: the only one served.
+        model: full name, as `resolve_model` gives it.
         session_id: requests of one session prefer the same target.
         exclude: endpoints not to use.
     """
-    model = resolve_model(candidates, model)
     usable = [c for c in candidates if c.model == model and c.available and c.endpoint not in exclude]
     if not usable:
         raise TargetUnavailable(
@@ -50,7 +49,10 @@ def choose_target(
 
 
 def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
-    """The model's name; ModelNotFound tells what is served."""
+    """The full name of the model that a request names; empty: the only one served.
+
+    ModelNotFound tells what is served; TargetUnavailable: nobody has said yet what it serves.
+    """
     served = sorted({c.model for c in candidates if c.model})
     if not served:
         raise TargetUnavailable("no target is known to serve any model yet", metadata={"model": model})
