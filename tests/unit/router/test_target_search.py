@@ -44,25 +44,27 @@ def search_in(targets: Targets, *, model: str = "m", wait_s: float = 0.0) -> Tar
     )
 
 
+async def tries(search: TargetSearch, tried: list[str] | None = None, *, refused_after_s: float = 0.0) -> None:
+    for _ in range(100):
+        target = await search.next()
+        assert target is not None
+        if tried is not None:
+            tried.append(target.endpoint.address)
+        await asyncio.sleep(refused_after_s)
+        search.refused(target, TargetRefused(errors.Draining("not here"), ran=True), progressed=False)
+
+
 async def test_refusals_that_take_their_time_do_not_go_on_for_ever() -> None:
     """While the last ones refuse, the first may be tried again: there is always one."""
     search = search_in(Targets(*"abcdefgh"), wait_s=0.5)
-    refusal = TargetRefused(errors.Draining("not here"), ran=True)
     with pytest.raises(errors.Draining, match="not here"):
-        for _ in range(100):
-            target = await search.next()
-            assert target is not None
-            await asyncio.sleep(0.15)
-            search.refused(target, refusal, progressed=False)
+        await tries(search, refused_after_s=0.15)
 
 
 async def test_every_target_is_tried_once_where_nothing_is_waited_for() -> None:
-    search = search_in(Targets(*"abc"))
-    tried = []
-    with pytest.raises(errors.Draining):
-        while (target := await search.next()) is not None:
-            tried.append(target.endpoint.address)
-            search.refused(target, TargetRefused(errors.Draining("not here"), ran=True), progressed=False)
+    tried: list[str] = []
+    with pytest.raises(errors.Draining, match="not here"):
+        await tries(search_in(Targets(*"abc")), tried)
     assert tried == ["a", "b", "c"]
 
 
