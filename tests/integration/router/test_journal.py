@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from store_servers import Proxy, redis_server
 
+from specpool.errors import SessionStoreUnavailable
 from specpool_router.auth.tenants import Tenant
 from specpool_router.metrics import RouterMetrics
 from specpool_router.sessions.journal import JournalWriter
 from specpool_router.sessions.lease import Lease
+from specpool_router.sessions.memory_store import MemorySessionStore
 from specpool_router.sessions.redis_store import RedisSessionStore
-from specpool_router.sessions.session_store import Session, SessionState
+from specpool_router.sessions.session_store import LeaseState, Session, SessionState
 from specpool_router.sessions.sessions import Sessions
+from specpool_router.sessions.store_state import StoreState
 from specpool_tools.local.embedded_store import find_binary
 
 NUM_LEASES = 2000
@@ -150,3 +153,30 @@ async def test_a_defect_in_a_background_task_is_told_and_survived(
     assert "sessions: journal failed; it starts again" in caplog.text
     assert "nobody thought of this" in caplog.text
     await sessions.close()
+
+
+class LateStore(MemorySessionStore):
+    """Does not answer the first time it is asked for a session."""
+
+    has_answered = False
+
+    async def load(self, request_id: str) -> Session | None:
+        if not self.has_answered:
+            self.has_answered = True
+            raise SessionStoreUnavailable("no answer")
+        return await super().load(request_id)
+
+
+async def test_an_adopted_session_is_taken_over_also_when_the_store_goes_away_in_between() -> None:
+    store, states = LateStore(), list[LeaseState]()
+    await store.create(Session(request_id="r", tenant="t", owner="former", request=b""))
+    metrics = RouterMetrics()
+    writer = JournalWriter(store, StoreState(store, metrics), metrics, lambda _, state: states.append(state))
+    session = Session(request_id="r", tenant="t", owner="new", request=b"")
+    lease = Lease(session, TENANT, lambda _: None, [b"delta"], is_adopted=True)
+    writer.mark(lease)
+    with pytest.raises(SessionStoreUnavailable):
+        await writer.write_all()
+    await writer.write_all()
+    assert states == [LeaseState.HELD]
+    assert await store.read_journal("r") == [b"delta"]

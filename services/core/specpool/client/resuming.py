@@ -18,6 +18,7 @@ from specpool.v1 import inference_pb2
 # What gRPC itself reports of a connection that broke; with details these codes are the router's own answer.
 _BROKEN: Final = (grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 _TAKEN_OVER: Final = "SESSION_TAKEN_OVER"
+_IN_USE: Final = "REQUEST_ID_IN_USE"
 Request = inference_pb2.GenerateRequest | inference_pb2.ResumeRequest
 
 
@@ -41,6 +42,7 @@ class ResumableStream:
         self._request.CopyFrom(request)
         self._policy = policy
         self._has_started = False
+        self._has_finished = False
         self._token_ids: list[int] = []
         self._num_chars = 0
         self._num_tries = 0
@@ -64,6 +66,8 @@ class ResumableStream:
                         yield new
                 return
             except grpc.aio.AioRpcError as error:
+                if self._has_finished:  # all that was cut is the status
+                    return
                 typed = from_rpc_error(error)
                 remaining_s = self._remaining_s() if self._may_go_on(error, typed) else 0.0
                 if remaining_s <= 0:
@@ -108,6 +112,7 @@ class ResumableStream:
             self._backoff.reset()
             self._token_ids.extend(event.delta.token_ids)
             self._num_chars += len(event.delta.text)
+            self._has_finished = event.HasField("finished")
         if isinstance(event, inference_pb2.GenerateResponse):
             return event
         if event.HasField("delta"):
@@ -117,7 +122,9 @@ class ResumableStream:
     def _may_go_on(self, error: grpc.aio.AioRpcError, typed: SpecPoolError) -> bool:
         """Whether the stream was cut, rather than the request refused; one that did not begin may begin elsewhere."""
         if not self._has_started:
-            return isinstance(typed, Draining | Overloaded)
+            # The id may be in use by the try before, which the router that stopped has still to take back.
+            is_ours = self._num_tries > 0 and typed.reason == _IN_USE
+            return is_ours or isinstance(typed, Draining | Overloaded)
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return typed.reason != _TAKEN_OVER
         return error.code() in _BROKEN and not has_details(error)

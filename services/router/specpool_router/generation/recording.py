@@ -43,10 +43,10 @@ def recording(sessions: Sessions, lease: Lease) -> Iterator[Recording]:
     record = Recording(sessions, lease)
     try:
         yield record
-    except Draining:  # it may go on elsewhere
-        raise
     except SpecPoolError as error:
-        record.state = SessionState.FAILED
+        # What a stopping router ends may go on elsewhere; what did not begin may begin there, with the same id.
+        if not (isinstance(error, Draining) and lease.began):
+            record.state = SessionState.FAILED
         record.is_invalid = isinstance(error, InvalidArgument)
         raise
     finally:

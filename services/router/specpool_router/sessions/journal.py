@@ -140,12 +140,13 @@ class JournalWriter:
 
     async def _take_over(self, lease: Lease) -> bool:
         """The client went on here while the store was away; it still knows the stream before as the owner."""
-        lease.is_adopted = False
         session = await self._store.load(lease.session.request_id)
-        if session is None or session.tenant != lease.tenant.name or session.ending:
-            return False
-        lease.num_written = 0
-        return await self._store.take_over(session.request_id, lease.session.owner, session.owner)
+        taken = False
+        if session is not None and session.tenant == lease.tenant.name and not session.ending:
+            taken = await self._store.take_over(session.request_id, lease.session.owner, session.owner)
+        # Whatever came of it; but not before the store has answered: what it does not answer is tried again.
+        lease.is_adopted, lease.num_written = False, 0
+        return taken
 
     def _keep_ended(self, lease: Lease) -> None:
         request_id = lease.session.request_id

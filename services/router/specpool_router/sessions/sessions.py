@@ -78,7 +78,8 @@ class Sessions:
         await self._quotas.release(tenant, owner)
 
     async def open(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
-        """Begin a session. Its id must be new."""
+        """Begin a session. Its id must be new. A caller that is cancelled meanwhile leaves nothing behind."""
+        lease = Lease(session, tenant, stop)
         if (former := self._journal.ended(session.request_id)) is not None and self._state.up:
             await _written(former)
         created = session.request_id not in self._leases
@@ -87,13 +88,16 @@ class Sessions:
                 created = await self.store.create(session)
             except SessionStoreUnavailable as error:
                 self._state.failed(error)
+            except asyncio.CancelledError:  # it may well have been created
+                self.finish(lease, SessionState.FAILED, b"", invalid=True)
+                raise
         if not created:
             raise InvalidArgument(
                 f"request_id {session.request_id!r} is in use; choose another, or call Resume",
                 reason="REQUEST_ID_IN_USE",
                 metadata={"field": "request_id", "value": session.request_id, "accepted": "an id not used before"},
             )
-        return self._hold(Lease(session, tenant, stop))
+        return self._hold(lease)
 
     async def find(self, request_id: str, tenant: Tenant) -> Session:
         """The tenant's session; `SessionNotFound` if there is none."""
