@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from specpool.v1 import target_pb2, types_pb2
+
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.9, "seed": 77}
 PROMPT = (1, 2, 3)
@@ -122,6 +124,31 @@ async def test_killed_speculator_comes_back_and_hits_return(target_for, speculat
     assert second.seen["outcomes"] > 20
     assert second.violations == []
     assert got.stats.num_hits > first.seen["outcomes"] + 20
+
+
+async def test_a_running_sequence_moves_to_a_replacement_and_says_so(target_for, speculator_for):
+    target = await target_for("toy#vocab=24,seed=3,sharpness=2,step_ms=10")
+    expected = await target.generate(PROMPT, max_tokens=2500, **SAMPLED)
+    truth = {PROMPT: expected.tokens}
+    first = await speculator_for(truth=truth)
+    replaced = []
+
+    async def replace(num_tokens):
+        if num_tokens > 100 and not replaced:
+            await first.kill()
+            replaced.append(await speculator_for(truth=truth))
+            known = [types_pb2.SpeculatorEndpoint(address=replaced[0].endpoint)]
+            await target.stub.GetTargetStatus(target_pb2.GetTargetStatusRequest(speculators=known))
+
+    got = await target.generate(
+        PROMPT, mode="ssd", speculator=first.endpoint, max_tokens=2500, on_delta=replace, **SAMPLED
+    )
+    assert got.tokens == expected.tokens
+    (second,) = replaced
+    assert [message.round > 0 for message in second.opened] == [True]
+    assert second.seen["outcomes"] > 20
+    assert second.violations == []
+    assert target.paired == [first.endpoint, "", second.endpoint]
 
 
 @pytest.mark.parametrize("mode", ["ssd", "sd"])

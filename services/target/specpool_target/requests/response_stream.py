@@ -101,6 +101,7 @@ class ResponseStream:
             if update.error is not None:
                 raise update.error
             if update.paired is not None:
+                self._span.set_attribute(tracing.SPECULATOR, update.paired.address)
                 yield _paired(update.paired)
                 continue
             if update.round is not None:
