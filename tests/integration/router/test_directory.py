@@ -86,3 +86,23 @@ async def test_a_drain_of_no_time_that_there_is_is_refused_by_name(start_router:
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         status = await stub.GetClusterStatus(router_pb2.GetClusterStatusRequest())
     assert status.state == types_pb2.SERVING_STATE_SERVING
+
+
+async def test_a_pod_that_leaves_while_it_is_asked_does_not_end_the_question() -> None:
+    """Its channel is closed, and with it the call; the call of who asked for the status ended with a bare CANCELLED."""
+    target, targets = FakeTarget(), Settable()
+    async with running(target) as (endpoint,):
+        cluster = Cluster(targets, StaticDiscovery(()), RouterMetrics(), poll_interval_s=3600)
+        await cluster.start()
+        targets.set([Endpoint(endpoint)])
+        await told(target)
+        try:
+            target.status_delay_s, num_told = 600.0, len(target.told)
+            asking = asyncio.create_task(cluster.targets.refresh())
+            async with asyncio.timeout(30):
+                while len(target.told) == num_told:
+                    await asyncio.sleep(0.005)
+                targets.set([])
+                await asking
+        finally:
+            await cluster.close()

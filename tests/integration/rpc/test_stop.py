@@ -78,6 +78,7 @@ async def test_a_stream_longer_than_the_grace_ends_with_draining() -> None:
         stopping = asyncio.create_task(server.stop(0.2))
         error = await _error_of(call)
         assert type(error) is errors.Draining
+        assert error.metadata["retriable"] == "true"
         await asyncio.wait_for(stopping, 10)
         assert service.num_running == 0
 

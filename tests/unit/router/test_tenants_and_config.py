@@ -59,11 +59,20 @@ def test_key_finds_its_tenant(tmp_path: Path) -> None:
         (f"tenants: [{{name: {'a' * 129}, key_sha256: {HASH}}}]", "at most 128 printable characters"),
         (f"tenants: [{{name: a, key_sha256: {HASH}, cache_salt: {'a' * 1025}}}]", "at most 1024 bytes, got 1025"),
         ("tenants: [", "cannot be read"),
+        ("tenants: 2024-99-99", "cannot be read"),
+        (f"tenants: [{{name: a, key_sha256: {HASH}, quota: 1, 2: 3}}]", "unknown keys"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         load(tmp_path, text)
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_bytes(b"tenants: \xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_tenants(str(path))
 
 
 @pytest.mark.parametrize(

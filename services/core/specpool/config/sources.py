@@ -167,7 +167,7 @@ def _read_yaml(file: Path) -> object:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read settings file {file}: {error.strerror}", metadata={"file": file}) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or a date that is none
         raise ConfigError(f"{file} is not valid YAML: {error}", metadata={"file": file}) from error
 
 

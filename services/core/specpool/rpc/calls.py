@@ -57,11 +57,11 @@ class RunningCalls(ScopeInterceptor):
     @asynccontextmanager
     async def _running(self, method: str) -> AsyncIterator[None]:
         if self._why_ended:
-            raise Draining(self._why_ended)
+            raise self._draining()
         if len(self._calls) >= self._max_calls:
             raise Overloaded(
                 f"this server runs {self._max_calls} calls and takes no more; try again",
-                metadata={"max_calls": self._max_calls},
+                metadata={"max_calls": self._max_calls, "retriable": "true"},
             )
         task = asyncio.current_task()
         assert task is not None
@@ -73,9 +73,12 @@ class RunningCalls(ScopeInterceptor):
             if not call.told_to_end:
                 raise
             task.uncancel()
-            raise Draining(self._why_ended) from None
+            raise self._draining() from None
         finally:
             self._calls.discard(call)
+
+    def _draining(self) -> Draining:
+        return Draining(self._why_ended, metadata={"retriable": "true"})
 
     async def wait_until_quiet(self, timeout_s: float) -> None:
         """Wait until the event loop has caught up with the calls that wait to be taken.

@@ -77,7 +77,7 @@ def load_tenants(path: str) -> Tenants:
         return Tenants()
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # no UTF-8, or a date that is none
         raise _invalid(path, f"cannot be read: {error}") from error
     if not isinstance(document, dict) or set(document) != {"tenants"} or not isinstance(document["tenants"], list):
         raise _invalid(path, "must have one key, 'tenants', with a list")
@@ -103,7 +103,7 @@ def _parse(path: str, entry: Any) -> tuple[str, Tenant]:
             path, f"name of tenant {name!r:.100} must be at most {MAX_TENANT_NAME_CHARS} printable characters"
         )
     if unknown := set(entry) - _KEYS:
-        raise _invalid(path, f"tenant {name!r} has unknown keys {sorted(unknown)}; known: {sorted(_KEYS)}")
+        raise _invalid(path, f"tenant {name!r} has unknown keys {sorted(map(str, unknown))}; known: {sorted(_KEYS)}")
     key_hash = str(entry.get("key_sha256", "")).lower()
     if len(key_hash) != _SHA256_HEX_DIGITS or set(key_hash) - set("0123456789abcdef"):
         raise _invalid(path, f"key_sha256 of tenant {name!r} must be 64 hex digits")

@@ -89,16 +89,20 @@ class TargetRun:
         except grpc.aio.AioRpcError as error:
             raise self._ending(error) from error
         except asyncio.CancelledError:
-            if self._is_stuck:
-                why = f"it showed no sign of life for {self._progress_timeout_s:g} s"
-                raise TargetLost(why, ran=self._ran) from None
-            if self._is_cancelled:
-                raise TargetLost("the stream was stopped", ran=False) from None
-            raise
+            task = asyncio.current_task()
+            if task is None or task.cancelling():  # the caller is cancelled, whatever happens to the call
+                raise
+            raise self._cancelled() from None
         finally:
             self._waiting_since_s = None
         self._target.heard_s = self._loop.time()
         return event
+
+    def _cancelled(self) -> TargetLost:
+        """The call was cancelled on this side: for one of these reasons, or because its channel was closed."""
+        if self._is_stuck:
+            return TargetLost(f"it showed no sign of life for {self._progress_timeout_s:g} s", ran=self._ran)
+        return TargetLost("the stream was stopped" if self._is_cancelled else "its channel was closed", ran=False)
 
     def _watch(self, in_s: float) -> None:
         self._timer = self._loop.call_later(in_s, self._check_life)

@@ -159,8 +159,8 @@ class Pods(Generic[Status]):
         self._notify()
 
     async def refresh(self) -> None:
-        """Ask all of them now."""
-        await asyncio.gather(*(self._poll(pod) for pod in self.all()))
+        """Ask all of them now; what becomes of one that leaves meanwhile is no matter."""
+        await asyncio.gather(*(self._poll(pod) for pod in self.all()), return_exceptions=True)
 
     def poll_soon(self) -> None:
         """Have all of them asked without waiting for the interval."""
