@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
-from speculation_engine import LOOKAHEAD, Engine, Named, eventually
+from speculation_engine import LOOKAHEAD, Engine, Known, Named, eventually
 
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.discovery.discovery import Endpoint
@@ -147,6 +147,24 @@ async def test_a_refused_sequence_goes_elsewhere(speculator_for, pool_for):
         named_s = time.monotonic()
         assert await engine.until_hits("a") - named_s < RECOVERY_S
     assert len(refusing.opened_at_s["a"]) == 1
+
+
+@pytest.mark.parametrize("why", ["refused", "full", "terminating"])
+async def test_a_request_does_not_wait_for_a_speculator_that_takes_nothing(speculator_for, pool_for, why):
+    only, directory, moves = await speculator_for(), Named(), Counter()
+    directory.name(Endpoint(only.address, terminating=why == "terminating"))
+    if why == "refused":
+        only.refuses = speculator_pb2.SequenceRefused(reason=FULL, retry_after_ms=60_000)
+    elif why == "full":
+        only.max_sequences, only.live = 1, {"of another engine": Known([1], 0, [])}
+    engine = Engine(await pool_for(directory, moves=moves))
+    async with running(engine, "a"):
+        await engine.until("a", lambda kinds: len(kinds) > 5)
+        if why == "refused":
+            await eventually(lambda: moves["refused"] == 1)
+        started_s = time.monotonic()
+        assert await asyncio.to_thread(engine.pool.wait_settled, 20.0)
+        assert time.monotonic() - started_s < 5.0
 
 
 async def test_a_refusal_costs_those_that_are_served_nothing_and_is_tried_again(speculator_for, pool_for):

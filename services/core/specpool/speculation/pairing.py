@@ -97,14 +97,12 @@ class Pairing:
 
     def has_settled(self) -> bool:
         """Whether some speculator takes sequences, or none that is known can be reached now."""
-        if any(member.takes_sequences(time.monotonic()) for member in self.placement.members.values()):
+        members, now_s = self.placement.members.values(), time.monotonic()
+        if any(member.takes_sequences(now_s) for member in members):
             return True
-        members = self.placement.members.values()
-        now_s, fingerprint = time.monotonic(), self._identity.model.tokenizer_fingerprint
-        return all(
-            m.was_asked and not m.is_worth_connecting(now_s, fingerprint) and (m.link is None or m.link.has_failed)
-            for m in members
-        )
+        # One that is connected and takes nothing (it is full, or goes) is nothing to wait for.
+        is_on_its_way = any(not member.was_asked or member.is_connecting(now_s) for member in members)
+        return not (is_on_its_way or self._changed.is_set())
 
     async def _review_forever(self) -> None:
         while True:
