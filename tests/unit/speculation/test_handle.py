@@ -212,7 +212,7 @@ def test_whoever_waits_hears_at_once_when_the_speculator_is_gone(handle, owner, 
             getattr(handle, loss)()
     assert answers == [()]
     handle.started((3,), DraftSource.BACKUP)
-    assert owner.kinds() == {"lost": [], "reopen": ["open_sequence"]}.get(loss, ["close_sequence"])
+    assert owner.kinds() == {"reopen": ["open_sequence"]}.get(loss, ["close_sequence"])
 
 
 def test_waiting_is_bounded_and_costs_trust(handle, first):
@@ -303,11 +303,40 @@ def test_distributions_are_of_the_running_round(handle, first):
     handle.started((8,))
     handle.add_distributions(first, 0, "old")
     handle.add_distributions(first, 2, "early")
-    assert not handle.has_distributions()
+    assert handle.awaits_distributions()
     handle.add_distributions(first, 1, "right")
-    assert handle.has_distributions()
+    assert not handle.awaits_distributions()
     assert handle.take_distributions() == "right"
     assert handle.take_distributions() is None
+
+
+@pytest.mark.parametrize("gone", ["move", "reopen"])
+def test_nobody_sends_the_distributions_of_a_draft_that_came_from_elsewhere(handle, first, gone):
+    handle.next(0, 7)
+    handle.started((8,))
+    getattr(handle, gone)(first if gone == "reopen" else connection())
+    assert not handle.awaits_distributions()
+    handle.next(0, 7)
+    handle.started((8,), DraftSource.BACKUP)
+    assert not handle.awaits_distributions()
+    handle.next(0, 7)
+    handle.started((8,))
+    assert handle.awaits_distributions()
+
+
+def test_what_was_opened_again_before_the_refusal_came_is_not_left_behind(handle, owner, first):
+    handle.pause()
+    handle.resume()
+    handle.move(first)
+    handle.lost(first)  # the refusal of the first opening
+    assert owner.kinds() == ["open_sequence", "close_sequence", "open_sequence", "close_sequence"]
+
+
+def test_nothing_is_said_on_a_stream_that_has_ended(handle, owner, first):
+    owner.told()
+    first.is_open = False
+    assert handle.lost(first)
+    assert owner.told() == []
 
 
 def test_outcomes_of_a_step_travel_together_but_never_before_what_was_said_earlier(owner):

@@ -198,7 +198,7 @@ async def test_distributions_that_cannot_be_read_are_sample_and_match(bench_for,
         request=SimpleNamespace(sampling=request_for("a", PROMPT, temperature=1.0).sampling,
                                 verification=VerificationMode.REJECTION),
         draft=SimpleNamespace(tokens=[1], source=DraftSource.SPECULATOR),
-        handle=SimpleNamespace(take_distributions=lambda: None, has_distributions=lambda: True), round=1,
+        handle=SimpleNamespace(take_distributions=lambda: None, awaits_distributions=lambda: False), round=1,
         stats=SimpleNamespace(num_sample_and_match_rounds=0),
     )  # fmt: skip
     assert bench.engine.loop._distributions.take([sequence]) == [None]

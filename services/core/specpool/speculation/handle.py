@@ -54,6 +54,8 @@ class SequenceHandle:
         self._is_started = True
         """Whether that is decided. Round 0 is the prefill, which verifies nothing."""
         self._answer = Answer()
+        self._are_distributions_due = False
+        """Whether the speculator that drafted what the running round verifies was told so."""
         self._reopened_round: int | None = None
         self._is_paused = is_paused
         self._is_closed = False
@@ -149,9 +151,12 @@ class SequenceHandle:
 
     # ---- draft distributions ----------------------------------------------------------------------------------
 
-    def has_distributions(self) -> bool:
-        """Whether those of the running round are here."""
-        return self._inbox.has_distributions(self._round)
+    def awaits_distributions(self) -> bool:
+        """Whether those of the running round are still to come.
+
+        Nobody sends those of a draft that a speculator was handed together with the sequence, as after a move.
+        """
+        return self._are_distributions_due and not self._inbox.has_distributions(self._round)
 
     def take_distributions(self) -> object | None:
         """Those of the running round: the message, or what a dense transport made of it. Later ones are dropped."""
@@ -212,10 +217,8 @@ class SequenceHandle:
         with self._lock:
             if self._teller.connection is not connection:
                 return False
-            self._teller.forget()  # so that nothing is sent there
             answer = self._leave()
-        if answer is not None:
-            answer(())
+        self._left(answer)
         self._events.on_paired(None)
         return True
 
@@ -253,6 +256,7 @@ class SequenceHandle:
                 return
             self._reopened_round = self._round
             self._inbox.clear()
+            self._are_distributions_due = False
             teller.forget()
             answer = self._answer.take()
             self._open_if_started()
@@ -272,6 +276,7 @@ class SequenceHandle:
             source = DraftSource.SPECULATOR if tokens else DraftSource.NONE
         self._answer.take()
         self._draft, self._is_started = tokens, True
+        self._are_distributions_due = self._teller.knows and bool(tokens) and source is DraftSource.SPECULATOR
         if self._teller.knows:
             self._teller.start(self._round, tokens, source)
         else:
@@ -285,6 +290,7 @@ class SequenceHandle:
     def _leave(self) -> OnAnswer | None:
         """Close it where it is; returns who waits for an answer."""
         self._inbox.clear()
+        self._are_distributions_due = False
         self._teller.leave()
         return self._answer.take()
 

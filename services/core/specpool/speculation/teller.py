@@ -42,7 +42,7 @@ class Teller:
         self.connection = None
         if connection is not None:
             connection.detach(self._id)
-            if knew:
+            if knew and connection.is_open:  # also after a refusal: it may have been of an earlier opening
                 self._outbox.send(connection, self._id, messages.close_sequence(self._id))
 
     def forget(self) -> None:

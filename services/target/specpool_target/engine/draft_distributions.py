@@ -62,7 +62,7 @@ class DraftDistributions:
 
     def _may_wait(self, sequence: TargetSequence) -> bool:
         """They are missing, and likely to come."""
-        if sequence.handle is None or sequence.handle.has_distributions():
+        if sequence.handle is None or not sequence.handle.awaits_distributions():
             return False
         trust = self._knowledge.trust(sequence)
         return trust is not None and trust.may_wait_for_distributions()
