@@ -8,7 +8,7 @@ from specpool.v1 import target_pb2
 
 
 def link_statuses(pool: SpeculationPool) -> list[target_pb2.SpeculatorLinkStatus]:
-    """Of every speculator that is known, connected or not."""
+    """The status of the link to every speculator that is known, connected or not."""
     return [_link_status(member) for member in pool.members]
 
 

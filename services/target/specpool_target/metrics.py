@@ -130,52 +130,52 @@ class TargetMetrics:
             add(self._fallbacks.get(reason, self._fallbacks[OTHER]), count)
 
     def set_queue(self, *, num_running: int, num_waiting: int, kv_cache_usage: float) -> None:
-        """Between steps: when the batch empties, no step reports it."""
+        """Set the gauges between steps: when the batch empties, no step reports it."""
         self._running.set(num_running)
         self._waiting.set(num_waiting)
         self._kv_usage.set(kv_cache_usage)
 
     def first_token(self, seconds: float) -> None:
-        """A request got its first token, ``seconds`` after its arrival."""
+        """Count a request's first token, ``seconds`` after its arrival."""
         self._first_token.observe(seconds)
 
     def inter_token(self, seconds: float, num_tokens: int = 1) -> None:
-        """A request got ``num_tokens`` at once, ``seconds`` after the ones before."""
+        """Count ``num_tokens`` that a request got at once, ``seconds`` after the ones before."""
         for _ in range(num_tokens):
             self._inter_token.observe(seconds / num_tokens)
 
     def request_finished(self, reason: str, seconds: float) -> None:
-        """A request ended: stop, length, cancelled or error."""
+        """Count a request that ended by `reason`: stop, length, cancelled or error."""
         self._finished.labels(self._model_name, reason).inc()
         self._e2e.observe(seconds)
 
     def stale_message(self, count: int = 1) -> None:
-        """Messages from a speculator were dropped as stale."""
+        """Count messages from a speculator that were dropped as stale."""
         self._stale.inc(count)
 
     def sequence_moved(self, reason: str) -> None:
-        """A running sequence lost its speculator, or has another. May be called from any thread."""
+        """Count a running sequence that lost its speculator, or has another. May be called from any thread."""
         self._moves.get(reason, self._moves[OTHER]).inc()
 
     def set_links(self, num_connected: int) -> None:
-        """Speculators connected now."""
+        """Set how many speculators are connected."""
         self._links.set(num_connected)
 
     def set_transports(self, transports: Iterable[str]) -> None:
-        """Transports of draft distributions in use now."""
+        """Set which transports of draft distributions are in use."""
         self._transport.set(transports)
 
     def dense_distributions(self, num_bytes: int) -> None:
-        """Dense draft distributions were sent or received. May be called from any thread."""
+        """Count bytes of dense draft distributions, sent or received. May be called from any thread."""
         self._dense_bytes.inc(num_bytes)
 
     def set_engine(self, *, attention_backend: str, dtype: str, device: str) -> None:
-        """What the engine runs with."""
+        """Set what the engine runs with."""
         self._engine.set(self._model_name, attention_backend, dtype, device)
 
 
 class _Factory:
-    """Metrics with the one label ``model_name``, as children ready for use."""
+    """Makes metrics with the one label ``model_name``, as children ready for use."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._registry = registry

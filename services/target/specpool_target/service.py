@@ -31,7 +31,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TargetService(target_pb2_grpc.TargetServiceServicer):
-    """Checks requests, hands them to the engine, and streams what comes back."""
+    """The servicer of `TargetService`: checks requests, hands them to the engine, and streams what comes back."""
 
     def __init__(
         self,
@@ -151,13 +151,13 @@ class TargetService(target_pb2_grpc.TargetServiceServicer):
         return target_pb2.DrainTargetResponse(num_sequences_running=self._num_streams)
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; returns when nothing runs. What still does after ``grace_s`` is ended by the server."""
+        """Take nothing new, and return when nothing runs. What still does after ``grace_s`` is ended by the server."""
         self._start_draining()
         await self._drained.wait()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """What is refused in this context is counted for status."""
+        """A context in which a refusal is counted for status."""
         try:
             yield
         except SpecPoolError as error:

@@ -30,21 +30,21 @@ Request = speculator_pb2.SpeculateRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseReceiver:
-    """What a target's groups need, whichever the connection; see `specpool.speculation.DenseReceiver`."""
+    """What the groups of every connection need from this target; implements `specpool.speculation.DenseReceiver`."""
 
     transports: Sequence[int]
-    """What this target offers."""
+    """Transports that this target offers, as numbers of the protocol's `DistributionTransport`."""
     device: torch.device
     """Device of the target's model."""
     vocab_size: int
     """Size of the vocabulary of the target's model."""
     on_received: Callable[[int], None] = lambda num_bytes: None
-    """Told of bytes received, on the group's thread."""
+    """Called with the number of bytes received, on the group's thread."""
 
     def group(
         self, transport: int, *, peer_host: str, send: Callable[[Request], None], on_change: Callable[[], None]
     ) -> ReceivingGroup:
-        """The groups of a new connection, none of them asked for yet."""
+        """Make the groups of a new connection; none is asked for yet."""
         return ReceivingGroup(Transport(transport), self, peer_host=peer_host, send=send, on_change=on_change)
 
 
@@ -63,7 +63,7 @@ class ReceivingGroup:
         send: Callable[[Request], None],
         on_change: Callable[[], None],
     ) -> None:
-        """No group yet.
+        """Begin without a group.
 
         Args:
             transport: agreed in the handshake.
@@ -119,7 +119,7 @@ class ReceivingGroup:
         self._worker.start()
 
     def receive_key(self, message: speculator_pb2.GroupKey) -> None:
-        """Take in a key that the speculator set, for the rendezvous."""
+        """Take in a key for the rendezvous that the speculator set."""
         if self._store is not None and message.group == self._number:
             self._store.receive(message.key, message.value)
 
@@ -128,7 +128,7 @@ class ReceivingGroup:
         self._lost(message.group, SpecPoolError(message.reason))
 
     def announce(self, message: speculator_pb2.DraftDistributions, deliver: Deliver) -> None:
-        """A transfer comes; `deliver` is called with what it brings, on any thread, or with None if it cannot come."""
+        """Expect a transfer: `deliver` is called with what it brings, on any thread, or with None if it cannot come."""
         transfer, tokens = message.transfer, tuple(message.draft_tokens)
         if self._worker is None or transfer.group != self._number:
             deliver(ArrivedDistributions(tokens, None))
@@ -145,7 +145,7 @@ class ReceivingGroup:
         self._lost(self._number, ProtocolMismatch(error))
 
     def close(self) -> None:
-        """The connection ended. Returns at once; the thread ends by itself."""
+        """End the groups with their connection. Returns at once; the thread ends by itself."""
         if self._retry is not None:
             self._retry.cancel()
         if self._worker is not None:

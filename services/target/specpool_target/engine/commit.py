@@ -18,7 +18,7 @@ class Committed:
 
     tokens: list[int]
     text: str | None
-    """None: the receiver of the tokens detokenizes."""
+    """Text that became final; None where the receiver of the tokens detokenizes."""
     logprobs: list[TokenLogprobs]
     reason: FinishReason | None
     """Why the output ends here; None if it goes on."""

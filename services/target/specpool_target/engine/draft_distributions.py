@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class DraftDistributions:
-    """Takes distributions from the sequences' handles."""
+    """Takes draft distributions from the sequences' handles."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class DraftDistributions:
         wait_for_news: Callable[[float], None],
         on_late: Callable[[], None],
     ) -> None:
-        """`wait_for_news`: blocks until something arrived, for so many seconds at most."""
+        """`wait_for_news` blocks until something arrived, for so many seconds at most."""
         self._knowledge = knowledge
         self._deadline_s = deadline_s
         self._vocab_size = vocab_size
@@ -44,7 +44,7 @@ class DraftDistributions:
         self._on_late = on_late
 
     def take(self, sequences: Sequence[TargetSequence]) -> list[DraftDistribution | None]:
-        """For each sequence, whose round ends; None: not needed, or not there in time (sample-and-match)."""
+        """The distributions of each sequence, all of whose rounds end; None: not needed, or late (sample-and-match)."""
         in_need = [_needs(sequence) for sequence in sequences]
         self._wait([s for s, is_in_need in zip(sequences, in_need, strict=True) if is_in_need])
         return [self._read(s) if is_in_need else None for s, is_in_need in zip(sequences, in_need, strict=True)]

@@ -41,7 +41,7 @@ Verified = tuple[TargetSequence, VerifyItem, VerificationOutcome]
 
 
 class TargetEngine:
-    """Every public method may be called from any thread, unless it says otherwise."""
+    """One target's engine. Every public method may be called from any thread, unless it says otherwise."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class TargetEngine:
         on_failed: Callable[[], None] = lambda: None,
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """Not started yet.
+        """Make the engine; its thread is not started yet.
 
         Args:
             model: of this target.
@@ -140,7 +140,7 @@ class TargetEngine:
         )
         self._num_submitted = 0
         self._num_added = 0
-        """Submitted sequences that were added; the others are still in the queue of commands."""
+        """Submitted sequences that the loop has taken up; the others are still in the queue of commands."""
 
     # ---- called by the wire -----------------------------------------------------------------------------------
 

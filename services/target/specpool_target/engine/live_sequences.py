@@ -21,7 +21,7 @@ _MAX_MESSAGE: Final = 500
 
 
 class LiveSequences:
-    """Used on the engine thread; the length may be read from any."""
+    """The live sequences of a target. Used on the engine thread; the length may be read from any."""
 
     def __init__(
         self, scheduler: Scheduler, knowledge: SpeculatorKnowledge, outbox: TargetOutbox, metrics: TargetMetrics
@@ -54,7 +54,7 @@ class LiveSequences:
         self._knowledge.close(sequence)
 
     def cancel(self, sequence_id: str) -> None:
-        """Nobody wants it any more; unknown ids are ignored."""
+        """End a sequence that nobody wants any more; unknown ids are ignored."""
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return
@@ -65,18 +65,18 @@ class LiveSequences:
     # ---- what goes wrong with one sequence --------------------------------------------------------------------
 
     def isolated(self, sequence: TargetSequence) -> _Isolated:
-        """An exception in this context ends the sequence, and nothing else."""
+        """A context in which an exception ends the sequence, and nothing else."""
         return _Isolated(self, sequence)
 
     def call(self, sequence_id: str, action: Callable[[TargetSequence], None]) -> None:
-        """`action`, isolated; nothing if the sequence has ended."""
+        """Call `action` with the sequence, isolated; does nothing if it has ended."""
         sequence = self._by_id.get(sequence_id)
         if sequence is not None:
             with self.isolated(sequence):
                 action(sequence)
 
     def fail(self, sequence: TargetSequence, error: Exception) -> None:
-        """End it with `error`; what is not a typed error becomes `SequenceFailed`."""
+        """End a sequence with `error`; what is not a typed error becomes `SequenceFailed`."""
         if not isinstance(error, SpecPoolError):
             _logger.error("sequence %s failed", sequence.id, exc_info=error)
             error = SequenceFailed(
@@ -108,7 +108,7 @@ class LiveSequences:
 
 
 class _Isolated:
-    """Cheaper than a generator: there are several per round and sequence."""
+    """The context of `isolated`, as a class: cheaper than a generator, and there are several per round and sequence."""
 
     __slots__ = ("_sequence", "_sequences")
 

@@ -61,7 +61,7 @@ class TargetLoop:
         """Since when all of the batch has been waiting for speculations."""
 
     def warm_up(self) -> None:
-        """One round and one token, as far as the context goes."""
+        """Run one round and one token, as far as the context goes, before the first request has to wait for that."""
         num_tokens = min(self._num_warm_up_tokens, self._scheduler.max_length - 1)
         kv = SequenceKV(self._model.pool)
         for tokens in ([0] * num_tokens, [0]):
@@ -75,7 +75,7 @@ class TargetLoop:
         return max(0.0, min(deadlines) - time.perf_counter()) if deadlines else None
 
     def step(self) -> bool:
-        """One forward and the rounds that end with it."""
+        """Run one forward and end the rounds that end with it."""
         started_s = time.perf_counter()
         self._expire(started_s)
         step = self._admit(self._schedule())
@@ -143,7 +143,7 @@ class TargetLoop:
             self._idle_since_s = now_s
 
     def _forward(self, step: ScheduledStep) -> Tensor | None:
-        """Logits; None if a sequence was found that no forward can run: it has ended, and the others try again."""
+        """The logits [R, V] of the step; None if a sequence that no forward can run was ended: the others try again."""
         try:
             logits = self._model.forward([scheduled.segment() for scheduled in step.segments])
         except SpecPoolError as error:  # raised before anything changed
@@ -156,7 +156,7 @@ class TargetLoop:
         return logits
 
     def _verify_items(self, step: ScheduledStep) -> list[tuple[TargetSequence, VerifyItem]]:
-        """Rows of the sequences whose round ends; waits a little for distributions they need."""
+        """The sequences whose round ends, each with its rows; waits a little for distributions they need."""
         complete = [scheduled.sequence for scheduled in step.segments if scheduled.is_complete]
         items: list[tuple[TargetSequence, VerifyItem]] = []
         start = 0

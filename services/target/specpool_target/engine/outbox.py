@@ -15,7 +15,7 @@ _TO_SPECULATORS: Final = None
 
 
 class TargetOutbox:
-    """Used on the engine thread. The pool must work on `loop`."""
+    """Collects what one step has to say. Used on the engine thread; the pool must work on `loop`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, streams: Streams, pool: SpeculationPool) -> None:
         self._streams = streams

@@ -23,11 +23,11 @@ class ScheduledSegment:
 
     sequence: TargetSequence
     num_tokens: int
-    """Next uncomputed tokens, drafts included."""
+    """Number of uncomputed tokens that are computed next, drafts included."""
     is_complete: bool
-    """Whether it reaches the end of the draft: then the round is verified."""
+    """Whether the segment reaches the end of the draft: then the round is verified."""
     is_prefill: bool = False
-    """Whether it computes more than a round does."""
+    """Whether the segment computes more than a round does."""
 
     def segment(self) -> Segment:
         """The segment that the model computes."""
@@ -44,9 +44,9 @@ class ScheduledStep:
 
     segments: Sequence[ScheduledSegment]
     admitted: Sequence[TargetSequence]
-    """In the batch since this step."""
+    """Sequences that are in the batch since this step."""
     preempted: Sequence[TargetSequence]
-    """Out of the batch since this step."""
+    """Sequences that are out of the batch since this step."""
 
 
 class Unschedulable(Exception):
@@ -59,7 +59,7 @@ class Unschedulable(Exception):
 
 
 class Scheduler:
-    """Owns the order of the sequences and their KV."""
+    """Decides who is in the batch; owns the order of the sequences and their KV."""
 
     def __init__(
         self, pool: BlockPool, *, max_context: int, max_batch_size: int, max_batch_tokens: int, max_waiting: int
@@ -73,7 +73,7 @@ class Scheduler:
         self.running: list[TargetSequence] = []
         """Sequences in the batch, the oldest admission first."""
         self._admitted: list[TargetSequence] = []
-        """Not told of yet."""
+        """Sequences admitted since the last step that nobody was told of yet."""
 
     @property
     def max_length(self) -> int:
@@ -125,7 +125,7 @@ class Scheduler:
         yield from self.waiting
 
     def remove(self, sequence: TargetSequence, *, publish: bool = True) -> None:
-        """It has ended: frees its KV, with `publish` keeping full blocks findable."""
+        """Take out a sequence that has ended and free its KV; with `publish`, full blocks stay findable."""
         if sequence.is_admitted:
             self.running.remove(sequence)
         else:
@@ -149,7 +149,7 @@ class Scheduler:
         return ScheduledStep(places.segments, admitted, preempted)
 
     def _prefill_budget(self) -> int:
-        """Rounds always run; prefill gets what they leave, and a token at least, or it might starve."""
+        """Most tokens of prefill in this step: what the rounds leave, and at least one, or it might starve."""
         num_round_tokens = sum(
             1 + len(s.draft.tokens) for s in self.running if s.await_deadline_s is None and s.num_uncomputed == 1
         )
@@ -167,7 +167,7 @@ class Scheduler:
             places.add(sequence, num_tokens)
 
     def _preempt(self, victim: TargetSequence) -> None:
-        """Its tokens, round and draft stay: it recomputes its KV later and goes on as if nothing had happened."""
+        """Take a sequence out of the batch. Its tokens, round and draft stay; its KV is computed again later."""
         self.running.remove(victim)
         victim.is_admitted = False
         victim.free()
@@ -203,7 +203,7 @@ class Scheduler:
 
 
 class _Places:
-    """Adds up tokens and blocks of one step."""
+    """The tokens and blocks that one step has left, while it is being filled."""
 
     def __init__(self, pool: BlockPool, *, prefill_budget: int) -> None:
         self._pool = pool
@@ -222,12 +222,12 @@ class _Places:
         return wanted if wanted <= self.prefill_budget else min(self.prefill_budget, sequence.num_uncomputed - 1)
 
     def fits(self, sequence: TargetSequence, num_tokens: int) -> bool:
-        """Whether blocks are left for that."""
+        """Whether enough blocks are left for `num_tokens` tokens of the sequence."""
         assert sequence.kv is not None, "only sequences in the batch are scheduled"
         return self.num_blocks + sequence.kv.blocks_to_reserve(num_tokens) <= self._pool.num_free
 
     def add(self, sequence: TargetSequence, num_tokens: int) -> int:
-        """Schedule it; returns the blocks it takes."""
+        """Schedule `num_tokens` tokens of the sequence; returns the blocks it takes."""
         assert sequence.kv is not None, "only sequences in the batch are scheduled"
         num_blocks = sequence.kv.blocks_to_reserve(num_tokens)
         is_complete = num_tokens == sequence.num_uncomputed + len(sequence.draft.tokens)

@@ -24,12 +24,12 @@ _SEED_BITS: Final = 63
 
 
 class SpeculationMode(StrEnum):
-    """Who drafts, and when."""
+    """Who drafts for a sequence, and when."""
 
     SSD = "ssd"
-    """The speculator, while the target verifies."""
+    """The speculator drafts while the target verifies."""
     SD = "sd"
-    """The speculator, after each verification."""
+    """The speculator drafts after each verification."""
     OFF = "off"
     """Nobody drafts."""
 
@@ -42,7 +42,7 @@ class FinishReason(Enum):
 
     @property
     def label(self) -> str:
-        """Its name in metrics and traces."""
+        """Name of the reason in metrics and traces."""
         return self.name.lower()
 
 
@@ -50,13 +50,13 @@ class SequenceState(Enum):
     """Where a sequence is."""
 
     WAITING = "waiting"
-    """Not in the batch: not admitted yet, or preempted."""
+    """The sequence is not in the batch: not admitted yet, or preempted."""
     PREFILL = "prefill"
-    """In the batch, with more than one token to compute."""
+    """The sequence is in the batch, with more than one token to compute."""
     RUNNING = "running"
-    """In the batch, verifying."""
+    """The sequence is in the batch and verifies."""
     AWAITING_SPECULATION = "awaiting_speculation"
-    """In the batch, until a speculation arrives or the deadline passes."""
+    """The sequence is in the batch, and waits until a speculation arrives or its deadline passes."""
 
 
 def draw_seed() -> int:
@@ -66,25 +66,25 @@ def draw_seed() -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRequest:
-    """What the service asks the engine for; checked already."""
+    """What the service asks the engine for: one checked request, as plain data."""
 
     id: str
-    """Unique among the live sequences of this target."""
+    """Id of the sequence, unique among the live ones of this target."""
     prompt_tokens: Sequence[int]
     sampling: SamplingParams
-    """How it is sampled; the seed is set."""
+    """How tokens are sampled; the seed is set."""
     mode: SpeculationMode = SpeculationMode.SSD
     verification: VerificationMode = VerificationMode.COUPLED
     max_lookahead: int = 8
-    """K of this request, or the largest K if it is the target's choice."""
+    """Lookahead K of this request, or the largest K if that is the target's choice."""
     leaves_lookahead: bool = False
-    """The request named no K: it is the target's choice."""
+    """Whether the request named no K, so that it is the target's choice."""
     committed_tokens: Sequence[int] = ()
-    """Output of an earlier target that this one continues."""
+    """Output of an earlier target that this sequence continues."""
     was_running: bool = False
-    """Whether another target had taken it, with or without output."""
+    """Whether another target had taken the request, with or without output."""
     stop_token_ids: frozenset[int] = frozenset()
-    """The request's and, unless ignored, the model's end tokens."""
+    """End tokens: the request's and, unless ignored, the model's."""
     tenant: str = ""
     tenant_weight: float = 1.0
     cache_salt: bytes = b""
@@ -98,7 +98,7 @@ class RoundInfo:
     num_draft_tokens: int
     num_accepted: int
     lookup: str
-    """What the lookup of the outcome before gave: where this round's tokens come from."""
+    """What the lookup of the outcome before gave: `hit`, `partial`, `late`, `miss` or `none`."""
     phases: Phases
 
 
@@ -116,7 +116,7 @@ class Pairing:
     """The speculator that a sequence is paired with."""
 
     address: str = ""
-    """Address as the directory names it; empty: none."""
+    """Address of the speculator as the directory names it; empty: none."""
     speculator_id: str = ""
 
 
@@ -133,7 +133,8 @@ class SequenceUpdate:
     error: SpecPoolError | None = None
     """Why the sequence failed; then nothing follows."""
     paired: Pairing | None = None
-    """It has another speculator, or none any more; nothing else is in this update."""
+    """The new pairing, where the sequence has another speculator or none any more; then nothing else is in this
+    update."""
 
     @property
     def is_last(self) -> bool:
@@ -143,15 +144,15 @@ class SequenceUpdate:
 
 @dataclass(slots=True)
 class Draft:
-    """Tokens that a round verifies, and where they come from."""
+    """The draft tokens that a round verifies, and where they come from."""
 
     tokens: list[int] = field(default_factory=list)
     source: DraftSource = DraftSource.NONE
     """Where the first tokens come from."""
     lookup: str = "none"
-    """hit, partial, late, miss, or none when nothing was looked up."""
+    """What the lookup gave: `hit`, `partial`, `late`, `miss`, or `none` when nothing was looked up."""
     num_tail: int = 0
-    """The last tokens that the backup added to a speculation that was not deep enough."""
+    """Number of tokens at the end that the backup added to a speculation that was not deep enough."""
 
 
 class TargetSequence:
@@ -169,21 +170,21 @@ class TargetSequence:
         self.request = request
         self.detokenizer = detokenizer
         self.handle: SequenceHandle | None = None
-        """In the pool; None before it is admitted, and where nobody drafts."""
+        """The sequence in the pool; None before it is admitted, and where nobody drafts."""
         self.tokens = [*request.prompt_tokens, *request.committed_tokens]
         self.max_length = min(max_length, len(request.prompt_tokens) + request.sampling.max_tokens)
         self.kv: SequenceKV | None = None
         self.is_admitted = False
         self.was_admitted = False
-        """Stays true when preempted."""
+        """Whether it was in the batch once; stays true when preempted."""
         self.round = 0
         self.draft = Draft()
         self.missed_before: bool | None = None
         """Whether the round that ended last had waited for the speculator after a miss; None if it was a hit."""
         self.lookahead = request.max_lookahead
-        """Draft tokens of the next round (K)."""
+        """Lookahead K of the next round."""
         self.is_paused = False
-        """Whether no speculator is told of it, since plain decoding is faster for now."""
+        """Whether no speculator is told of the sequence, since plain decoding is faster for now."""
         self.await_deadline_s: float | None = None
         self.stats = SequenceStats()
         self.num_cached_prompt_tokens = 0
@@ -215,27 +216,27 @@ class TargetSequence:
 
     @property
     def output_tokens(self) -> list[int]:
-        """Committed so far, an earlier target's included."""
+        """Output tokens committed so far, an earlier target's included."""
         return self.tokens[self.num_prompt_tokens :]
 
     @property
     def has_begun(self) -> bool:
-        """Whether its client waits for the rest: it had a place before, here or at another target."""
+        """Whether the client waits for the rest: the sequence had a place before, here or at another target."""
         return self.request.was_running or len(self.tokens) > self.num_prompt_tokens
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose KV is missing, drafts not counted: 1 between rounds, more before the prefill is through."""
+        """Number of tokens without KV, drafts not counted: 1 between rounds, more before the prefill is through."""
         return len(self.tokens) - (self.kv.length if self.kv else 0)
 
     @property
     def room_for_drafts(self) -> int:
-        """Draft tokens that the next round could commit and still add its bonus token."""
+        """Number of draft tokens that the next round could commit and still add its bonus token."""
         return max(0, self.max_length - len(self.tokens) - 1)
 
     @property
     def state(self) -> SequenceState:
-        """Derived, so that it cannot contradict the rest."""
+        """Where the sequence is; derived, so that it cannot contradict the rest."""
         if not self.is_admitted:
             return SequenceState.WAITING
         if self.await_deadline_s is not None:
@@ -248,7 +249,7 @@ class TargetSequence:
         return self.request.cache_salt.hex()
 
     def backup(self, num_tokens: int, *, after: Sequence[int] = (), min_ngram: int = 1) -> list[int]:
-        """Prompt lookup in the sequence's own tokens, see `PromptLookup.propose`."""
+        """Draft tokens by prompt lookup in the sequence's own tokens, see `PromptLookup.propose`."""
         if self._backup_ngram == 0 or num_tokens <= 0:
             return []
         if self._backup is None:
@@ -258,7 +259,7 @@ class TargetSequence:
         return self._backup.propose(num_tokens, after=after, min_ngram=min_ngram)
 
     def verify_item(self, rows: slice, distribution: DraftDistribution | None) -> VerifyItem:
-        """What verification needs to know of it; `rows` of the step's logits are its."""
+        """What verification needs to know of the sequence, whose logits are `rows` of the step's."""
         params = self.request.sampling
         has_penalties = params.has_penalties
         return VerifyItem(
@@ -274,7 +275,7 @@ class TargetSequence:
         )
 
     def free(self, *, publish: bool = True) -> None:
-        """Give the KV back; with `publish` its full blocks stay findable."""
+        """Give the KV back; with `publish`, its full blocks stay findable."""
         if self.kv is None:
             return
         kv, self.kv = self.kv, None

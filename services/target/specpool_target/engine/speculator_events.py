@@ -16,7 +16,7 @@ from specpool_target.next_round.speculation_trials import SpeculationTrials
 
 
 class SpeculatorEvents:
-    """The first half is called on any thread; everything else happens on the engine thread."""
+    """Brings the pool's events to the engine thread: the first half is called on any thread, the rest runs there."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class SpeculatorEvents:
         metrics: TargetMetrics,
         connections: Callable[[], list[Connection]],
     ) -> None:
-        """`connections`: those that are live."""
+        """`connections` returns those that are live."""
         self._thread = thread
         self._sequences = sequences
         self._knowledge = knowledge
@@ -48,23 +48,23 @@ class SpeculatorEvents:
             self._thread.call(self._end_pauses)
 
     def moved(self, reason: str) -> None:
-        """A running sequence lost its speculator, or has another."""
+        """Note that a running sequence lost its speculator, or has another."""
         self._metrics.sequence_moved(reason)
         if reason == "lost":
             self._thread.call(self._next_round.note_lost_speculator)
 
     def answered(self, sequence_id: str, round_: int, tokens: tuple[int, ...]) -> None:
-        """What a sequence waits for."""
+        """Pass on the tokens that a sequence waits for; none if they never come."""
         self._thread.call(partial(self._answer, sequence_id, round_, tokens))
 
     def distributions_arrived(self) -> None:
-        """Wakes an engine that waits for them."""
+        """Wake an engine that waits for draft distributions."""
         self._thread.call(_nothing)
 
     # ---- on the engine thread ---------------------------------------------------------------------------------
 
     def _end_pauses(self) -> None:
-        """A speculator that comes is given a chance: what was measured was measured with others."""
+        """End all pauses: a speculator that comes is given a chance; what was measured was measured with others."""
         self._trials.forget()
         for sequence in self._sequences:
             if sequence.is_paused and sequence.was_admitted:

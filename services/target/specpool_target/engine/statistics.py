@@ -18,13 +18,13 @@ class Phases:
     verify: float = 0.0
 
     def parts(self) -> dict[str, float]:
-        """Seconds by the name of the phase, without the total."""
+        """Seconds of each phase by its name, without the total."""
         return {"waiting": self.waiting, "forward": self.forward, "verify": self.verify}
 
 
 @dataclass(slots=True)
 class SequenceStats:
-    """Counts of one sequence; the fields have the meaning of `GenerationStats`."""
+    """Counts of one sequence; the fields have the meaning of the message `GenerationStats`."""
 
     num_hits: int = 0
     num_partial: int = 0
@@ -45,7 +45,7 @@ class SequenceStats:
     hits_by_rank: list[int] = field(default_factory=list)
 
     def lookup(self, kind: LookupKind, num_accepted: int, rank: int | None) -> None:
-        """An outcome was looked up; `rank` is that of the bonus token among the guesses of its position."""
+        """Count a lookup of an outcome; `rank` is that of the bonus token among the guesses of its position."""
         found = kind in (LookupKind.HIT, LookupKind.PARTIAL)
         self.num_hits += kind is LookupKind.HIT
         self.num_partial += kind is LookupKind.PARTIAL
@@ -58,7 +58,7 @@ class SequenceStats:
             count(self.hits_by_rank, rank)
 
     def round(self, num_draft: int, num_accepted: int, phases: Phases, *, is_hit: bool) -> None:
-        """A verification after the prefill ended."""
+        """Count a verification after the prefill."""
         self.num_rounds += 1
         self.num_draft_tokens += num_draft
         self.num_accepted_tokens += num_accepted
@@ -70,7 +70,7 @@ class SequenceStats:
             total.verify += phases.verify
 
     def to_proto(self, *, seconds_to_first_token: float, seconds: float) -> types_pb2.GenerationStats:
-        """For `GenerationFinished`."""
+        """The message for the client, sent in `GenerationFinished`."""
         phases = self.phases
         return types_pb2.GenerationStats(
             num_rounds=self.num_rounds,

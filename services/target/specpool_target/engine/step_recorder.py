@@ -18,7 +18,7 @@ from specpool_target.next_round.observer import EndedRound
 
 
 class StepRecorder:
-    """Used on the engine thread, but for `load`."""
+    """Records rounds and steps. Used on the engine thread, but for `load`."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class StepRecorder:
         scheduler: Scheduler,
         take_counts: Callable[[], tuple[Counter[str], Counter[str]]],
     ) -> None:
-        """`take_counts`: lookups by kind and fallbacks by reason since it was last called."""
+        """`take_counts` returns lookups by kind and fallbacks by reason since it was last called."""
         self._metrics = metrics
         self._scheduler = scheduler
         self._take_counts = take_counts
@@ -34,7 +34,7 @@ class StepRecorder:
         self._step_s = Average()
 
     def load(self) -> types_pb2.Load:
-        """For status."""
+        """The load of this target as status reports it."""
         pool = self._scheduler.pool
         return types_pb2.Load(
             num_sequences_running=len(self._scheduler.running),
@@ -46,7 +46,7 @@ class StepRecorder:
         )
 
     def round_ended(self, ended: EndedRound, step: Phases) -> Phases:
-        """A verification, or the prefill; returns the phases of this round of this sequence."""
+        """Record a verification, or the prefill; returns the phases of this round of this sequence."""
         sequence, now_s = ended.sequence, time.perf_counter()
         phases = Phases(
             total=now_s - sequence.round_ended_s,
@@ -66,7 +66,7 @@ class StepRecorder:
         return phases
 
     def step_ended(self, step: ScheduledStep, rounds: Sequence[EndedRound], phases: Phases, *, idle_s: float) -> None:
-        """`phases` are the step's own. Before it, all of the batch had waited for speculations for `idle_s`."""
+        """Record a step with its `phases`. Before it, all of the batch had waited for speculations for `idle_s`."""
         num_rows = sum(1 + len(ended.draft.tokens) for ended in rounds)
         self._step_s.observe(phases.total)
         self._rows_per_step.observe(num_rows)
@@ -95,11 +95,11 @@ class StepRecorder:
         )
 
     def request_finished(self, reason: str, seconds: float) -> None:
-        """A request has all of its output."""
+        """Record that a request has all of its output, after `seconds`."""
         self._metrics.request_finished(reason, seconds)
 
     def idle(self) -> None:
-        """There was nothing to compute."""
+        """Record that there is nothing to compute."""
         self._metrics.set_queue(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -112,7 +112,7 @@ class StepRecorder:
 
 
 def round_info(ended: EndedRound, phases: Phases) -> RoundInfo | None:
-    """For traces; None for the prefill."""
+    """What traces show of a round; None for the prefill."""
     if ended.sequence.round == 0:
         return None
     return RoundInfo(

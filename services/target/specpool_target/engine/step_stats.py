@@ -17,14 +17,14 @@ class StepStats:
     kv_cache_usage: float = 0.0
     """Share of KV blocks in use, 0 to 1."""
     waiting_s: float = 0.0
-    """Nothing was computed, since all of the batch waited for speculations, or rounds for distributions. What one
-    sequence waits while others are computed is no time of a step."""
+    """Seconds in which nothing was computed: all of the batch waited for speculations, or rounds for distributions.
+    What one sequence waits while others are computed is no time of a step."""
     forward_s: float = 0.0
-    """The model's forward."""
+    """Seconds of the model's forward."""
     verify_s: float = 0.0
-    """Sampling and verification."""
+    """Seconds of sampling and verification."""
     other_s: float = 0.0
-    """Everything else."""
+    """Seconds of everything else."""
     num_drafts: int = 0
     """Sequences verified with at least one draft token."""
     num_draft_tokens: int = 0

@@ -11,21 +11,21 @@ Emit = Callable[[SequenceUpdate], None]
 
 
 class Streams:
-    """Used from the event loop, but for `open`."""
+    """The functions that take each sequence's updates. Used from the event loop, but for `open`."""
 
     def __init__(self) -> None:
         self._emits: dict[str, Emit] = {}
 
     def open(self, sequence_id: str, emit: Emit) -> None:
-        """Updates of the sequence go to `emit` from now on."""
+        """Have updates of the sequence go to `emit` from now on."""
         self._emits[sequence_id] = emit
 
     def close(self, sequence_id: str) -> None:
-        """Nobody listens any more; whatever still comes is dropped."""
+        """Forget who listens to the sequence; whatever still comes is dropped."""
         self._emits.pop(sequence_id, None)
 
     def deliver(self, sequence_id: str, update: SequenceUpdate) -> None:
-        """From the engine; the last update of a sequence closes its stream."""
+        """Pass on an update of the engine; the last one of a sequence closes its stream."""
         emit = self._emits.get(sequence_id)
         if emit is None:
             return
@@ -34,7 +34,7 @@ class Streams:
         emit(update)
 
     def fail(self, error: SpecPoolError) -> None:
-        """The engine is lost: every stream ends with `error`, whatever the engine still has of it."""
+        """End every stream with `error`: the engine is lost, whatever it still has of them."""
         emits, self._emits = self._emits, {}
         for emit in emits.values():
             emit(SequenceUpdate(error=error))

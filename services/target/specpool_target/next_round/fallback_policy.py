@@ -11,41 +11,42 @@ from specpool.algorithm.fallback import NO_WAIT, DraftTimes, FallbackChoice, Tim
 from specpool_target.config import Fallback
 
 _ROUNDS_AFTER_MISS: Final = 32
-"""Of the rounds after misses about so many are remembered."""
+"""About so many of the rounds after misses are remembered, the latest."""
 _PRIOR_WEIGHT: Final = 8.0
-"""What is expected of the rounds after misses counts as so many of them."""
+"""What is expected of the rounds after misses weighs as much as so many that were measured."""
 _CHOICES_PER_TRIAL: Final = 16
-"""Every so many misses what is usually not done is done, so that both are measured."""
+"""Once in so many misses, what is usually not done is done, so that both are measured."""
 _BACKUP_ACCEPTANCE_PRIOR: Final = 0.4
 
 
 class _Recent:
-    """Mean of the last few values, and of what is expected, which counts as `_PRIOR_WEIGHT` values."""
+    """Mean of the last few values, and of what was expected, which counts as `_PRIOR_WEIGHT` values."""
 
     def __init__(self) -> None:
         self._sum = 0.0
         self._count = 0.0
 
     def observe(self, value: float) -> None:
-        """One more value."""
+        """Take in one more value."""
         keep = 1 - 1 / _ROUNDS_AFTER_MISS
         self._sum = self._sum * keep + value
         self._count = self._count * keep + 1
 
     def mean(self, expected: float) -> float:
-        """`expected` where nothing was observed."""
+        """The mean; `expected` where nothing was observed."""
         return (self._sum + _PRIOR_WEIGHT * expected) / (self._count + _PRIOR_WEIGHT)
 
 
 class FallbackPolicy:
-    """Keeps the measurements, and chooses by them."""
+    """Keeps the measurements, and chooses by them whether a miss waits or uses the backup."""
 
     def __init__(self, fallback: Fallback = "auto") -> None:
-        """`fallback`: of the settings."""
+        """`fallback` is the setting of that name."""
         self._fallback = fallback
         self._acceptance = AcceptanceEstimator()
         self._waited_acceptance = AcceptanceEstimator()
-        """Of what was drafted just in time after a miss: what nobody guessed is followed by what is hard to guess."""
+        """Acceptance of what was drafted just in time after a miss: what nobody guessed is followed by what is hard to
+        guess."""
         self._backup_acceptance = AcceptanceEstimator(_BACKUP_ACCEPTANCE_PRIOR)
         self._round_s = Average()
         self._tokens_per_round = Average()
@@ -56,21 +57,21 @@ class FallbackPolicy:
 
     @property
     def acceptance(self) -> float:
-        """Of the speculator's draft tokens, each given those before it."""
+        """Acceptance rate a of the speculator's draft tokens, each given those before it; 0 to 1."""
         return self._acceptance.value
 
     @property
     def backup_acceptance(self) -> float:
-        """Of the backup's tokens, each given those before it."""
+        """Acceptance rate of the backup's tokens, each given those before it; 0 to 1."""
         return self._backup_acceptance.value
 
     @property
     def tokens_per_s(self) -> float:
-        """Of one sequence; 0: not measured yet."""
+        """Tokens per second of one sequence; 0: not measured yet."""
         return self._tokens_per_round.value / self._round_s.value if self._round_s.value > 0 else 0.0
 
     def observe_step(self, batch_size: int, seconds: float) -> None:
-        """One verification of so many sequences."""
+        """Take in one verification of `batch_size` sequences."""
         self._verify_s.setdefault(batch_size, Average()).observe(seconds)
 
     def observe_round(
@@ -83,7 +84,7 @@ class FallbackPolicy:
         num_tail: int = 0,
         waited: bool = False,
     ) -> None:
-        """One round of one sequence.
+        """Take in one round of one sequence.
 
         The last `num_tail` of the draft tokens were the backup's in any case; `waited`: the others were drafted just in
         time, after a miss.
@@ -99,7 +100,7 @@ class FallbackPolicy:
         self._tokens_per_round.observe(1 + num_accepted)
 
     def observe_round_after_miss(self, num_accepted: int, *, waited: bool) -> None:
-        """The round that followed a round that began with a miss.
+        """Take in the round that followed a round that began with a miss.
 
         After a backup the speculator has had a whole round for few outcomes, after a wait a round for many: the next
         hit comes more easily after the one than after the other, how much more is measured.
@@ -107,7 +108,7 @@ class FallbackPolicy:
         (self._tokens_after_wait if waited else self._tokens_after_backup).observe(1 + num_accepted)
 
     def choose(self, times: DraftTimes, *, batch_size: int, lookahead: int, num_backup: int) -> FallbackChoice:
-        """After a miss.
+        """Choose what to do after a miss: wait for so many tokens, or do not wait.
 
         Args:
             times: of tokens drafted now, for this sequence alone.
@@ -131,7 +132,7 @@ class FallbackPolicy:
     def _choose(
         self, times: DraftTimes, batch_size: int, lookahead: int, num_backup: int, *, is_trial: bool = False
     ) -> FallbackChoice:
-        """By what misses taught; `is_trial`: as if rounds after them were like all others."""
+        """Choose by what misses taught; `is_trial`: as if rounds after them were like all others."""
         lead = 0.0 if is_trial else self._lead_of_backup(times, batch_size, lookahead)
         if batch_size > 1:
             times = replace(times, forward_s=self._verify_time(batch_size - 1))

@@ -27,18 +27,18 @@ _NOTHING: Final = NextDraft()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnowledgeEvents:
-    """Called on any thread; must return at once."""
+    """What the decisions are told of. Called on any thread; must return at once."""
 
     on_answer: Callable[[str, int, tuple[int, ...]], None] = lambda sequence_id, round_, tokens: None
-    """What was requested for a round has come, or never will (no tokens)."""
+    """Called when the tokens requested for a round have come, or never will (no tokens)."""
     on_distributions: Callable[[], None] = lambda: None
-    """Some sequence has new draft distributions."""
+    """Called when some sequence has new draft distributions."""
     on_paired: Callable[[str, Connection | None], None] = lambda sequence_id, connection: None
-    """A sequence has another speculator, or none."""
+    """Called when a sequence has another speculator, or none."""
 
 
 class SpeculatorKnowledge:
-    """One for all sequences of a target."""
+    """What the speculators know; one for all sequences of a target."""
 
     def __init__(self, pool: SpeculationPool, events: KnowledgeEvents) -> None:
         self._pool = pool
@@ -51,44 +51,44 @@ class SpeculatorKnowledge:
         return sequence.handle is not None and sequence.handle.speculator is not None
 
     def is_served(self, sequence: TargetSequence) -> bool:
-        """Whether a speculator knows it, or would if it were to."""
+        """Whether a speculator knows the sequence, or would if it did not pause."""
         return sequence.is_paused or self.knows(sequence)
 
     def measured(self, sequence: TargetSequence) -> Measurements | None:
-        """Of the speculator that knows the sequence."""
+        """What was measured of the speculator that knows the sequence; None if none does."""
         speculator = None if sequence.handle is None else sequence.handle.speculator
         return None if speculator is None else speculator.measured
 
     def trust(self, sequence: TargetSequence) -> WaitTrust | None:
-        """How far that one may be waited for."""
+        """How far the speculator that knows the sequence may be waited for; None if none does."""
         speculator = None if sequence.handle is None else sequence.handle.speculator
         return None if speculator is None else speculator.trust
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     def next(self, sequence: TargetSequence, outcome: VerificationOutcome, *, lookahead: int) -> NextDraft:
-        """The round that ran has ended so: what was drafted for it."""
+        """Report how the round that ran has ended; returns what was drafted for that outcome."""
         if sequence.handle is None:
             return _NOTHING
         return sequence.handle.next(outcome.num_accepted, outcome.bonus_token, lookahead=lookahead)
 
     def request(self, sequence: TargetSequence, num_tokens: int, deadline_s: float) -> bool:
-        """Have tokens drafted now; False if nobody can."""
+        """Have `num_tokens` tokens drafted now; False if nobody can."""
         on_answer = partial(self._events.on_answer, sequence.id, sequence.round - 1)
         return sequence.handle is not None and sequence.handle.request(num_tokens, deadline_s, on_answer)
 
     def started(self, sequence: TargetSequence) -> None:
-        """This is what the running round verifies."""
+        """Report what the running round verifies."""
         if sequence.handle is not None:
             sequence.handle.started(sequence.draft.tokens, sequence.draft.source)
 
     def timed_out(self, sequence: TargetSequence) -> None:
-        """Nothing came in time."""
+        """Report that a wait brought nothing in time."""
         if (trust := self.trust(sequence)) is not None:
             trust.timed_out()
 
     def wasted(self, sequence: TargetSequence) -> None:
-        """A wait after a miss brought nothing."""
+        """Report that a wait after a miss brought nothing."""
         if (trust := self.trust(sequence)) is not None:
             trust.wasted(time.perf_counter() - sequence.await_started_s)
 
@@ -119,17 +119,17 @@ class SpeculatorKnowledge:
         )
 
     def close(self, sequence: TargetSequence) -> None:
-        """Nobody speculates for it any more."""
+        """Take the sequence from the pool: nobody speculates for it any more."""
         if sequence.handle is not None:
             sequence.handle.close()
 
     def pause(self, sequence: TargetSequence) -> None:
-        """No speculator holds a sequence that is not speculated on."""
+        """Take a sequence that is not speculated on from its speculator, for now."""
         if sequence.handle is not None:
             sequence.handle.pause()
 
     def resume(self, sequence: TargetSequence) -> None:
-        """After a pause."""
+        """Give the sequence back to the pool after a pause."""
         sequence.is_paused = False
         if sequence.handle is not None:
             sequence.handle.resume()

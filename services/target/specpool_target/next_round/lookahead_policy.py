@@ -12,7 +12,8 @@ from specpool_target.next_round.speculation_trials import SpeculationTrials, Ver
 
 _STEPS_PER_CHOICE: Final = 16
 _PLAIN_STEPS_PER_SAMPLE: Final = 16
-"""While speculation pauses: the times of other numbers of tokens must not be forgotten for those of one."""
+"""While speculation pauses, one plain step in so many is sampled, so that the times of larger forwards are not
+forgotten."""
 
 
 class LookaheadPolicy:
@@ -24,9 +25,9 @@ class LookaheadPolicy:
         self._verify_time = RowTimes()
         self._num_steps = 0
         self._lookaheads: dict[tuple[SpeculationMode, int], int] = {}
-        """By batch size."""
+        """K by mode and batch size, since the last time that all were forgotten."""
         self.trials = SpeculationTrials(self._verify_time)
-        """Whether to speculate at all."""
+        """Trials that tell whether to speculate at all."""
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """One forward that verified `num_tokens`, those of all sequences and their bonus positions."""
@@ -37,7 +38,7 @@ class LookaheadPolicy:
             self._lookaheads.clear()
 
     def lookahead(self, mode: SpeculationMode, measured: Measurements | None, batch_size: int) -> int:
-        """K in mode SD or SSD; 0: plain decoding. In a pause it is the most of the backup's tokens."""
+        """Lookahead K in mode SD or SSD; 0: plain decoding. In a pause it is the most of the backup's tokens."""
         if self.trials.verdict(mode, batch_size) is Verdict.PLAIN:
             return 0
         if self._num_steps < _STEPS_PER_CHOICE or measured is None:
@@ -70,7 +71,7 @@ class LookaheadPolicy:
         return num_backup
 
     def explain(self) -> str:
-        """For status."""
+        """The K in use and why, in words, for status."""
         if self._num_steps < _STEPS_PER_CHOICE:
             return f"K={self._max_lookahead}: nothing measured yet"
         time = self._verify_time

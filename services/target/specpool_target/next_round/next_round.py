@@ -25,11 +25,11 @@ from specpool_target.verify.verify_step import effective_mode
 _SLACK: Final = 1.5
 """A just-in-time speculation may take this many times what was measured."""
 _MARGIN_S: Final = 0.01
-"""For the way there and back, beyond the measured round trip."""
+"""Seconds for the way there and back, beyond the measured round trip."""
 _TAIL_NGRAM: Final = 2
-"""A single token that occurred before says too little to lengthen a speculation by what followed it."""
+"""Length of the n-gram behind which a speculation is lengthened; what followed a single token says too little."""
 _SD_SHARE: Final = 0.8
-"""Of our own deadline: what the speculator is given, so that its answer arrives before we give up."""
+"""Share of our own deadline that the speculator is given, so that its answer arrives before we give up."""
 
 
 class NextRound:
@@ -44,7 +44,7 @@ class NextRound:
         vocab_size: int,
         deadline_s: float,
     ) -> None:
-        """`deadline_s`: the longest wait for a speculation."""
+        """`deadline_s` is the longest wait for a speculation."""
         self._knowledge = knowledge
         self._fallback = fallback
         self._lookahead = lookahead
@@ -62,17 +62,17 @@ class NextRound:
         return taken
 
     def note_lost_speculator(self) -> None:
-        """A sequence lost the speculator that it had."""
+        """Count a sequence that lost the speculator that it had."""
         self.fallbacks["speculator_lost"] += 1
 
     def note_late_distributions(self) -> None:
-        """A round is verified without the distributions it was drafted from."""
+        """Count a round that is verified without the distributions it was drafted from."""
         self.fallbacks["late_distributions"] += 1
 
     # ---- the decision -----------------------------------------------------------------------------------------
 
     def admit(self, sequence: TargetSequence, *, batch_size: int) -> None:
-        """It is in the batch for the first time."""
+        """Prepare a sequence that is in the batch for the first time."""
         self._batch_size = batch_size
         self._set_lookahead(sequence)
         sequence.is_paused = self._is_paused(sequence)
@@ -108,7 +108,7 @@ class NextRound:
             sequence.lookahead = self._lookahead.lookahead(request.mode, measured, self._batch_size)
 
     def _choose_alone(self, sequence: TargetSequence) -> None:
-        """In a pause, and in the round after it: prompt lookup needs no speculator."""
+        """Use prompt lookup, which needs no speculator, in a pause and in the round after it."""
         if sequence.request.mode is SpeculationMode.SSD and (backup := self._backup(sequence, self._limit(sequence))):
             sequence.draft = Draft(backup, DraftSource.BACKUP)
 
@@ -207,7 +207,7 @@ class NextRound:
         return min(lookahead, sequence.room_for_drafts)
 
     def _valid(self, tokens: Sequence[int]) -> list[int]:
-        """Up to the first token the model does not have."""
+        """The tokens up to the first that the model does not have."""
         valid = list(tokens)
         for index, token in enumerate(valid):
             if token >= self._vocab_size:
@@ -234,7 +234,7 @@ class NextRound:
         return True
 
     def answer(self, sequence: TargetSequence, round_: int, tokens: Sequence[int]) -> bool:
-        """A speculation arrived, or never will (no tokens); False if nobody waits for it any more."""
+        """Take in a speculation, or that none comes (no tokens); False if nobody waits for it any more."""
         if sequence.await_deadline_s is None or round_ != sequence.round - 1:
             return False
         tokens = tokens[: self._limit(sequence)]
@@ -247,7 +247,7 @@ class NextRound:
         return True
 
     def expire(self, sequence: TargetSequence) -> None:
-        """Its deadline has passed."""
+        """End the wait of a sequence whose deadline has passed."""
         self.fallbacks["deadline"] += 1
         self._knowledge.timed_out(sequence)
         self._note_wasted_wait(sequence)

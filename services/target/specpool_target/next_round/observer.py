@@ -14,25 +14,25 @@ from specpool_target.next_round.speculation_trials import Output
 
 @dataclass(slots=True)
 class EndedRound:
-    """One verification of one sequence."""
+    """A verification of one sequence, or its prefill, that has ended."""
 
     sequence: TargetSequence
     draft: Draft
-    """What was verified."""
+    """The draft tokens that were verified."""
     num_accepted: int
     num_tokens: int
-    """Committed."""
+    """Number of tokens committed."""
     seconds: float = 0.0
-    """Since the round of this sequence before."""
+    """Seconds since the round of this sequence before."""
 
 
 class Observer:
-    """Used on the engine thread."""
+    """Feeds the policies. Used on the engine thread."""
 
     def __init__(
         self, fallback: FallbackPolicy, lookahead: LookaheadPolicy, is_served: Callable[[TargetSequence], bool]
     ) -> None:
-        """`is_served`: whether a speculator knows a sequence, or would if it were to."""
+        """`is_served` tells whether a speculator knows a sequence, or would if it did not pause."""
         self._fallback = fallback
         self._lookahead = lookahead
         self._is_served = is_served
@@ -40,7 +40,7 @@ class Observer:
         """When the step before was observed; None if nothing ran since."""
 
     def round_ended(self, ended: EndedRound) -> None:
-        """A verification after the prefill."""
+        """Take in a verification after the prefill."""
         sequence, draft = ended.sequence, ended.draft
         is_miss = draft.lookup in ("miss", "late")
         waited = is_miss and draft.source is DraftSource.SPECULATOR
@@ -66,7 +66,7 @@ class Observer:
         has_prefill: bool,
         now_s: float,
     ) -> None:
-        """A step, before anything is chosen for the next one.
+        """Take in a step, before anything is chosen for the next one.
 
         Args:
             rounds: that ended.
@@ -86,13 +86,13 @@ class Observer:
         self._last_step_s = now_s
 
     def idle(self) -> None:
-        """Nothing runs: the time until the next step is not speculation's."""
+        """Note that nothing runs: the time until the next step is not speculation's."""
         self._last_step_s = None
 
     def _observe_output(
         self, rounds: Sequence[EndedRound], running: Iterable[TargetSequence], batch_size: int, seconds: float
     ) -> None:
-        """Whether speculation pays is judged by batches in which it is the target's choice for everyone."""
+        """Feed the trials, which judge by batches in which speculation is the target's choice for everyone."""
         sequences = {id(s): s for s in (*(ended.sequence for ended in rounds), *running)}.values()
         modes = {
             s.request.mode if s.request.leaves_lookahead and self._is_served(s) else SpeculationMode.OFF

@@ -15,18 +15,18 @@ from typing import Final
 from specpool_target.engine.sequence import SpeculationMode
 
 _MAX_SETTLING: Final = 64
-"""Steps; a speculator that has not caught up by then is judged as it is."""
+"""Most steps that a trial settles for; a speculator that has not caught up by then is judged as it is."""
 _STEPS_PER_COUNT: Final = 8
 _ROUNDS_PER_COUNT: Final = 48
 _FAILED_COUNTS: Final = 3
-"""In a row, before the check: tokens of a few rounds vary by a tenth."""
+"""Counts that have to fail in a row before the check: tokens of a few rounds vary by a tenth."""
 _PLAIN_STEPS: Final = 4
 _MAX_CHECKING: Final = 16
 _TOLERANCE: Final = 0.97
-"""Speculation goes on down to this share of the plain speed."""
+"""Share of the plain speed down to which speculation goes on."""
 _LEAST_PAUSE: Final = 512
 _TRIAL_SHARE: Final = 0.03
-"""Of the steps: what trials that fail may cost."""
+"""Share of the steps that trials which fail may cost."""
 
 
 class Verdict(StrEnum):
@@ -34,9 +34,9 @@ class Verdict(StrEnum):
 
     SPECULATE = "speculate"
     PLAIN = "plain"
-    """For a few steps: the speculator is kept informed."""
+    """Decode plainly for a few steps; the speculator is kept informed."""
     PAUSE = "pause"
-    """For long: no speculator is told of the sequences."""
+    """Decode plainly for long; no speculator is told of the sequences."""
 
 
 class _Phase(StrEnum):
@@ -55,10 +55,10 @@ class Output:
     num_rounds: int
     """Sequences verified in the step."""
     num_drafted: int
-    """Of these, with a draft of the speculator's."""
+    """Sequences verified in the step with a draft of the speculator's."""
     num_tokens: int
     seconds: float
-    """Since the step before."""
+    """Seconds since the step before."""
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class _Sum:
         self.plain_steps += output.seconds / plain_s if plain_s > 0 else 0.0
 
     def halve(self) -> None:
-        """Older steps count less."""
+        """Halve all sums, so that older steps count less."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) / 2)
 
@@ -100,12 +100,12 @@ class _Trial:
         self._checked = _Sum()
 
     def settle(self) -> None:
-        """Drafts are missing for reasons that have nothing to do with the batch."""
+        """Settle again: drafts are missing for reasons that have nothing to do with the batch."""
         if self.phase is not _Phase.PAUSED:
             self._enter(_Phase.SETTLING)
 
     def restart(self) -> None:
-        """After a pause."""
+        """Begin anew after a pause."""
         self._counted, self._num_failed = _Sum(), 0
         self._enter(_Phase.SETTLING)
 
@@ -153,7 +153,7 @@ class _Trial:
 
 
 class SpeculationTrials:
-    """All trials of one target."""
+    """The trials of one target, by mode and size of batch."""
 
     def __init__(self, plain_s: Callable[[int], float]) -> None:
         """`plain_s` gives the seconds that a forward of one token per sequence is thought to take."""
@@ -163,21 +163,21 @@ class SpeculationTrials:
         self._step = 0
 
     def verdict(self, mode: SpeculationMode, batch_size: int) -> Verdict:
-        """For the next round."""
+        """What the next round of sequences in this mode and size of batch does."""
         trial = self._trial(mode, batch_size)
         if trial.phase is _Phase.PAUSED:
             return Verdict.PAUSE
         return Verdict.PLAIN if trial.phase is _Phase.CHECKING else Verdict.SPECULATE
 
     def end_step(self) -> None:
-        """One more step, of whatever batch: pauses end."""
+        """Count one more step, of whatever batch; pauses whose time has come end."""
         self._step += 1
         for trial in self._trials.values():
             if trial.phase is _Phase.PAUSED and self._step >= trial.resume_at:
                 trial.restart()
 
     def observe(self, mode: SpeculationMode, output: Output) -> None:
-        """One step of a batch whose sequences all leave the choice to the target and are known to a speculator."""
+        """Take in a step of a batch whose sequences all leave K to the target and are known to a speculator."""
         trial = self._trial(mode, output.batch_size)
         if trial is not self._last:
             trial.settle()
@@ -190,12 +190,12 @@ class SpeculationTrials:
         return self._last is not None and self._last.phase is _Phase.PAUSED
 
     def forget(self) -> None:
-        """Another speculator is there."""
+        """Forget all trials: another speculator is there."""
         self._trials.clear()
         self._last = None
 
     def paused(self) -> list[str]:
-        """For status: which batches are decoded plainly."""
+        """The batches that are decoded plainly, in words, for status."""
         sizes = sorted(key for key, trial in self._trials.items() if trial.phase is _Phase.PAUSED)
         return [f"{mode.value} paused in batches of {1 << bits >> 1} to {(1 << bits) - 1}" for mode, bits in sizes]
 

@@ -15,19 +15,19 @@ _ROLES: Final = ("system", "user", "assistant")
 _TRIAL_CHARS_PER_TOKEN: Final = 8
 _TRIAL_GROWTH: Final = 4
 _TRIAL_SLACK: Final = 64
-"""Tokens that the end of a text that was cut may add."""
+"""Most tokens that the end of a text that was cut may add."""
 _MAX_REFUSAL_CHARS: Final = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReader:
-    """Knows the tokenizer and the context, so that a prompt that does not fit costs little."""
+    """Reads prompts; knows the tokenizer and the context, so that a prompt that does not fit costs little."""
 
     model_name: str
     vocab_size: int
     codec: TextCodec
     max_context: int
-    """Tokens of the longest sequence."""
+    """Length of the longest sequence in tokens."""
 
     def read(self, request: inference_pb2.GenerateRequest) -> Sequence[int]:
         """The prompt's tokens, at least one. Raises InvalidArgument."""
@@ -71,7 +71,7 @@ class PromptReader:
         return self._encode(text, add_special_tokens=False)  # the template writes them itself
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text. Of one that is much too long, only as much is tokenized as shows that."""
+        """The tokens of a text. Of one that is much too long, only as much is tokenized as shows that."""
         num_chars = self.max_context * _TRIAL_CHARS_PER_TOKEN
         while num_chars < len(text):
             num_tokens = len(self.codec.encode(text[:num_chars], add_special_tokens=False))

@@ -37,7 +37,7 @@ _VERIFICATIONS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class RequestReader:
-    """Knows what is served, so that every bad value can be named."""
+    """Reads and checks requests; knows what is served, so that every bad value can be named."""
 
     model: types_pb2.ModelInfo
     codec: TextCodec
@@ -45,7 +45,7 @@ class RequestReader:
     max_lookahead: int
 
     def check_sizes(self, message: target_pb2.RunSequenceRequest) -> None:
-        """Refuse what is too long, before anything of it is converted. Raises InvalidArgument."""
+        """Refuse lists and texts that are too long, before anything of them is converted. Raises InvalidArgument."""
         check_request(message.request)
         check_prompt_size(
             message.request, max_context=self.model.max_context, max_prompt_chars=self.model.max_prompt_chars
@@ -53,7 +53,7 @@ class RequestReader:
         self._check_envelope(message)
 
     def read(self, message: target_pb2.RunSequenceRequest, *, traceparent: str = "") -> SequenceRequest:
-        """A request whose sizes were checked; takes up to seconds for a long prompt.
+        """The request of a message whose sizes were checked; takes up to seconds for a long prompt.
 
         Raises InvalidArgument or ModelNotFound for the first bad value.
         """
@@ -92,7 +92,7 @@ class RequestReader:
         )
 
     def _check_envelope(self, message: target_pb2.RunSequenceRequest) -> None:
-        """What the router adds to the client's request."""
+        """Check what the router adds to the client's request."""
         check_text("tenant", message.tenant, MAX_TENANT_NAME_CHARS)
         check_size("cache_salt", len(message.cache_salt), MAX_SALT_BYTES)
         check_weight(message.tenant_weight)

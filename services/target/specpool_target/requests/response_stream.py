@@ -46,16 +46,16 @@ class ResponseStream:
         committed_text = self._replay(request.committed_tokens)
         self._num_committed_chars = len(committed_text) if request.committed_tokens else None
         self.pending_text = self._unknown(committed_text)
-        """Of committed tokens, not with the client yet."""
+        """Text of committed tokens that the client does not have yet."""
 
     @property
     def engine_detokenizer(self) -> IncrementalDetokenizer | None:
-        """Stop strings end the output, so the engine has to see the text; else it need not spend time on it."""
+        """The engine's detokenizer, where stop strings end the output, so that it has to see the text; else None."""
         return self._detokenizer if self.request.sampling.stop else None
 
     @property
     def is_complete(self) -> FinishReason | None:
-        """Why nothing is left to do: the target that ran this before was lost after the last token."""
+        """Why nothing is left to do, if the target that ran this before was lost after the last token; else None."""
         committed = self.request.committed_tokens
         if self._committed_stop is not None:
             return self._committed_stop
@@ -76,13 +76,13 @@ class ResponseStream:
         return delta.text
 
     def _unknown(self, text: str) -> str:
-        """What the client lacks of the next text of the output."""
+        """The part of the next text of the output that the client lacks."""
         new = text[self._num_known_chars :]
         self._num_known_chars -= len(text) - len(new)
         return new
 
     def started(self, request_id: str) -> Response:
-        """The first message."""
+        """The first message: the request has been taken."""
         seed = self.request.sampling.seed
         assert seed is not None, "drawn when the request was read"
         started = inference_pb2.GenerationStarted(
@@ -95,7 +95,7 @@ class ResponseStream:
         return Response(started=started)
 
     async def responses(self) -> AsyncGenerator[Response, None]:
-        """Until the sequence finishes; raises if it fails."""
+        """The messages of the stream until the sequence finishes; raises the error with which it fails."""
         while True:
             update = await self.updates.get()
             if update.error is not None:
@@ -130,7 +130,7 @@ class ResponseStream:
         return Response(delta=delta)
 
     def finished(self, finish: Finish) -> Response:
-        """The last message."""
+        """The last message: why the output ended, and its statistics."""
         usage = types_pb2.Usage(
             num_prompt_tokens=len(self.request.prompt_tokens),
             num_cached_prompt_tokens=finish.num_cached_prompt_tokens,

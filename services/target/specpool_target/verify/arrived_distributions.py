@@ -18,17 +18,17 @@ from specpool.v1 import speculator_pb2
 
 _SUM_TOLERANCE: Final = 1e-3
 _DENSE_SUM_TOLERANCE: Final = 0.1
-"""Of rounded probabilities; what is lost by rounding is not drafted either."""
+"""How far a dense distribution may be from 1: its values are rounded, and what is lost so is not drafted either."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArrivedDistributions:
-    """What came through a process group."""
+    """Draft distributions that came through a process group."""
 
     draft_tokens: tuple[int, ...]
-    """That were sampled from it."""
+    """The draft tokens that were sampled from it, K of them."""
     distribution: DraftDistribution | None
-    """None: it does not come, or is not sound."""
+    """The draft's distribution, K rows; None: it does not come, or is not sound."""
 
 
 def read_distributions(
@@ -38,7 +38,7 @@ def read_distributions(
     vocab_size: int,
     device: torch.device,
 ) -> DraftDistribution | None:
-    """The distributions of exactly these tokens, or None if what came is not that or not sound.
+    """The distributions of exactly these draft tokens; None if what came is something else or not sound.
 
     A speculator can only be trusted so far: a distribution that is none, or gives its own token no probability, would
     make the output wrong. Sample-and-match is right whatever it sent.
@@ -80,7 +80,7 @@ def _is_sound(row: speculator_pb2.SparseDistribution, token: int, vocab_size: in
 def read_dense(
     message: speculator_pb2.DraftDistributions, body: Tensor, *, vocab_size: int, device: torch.device
 ) -> DenseDistribution | None:
-    """The distributions of all the message's tokens, its own and those in `body` [rows, V']; None if not sound.
+    """The distributions [K, V] of the message's tokens, from it and from `body` [rows, V']; None if not sound.
 
     Tokens that only the target has, from V' on, are never drafted.
     """

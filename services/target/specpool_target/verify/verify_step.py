@@ -30,21 +30,21 @@ class VerifyItem:
     """One sequence of the step, as far as verification looks at it."""
 
     rows: slice
-    """Of the step's logits."""
+    """Rows of the step's logits that are this sequence's, 1 + K."""
     draft_tokens: Sequence[int]
-    """What is verified: K tokens."""
+    """The K draft tokens to verify."""
     params: SamplingParams
     mode: VerificationMode
-    """As the request has it; see `effective_mode`."""
+    """Verification mode as the request has it; see `effective_mode`."""
     seed: int
     position: int
-    """Of the first draft token: how many tokens the sequence has."""
+    """Position of the first draft token, which is the number of tokens that the sequence has."""
     distribution: DraftDistribution | None = None
-    """The draft tokens were sampled from it; for rejection, if it is here."""
+    """The distribution that the draft tokens were sampled from, for rejection verification, if it is here."""
     prompt_tokens: Sequence[int] = ()
-    """Where penalties need them."""
+    """Tokens of the prompt, where penalties need them."""
     output_tokens: Sequence[int] = ()
-    """Where penalties need them."""
+    """Tokens of the output so far, where penalties need them."""
 
     @property
     def num_draft(self) -> int:
@@ -59,16 +59,16 @@ class TokenLogprobs:
     token_id: int
     chosen: float
     top: tuple[tuple[int, float], ...]
-    """(token, log-probability), best first."""
+    """The most likely tokens as (token, log-probability), best first."""
 
 
 def effective_mode(params: SamplingParams, mode: VerificationMode) -> VerificationMode:
-    """At temperature 0 every mode is greedy."""
+    """The mode that a round is verified in: at temperature 0 every mode is greedy."""
     return VerificationMode.GREEDY if params.is_greedy else mode
 
 
 def verify_step(logits: Tensor, items: Sequence[VerifyItem]) -> list[VerificationOutcome]:
-    """Outcomes in the order of `items`. `logits` [R, V]."""
+    """The outcomes of `logits` [R, V], in the order of `items`."""
     outcomes: dict[int, VerificationOutcome] = {}
     for group in _groups(items):
         outcomes.update(zip((id(i) for i in group), _verify_group(logits, group), strict=True))
@@ -76,7 +76,7 @@ def verify_step(logits: Tensor, items: Sequence[VerifyItem]) -> list[Verificatio
 
 
 def verify_isolated(logits: Tensor, items: Sequence[VerifyItem]) -> list[VerificationOutcome | Exception]:
-    """As `verify_step`; what cannot be verified has its error instead, and spoils no other outcome."""
+    """The outcomes, or for an item that cannot be verified its error, which spoils no other; see `verify_step`."""
     try:
         return [*verify_step(logits, items)]
     except Exception:
@@ -140,7 +140,7 @@ def _verify_group(logits: Tensor, group: Sequence[VerifyItem]) -> list[Verificat
 
 
 def _rows_of(logits: Tensor, group: Sequence[VerifyItem]) -> Tensor:
-    """Rows of the group; no copy when they lie together."""
+    """Rows of the group's logits [R, V]; no copy when they lie together."""
     start, stop = group[0].rows.start, group[-1].rows.stop
     if stop - start == sum(1 + item.num_draft for item in group):
         return logits[start:stop]
