@@ -18,7 +18,7 @@ class Connection:
 
     def __init__(self, target: types_pb2.Peer) -> None:
         self.target = target
-        """Who is at the other end."""
+        """The target at the other end, as it said in its hello."""
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[speculator_pb2.SpeculateResponse] = deque()
         self._wake = asyncio.Event()
@@ -39,12 +39,12 @@ class Connection:
         self._wake.set()
 
     def close(self) -> None:
-        """Nothing follows what is queued."""
+        """End the stream after what is queued."""
         self._is_closed = True
         self._wake.set()
 
     async def next_response(self) -> speculator_pb2.SpeculateResponse | None:
-        """The next one to send; None at the end."""
+        """The next response to send; None at the end."""
         while not self._waiting:
             if self._is_closed:
                 return None

@@ -71,39 +71,39 @@ class SpeculatorMetrics:
         add(self._stale, step.num_stale_messages)
 
     def set_idle(self, *, num_sequences: int, num_targets: int, kv_cache_usage: float) -> None:
-        """Between steps: when there is nothing to draft, no step reports it."""
+        """Set the gauges between steps: when there is nothing to draft, no step reports it."""
         self._rows.set(0)
         self._sequences.set(num_sequences)
         self._targets.set(num_targets)
         self._kv_usage.set(kv_cache_usage)
 
     def tenant_tokens(self, tenant: str, num_draft_tokens: int) -> None:
-        """Tokens were drafted for ``tenant``."""
+        """Count tokens that were drafted for ``tenant``."""
         self._tenants.add(tenant, "draft", num_draft_tokens)
 
     def resync(self) -> None:
-        """A sequence was asked for again."""
+        """Count a sequence that was asked for again."""
         self._resyncs.inc()
 
     def refused(self, reason: str, num_sequences: int) -> None:
-        """Sequences were refused."""
+        """Count sequences that were refused, by reason."""
         self._refused.labels(reason).inc(num_sequences)
 
     def set_estimates(self, acceptance_rate: float, miss_power_law: Mapping[str, tuple[float, float]]) -> None:
-        """New estimates; ``miss_power_law`` maps "rejection" and "acceptance" to (c, r)."""
+        """Set the estimates; ``miss_power_law`` maps "rejection" and "acceptance" to (c, r)."""
         self._acceptance.set(acceptance_rate)
         for after, (constant, exponent) in miss_power_law.items():
             self._power_law.labels(after, "c").set(constant)
             self._power_law.labels(after, "r").set(exponent)
 
     def set_transports(self, transports: Iterable[str]) -> None:
-        """Transports of draft distributions in use now."""
+        """Set which transports of draft distributions are in use."""
         self._transport.set(transports)
 
     def dense_distributions(self, num_bytes: int) -> None:
-        """Dense draft distributions were sent or received. May be called from any thread."""
+        """Count bytes of dense draft distributions, sent or received. May be called from any thread."""
         self._dense_bytes.inc(num_bytes)
 
     def set_engine(self, *, attention_backend: str, dtype: str, device: str) -> None:
-        """What the engine runs with."""
+        """Set what the engine runs with."""
         self._engine.set(self._model_name, attention_backend, dtype, device)

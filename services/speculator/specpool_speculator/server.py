@@ -89,7 +89,7 @@ def make_engine(
     metrics: SpeculatorMetrics,
     on_failed: Callable[[EngineFailed], None],
 ) -> SpeculatorEngine:
-    """The engine over a loaded model, not started."""
+    """Make the engine over a loaded model; it is not started."""
     end_token = loaded.tokenizer.eos_token_id
     end_tokens = frozenset(() if end_token is None else (end_token,))
     return SpeculatorEngine(
@@ -104,7 +104,7 @@ def make_engine(
 
 
 def _warm_up(model: CausalModel, num_rows: int) -> None:
-    """First forwards allocate and compile: do that before a target waits for one."""
+    """Run the first forwards, which allocate and compile, before a target waits for one."""
     kvs = [SequenceKV(model.pool) for _ in range(min(num_rows, model.pool.num_blocks))]
     for kv in kvs[:1], kvs:
         model.forward([Segment(kv=one, tokens=[0]) for one in kv])

@@ -34,14 +34,14 @@ _LOAD_PERIOD_S: Final = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculatorIdentity:
-    """What peers learn about this process."""
+    """What peers learn about this process in handshake and status."""
 
     peer: types_pb2.Peer
-    """Id, incarnation, endpoint."""
+    """Id, incarnation and endpoint of this process."""
     model: types_pb2.ModelInfo
-    """The draft model."""
+    """Name and fingerprint of the draft model."""
     num_tokens: int
-    """Of its tokenizer."""
+    """Number of tokens that the tokenizer knows."""
 
 
 class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
@@ -111,7 +111,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
     async def GetSpeculatorStatus(
         self, request: speculator_pb2.GetSpeculatorStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> speculator_pb2.GetSpeculatorStatusResponse:
-        """What this speculator is and does now."""
+        """Report what this speculator is and does now."""
         snapshot = self._engine.snapshot
         return speculator_pb2.GetSpeculatorStatusResponse(
             speculator=self._identity.peer,
@@ -198,7 +198,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         )
 
     def _show_transports(self) -> None:
-        """From any thread."""
+        """Set the metric of transports in use; callable from any thread."""
         with suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(self._set_transports)
 

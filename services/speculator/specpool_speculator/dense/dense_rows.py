@@ -6,21 +6,21 @@ from torch import Tensor
 
 
 class RowMemory:
-    """What all rows together may take."""
+    """The memory that all dense rows of a speculator may take together, in bytes."""
 
     def __init__(self, limit: int) -> None:
-        """At most `limit` bytes."""
+        """Allow `limit` bytes at most."""
         self.limit = limit
         self.used = 0
         """Bytes held now."""
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether so many more may be held."""
+        """Whether `num_bytes` more may be held."""
         return self.used + num_bytes <= self.limit
 
 
 class DenseRow:
-    """What one drafted token was sampled from.
+    """The dense distribution [V'] that one drafted token was sampled from.
 
     Nodes refer to their parents and children, so Python would free a dropped branch whenever it pleases: rows are given
     back by `release`.
@@ -31,12 +31,12 @@ class DenseRow:
     def __init__(self, probabilities: Tensor, memory: RowMemory) -> None:
         """Keep a copy of `probabilities` [V'], rounded: a row of a step's matrix would keep all of it."""
         self.probabilities: Tensor | None = probabilities.clone()
-        """On the draft's device; None once released."""
+        """The probabilities [V'] on the draft's device; None once released."""
         self._memory = memory
         memory.used += self.probabilities.nbytes
 
     def release(self) -> None:
-        """The row is not needed any more."""
+        """Give the memory back: the row is not needed any more."""
         if self.probabilities is not None:
             self._memory.used -= self.probabilities.nbytes
             self.probabilities = None

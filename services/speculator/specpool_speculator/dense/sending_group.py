@@ -30,7 +30,7 @@ class Channel(Protocol):
 
 
 class GroupChannel:
-    """One group that is there. `offer` is called from the engine thread alone."""
+    """One group that is up, as the engine sees it. `offer` is called from the engine thread alone."""
 
     def __init__(self, group: int, worker: PairWorker, on_sent: Callable[[int], None]) -> None:
         self._group = group
@@ -74,7 +74,7 @@ class SendingGroup:
         on_down: Callable[[Channel], None],
         on_sent: Callable[[int], None],
     ) -> None:
-        """No group yet.
+        """Begin without a group.
 
         Args:
             transport: agreed with the target.
@@ -99,7 +99,7 @@ class SendingGroup:
 
     @property
     def transport(self) -> Transport:
-        """Agreed with the target."""
+        """The transport agreed with the target."""
         return self._transport
 
     @property
@@ -108,7 +108,7 @@ class SendingGroup:
         return self._worker is not None and self._worker.is_up
 
     def open(self, number: int) -> None:
-        """The target asked for a group; the one before is given up."""
+        """Build group `number`, for which the target asked; the one before is given up."""
         if not self._transport.is_dense or number <= self._number:
             return
         self.close()
@@ -137,12 +137,12 @@ class SendingGroup:
         worker.start()
 
     def receive_key(self, message: speculator_pb2.GroupKey) -> None:
-        """The target set a key."""
+        """Take in a key for the rendezvous that the target set."""
         if self._store is not None and message.group == self._number:
             self._store.receive(message.key, message.value)
 
     def close(self) -> None:
-        """The stream ended, or another group follows."""
+        """End the group: the stream ended, or another group follows."""
         if self._worker is not None and self._channel is not None:
             self._worker.close()
             self._on_down(self._channel)

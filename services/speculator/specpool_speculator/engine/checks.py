@@ -22,14 +22,14 @@ from specpool.rpc.checks import (
 from specpool.v1 import speculator_pb2, types_pb2
 
 MAX_DEADLINE_MS: Final = 60_000.0
-"""A later deadline is read as this one."""
+"""Longest deadline of `speculate_now` in milliseconds; a later one is read as this one."""
 _MAX_TRACEPARENT_CHARS: Final = 256
 _MAX_TRANSPORTS: Final = 16
 _MAX_KEY_BYTES: Final = 65_536
 
 
 def check_hello(message: speculator_pb2.Hello) -> None:
-    """What is shown of a target is bounded."""
+    """Check what is shown of a target: it has to be bounded."""
     texts = {
         "target.id": message.target.id,
         "target.endpoint": message.target.endpoint,
@@ -42,7 +42,7 @@ def check_hello(message: speculator_pb2.Hello) -> None:
 
 
 def check_open(message: speculator_pb2.OpenSequence, *, vocab_size: int, max_context: int) -> None:
-    """All but the sampling parameters, which check themselves."""
+    """Check all but the sampling parameters, which check themselves."""
     check_size("tenant", len(message.tenant), MAX_NAME_CHARS)
     check_size("cache_salt", len(message.cache_salt), MAX_SALT_BYTES)
     check_size("traceparent", len(message.traceparent), _MAX_TRACEPARENT_CHARS)
@@ -61,26 +61,26 @@ def check_open(message: speculator_pb2.OpenSequence, *, vocab_size: int, max_con
 
 
 def check_outcome(message: speculator_pb2.Outcome, vocab_size: int) -> None:
-    """All but the number of accepted tokens, which has to fit the round."""
+    """Check all but the number of accepted tokens, which has to fit the round."""
     check_tokens("bonus_token", (message.bonus_token,), vocab_size)
     check_draft(message.round, message.draft_tokens, vocab_size)
 
 
 def check_draft(round_: int, draft_tokens: Sequence[int], vocab_size: int) -> None:
-    """What a round verifies."""
+    """Check the round and the draft tokens that it verifies."""
     check_range("round", round_, 0, MAX_ROUND)
     check_size("draft_tokens", len(draft_tokens), MAX_DRAFT_TOKENS)
     check_tokens("draft_tokens", draft_tokens, vocab_size)
 
 
 def check_speculate_now(message: speculator_pb2.SpeculateNow) -> None:
-    """The number of tokens is whatever the target likes: it gets what there is."""
+    """Check the round and the deadline. The number of tokens is whatever the target likes: it gets what there is."""
     check_range("round", message.round, 0, MAX_ROUND)
     check_range("deadline_ms", message.deadline_ms, 0, float("inf"))
 
 
 def check_tokens(field: str, tokens: Sequence[int], vocab_size: int) -> None:
-    """Tokens that the draft model does not have: nothing can be drafted after them."""
+    """Refuse tokens that the draft model does not have: nothing can be drafted after them."""
     if tokens and (largest := max(tokens)) >= vocab_size:
         raise InvalidArgument(
             f"{field} has token {largest}, beyond the draft's vocabulary of {vocab_size}",
@@ -89,7 +89,7 @@ def check_tokens(field: str, tokens: Sequence[int], vocab_size: int) -> None:
 
 
 def check_ids(request: speculator_pb2.SpeculateRequest) -> None:
-    """What is kept of a message before anything else is known of it: ids, and keys until their group is built."""
+    """Check what is kept of a message before anything else is known of it: ids, and keys until their group is built."""
     kind = request.WhichOneof("message")
     if kind == "outcomes":
         longest = max((len(outcome.sequence_id) for outcome in request.outcomes.outcomes), default=0)

@@ -36,11 +36,11 @@ _MAX_RANKS = 33
 
 
 class _OthersCanRun(Exception):
-    """A step was refused before anything changed, and the sequences that it was refused for have ended."""
+    """Raised when a step was refused before anything changed, and the sequences that it was refused for have ended."""
 
 
 class Drafter:
-    """All sequences of all targets over one draft model."""
+    """Drafts for all sequences of all targets with one draft model."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Drafter:
         self._config = config
         self._estimates = {mode: Estimates(config.fan_out_policy, config.fan_out_budget) for mode in VerificationMode}
         self.row_memory = RowMemory(config.distribution_memory_bytes)
-        """Of dense distributions."""
+        """Bounds the dense distributions of all branches."""
         self._ranker = ranker or Ranker(
             num_ranks=min(config.fan_out_budget + 1, _MAX_RANKS),
             saguaro_constant=config.saguaro_constant,
@@ -79,15 +79,15 @@ class Drafter:
             max_sequences=config.max_sequences,
             on_outcome=self._tune,
         )
-        """What targets told."""
+        """The sequences of all targets, as the targets told of them."""
         self.step_time = step_time or RowTimes()
-        """Seconds of a step by its rows."""
+        """Seconds of a step by its number of rows."""
         self._on_draft = on_draft
         self._roomless: Sequence[SequenceKey] = ()
 
     @property
     def estimates(self) -> Mapping[VerificationMode, Estimates]:
-        """By verification mode."""
+        """What outcomes taught about guessing, by verification mode."""
         return self._estimates
 
     def _tune(self, sequence: SequenceState, num_tokens: int, received_s: float) -> None:
@@ -101,7 +101,7 @@ class Drafter:
     # ---- the step -------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One forward, if any row is worth it."""
+        """Run one forward, if any row is worth it; returns whether there was one."""
         started_s = time.monotonic()
         for row_budget in (self._config.row_budget, 0):
             scheduled = self._schedule(row_budget)
@@ -138,7 +138,7 @@ class Drafter:
         )
 
     def _try(self, sequence: SequenceState, action: Callable[[SequenceState], None]) -> bool:
-        """What goes wrong with one sequence ends that one; False if it did."""
+        """Call `action`; an error ends this sequence alone. Returns False if there was one."""
         try:
             action(sequence)
         except Exception as error:
@@ -147,7 +147,7 @@ class Drafter:
         return True
 
     def _refused(self, scheduled: Sequence[ScheduledWork]) -> list[tuple[SequenceState, SpecPoolError]]:
-        """Whose work no model can run, and why."""
+        """The sequences whose work no model can run, each with the error that says why."""
         found: list[tuple[SequenceState, SpecPoolError]] = []
         for p in scheduled:
             try:
@@ -157,7 +157,7 @@ class Drafter:
         return found
 
     def _run(self, scheduled: Sequence[ScheduledWork]) -> float:
-        """Forward, rank, extend; returns the forward's seconds."""
+        """Run the forward, rank its logits, and extend the trees; returns the forward's seconds."""
         started_s = time.monotonic()
         try:
             logits = self._model.forward([_segment(p) for p in scheduled])
@@ -178,7 +178,7 @@ class Drafter:
         return forward_s
 
     def _ranks(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks | None]:
-        """Of all rows; None for those of a sequence that cannot be ranked, which has ended."""
+        """Ranks from logits [N, V] for N rows; None for those of a sequence that cannot be ranked, which has ended."""
         try:
             return [*self._ranker.rank(logits, rows)]
         except Exception:

@@ -34,13 +34,13 @@ class Receiver(Protocol):
     """Where the responses of one stream go; called on the event loop."""
 
     def send(self, *responses: speculator_pb2.SpeculateResponse) -> None:
-        """Queue them."""
+        """Queue responses to the target, in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """What others may know about the engine, replaced as a whole after every change."""
+    """What status and load reports may know about the engine, replaced as a whole after every change."""
 
     num_sequences: int = 0
     num_targets: int = 0
@@ -50,7 +50,7 @@ class EngineSnapshot:
     step_ms: float = 0.0
     acceptance_rate: float = 0.0
     miss_power_law: tuple[float, ...] = ()
-    """c, r after a rejection; c, r after everything was accepted."""
+    """Power laws of misses: c, r after a rejection; c, r after everything was accepted."""
     confidence_spread: float = 0.0
     """How much surer the draft is in some places than in others, 0 to 1: `RankCalibration.confidence_spread`."""
     explanation: str = ""
@@ -73,7 +73,7 @@ class SpeculatorEngine:
         warm_up: Callable[[], None] = lambda: None,
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """Not started yet.
+        """Make the engine; its thread is not started yet.
 
         Args:
             make_drafter: of what the engine runs.
@@ -101,25 +101,25 @@ class SpeculatorEngine:
     # ---- called by the wire ---------------------------------------------------------------------------------
 
     def connect(self, connection: int, vocab_size: int, receiver: Receiver) -> None:
-        """A target's stream was acknowledged; responses to it go to `receiver`, on the event loop."""
+        """Register a target whose stream was acknowledged; responses go to `receiver`, on the event loop."""
         self._receivers[connection] = receiver
         self.thread.call(lambda: self._drafter.held.connect(connection, vocab_size))
 
     def submit(self, connection: int, request: speculator_pb2.SpeculateRequest) -> None:
-        """A target said something."""
+        """Take in a message of a target."""
         received_s = time.monotonic()
         self.thread.call(lambda: self._drafter.held.apply(connection, request, received_s))
 
     def set_channel(self, connection: int, channel: Channel) -> None:
-        """A process group with a target is there."""
+        """Have dense distributions sent to a target through `channel`, a process group that is up."""
         self.thread.call(lambda: self._drafter.held.set_channel(connection, channel))
 
     def drop_channel(self, connection: int, channel: Channel) -> None:
-        """It is gone."""
+        """Stop using a channel that is lost or closed."""
         self.thread.call(lambda: self._drafter.held.drop_channel(connection, channel))
 
     def disconnect(self, connection: int) -> None:
-        """A target's stream ended."""
+        """Free everything of a target whose stream ended."""
         self._receivers.pop(connection, None)
         self.thread.call(lambda: self._drafter.held.disconnect(connection))
 
@@ -132,7 +132,7 @@ class SpeculatorEngine:
     # ---- the loop, see `Engine` -----------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """The first forwards; and what status says before the first step."""
+        """Run the first forwards, and show in status what is known before the first step."""
         self._warm_up()
         self._update_snapshot()
 
@@ -149,7 +149,7 @@ class SpeculatorEngine:
         return worked
 
     def seconds_to_deadline(self) -> float | None:
-        """Until a waiting target must have its answer."""
+        """Seconds until a waiting target must have its answer; None if nobody waits."""
         deadline_s = self._drafter.held.next_deadline_s()
         return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
 

@@ -26,13 +26,13 @@ class GuessSpread:
     """How one round's outcome is guessed, for a lookahead of d tokens."""
 
     fan_out: tuple[int, ...]
-    """Guesses per accepted length 0 .. d."""
+    """Number of guesses for each accepted length 0 .. d."""
     probabilities: tuple[tuple[float, ...], ...]
     """[d + 1][fan_out[k]]: how likely guess i after k accepted tokens is the outcome."""
     acceptance: float
     """Probability that the next drafted token is accepted, given those before it were."""
     budget: int = 0
-    """Guesses in all, where the draft's own probabilities are highest, instead of `fan_out`; 0: by `fan_out`."""
+    """Number of guesses in all, made where the draft's own probabilities are highest; 0: by `fan_out` instead."""
 
 
 @dataclass(slots=True)
@@ -40,11 +40,11 @@ class Estimates:
     """Online estimates for the sequences of one verification mode."""
 
     policy: FanOutPolicy
-    """How guesses are spread."""
+    """How guesses are spread over accepted lengths."""
     budget: int
-    """Guesses per round."""
+    """Number of guesses per sequence and round (B)."""
     calibration: RankCalibration = field(default_factory=RankCalibration)
-    """Probabilities of the draft's ranks."""
+    """How scores of the draft's ranks become probabilities."""
     _acceptance: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
     _after_rejection: MissPowerLawEstimator = field(default_factory=MissPowerLawEstimator)
     _after_acceptance: MissPowerLawEstimator = field(
@@ -55,16 +55,16 @@ class Estimates:
 
     @property
     def acceptance(self) -> float:
-        """Acceptance rate per token."""
+        """Acceptance rate a of draft tokens, 0 to 1."""
         return self._acceptance.value
 
     @property
     def miss_laws(self) -> tuple[PowerLaw, PowerLaw]:
-        """Miss rate of F guesses after a rejection, and after everything was accepted."""
+        """Power laws of the miss rate of F guesses: after a rejection, and after everything was accepted."""
         return self._after_rejection.value, self._after_acceptance.value
 
     def observe_outcome(self, tree: DraftTree, num_accepted: int, bonus_token: int) -> None:
-        """The running round of `tree` ends like this."""
+        """Take in how the running round of `tree` ended."""
         path, k = tree.path, num_accepted
         draft_token = path[k + 1].token if k + 1 < len(path) else None
         guesses = path[k].guesses(draft_token) if path[k].is_computed else None
@@ -78,7 +78,7 @@ class Estimates:
     def observe(
         self, num_accepted: int, num_draft: int, guesses: Sequence[int] | None, bonus_token: int, num_own: int
     ) -> None:
-        """One outcome of verifying `num_draft` tokens, of which the first `num_own` are what this draft drafts.
+        """Take in one outcome of verifying `num_draft` tokens, the first `num_own` of which this draft drafts, too.
 
         `guesses` are the ranked ones at its accepted length, None if there were none yet.
         """

@@ -28,11 +28,11 @@ from specpool_speculator.tree.sequence import Request, SequenceKey, SequenceStat
 
 _logger = logging.getLogger(__name__)
 _MAX_ROOMLESS_S: Final = 0.5
-"""A sequence for which there was no memory for so long is better served elsewhere."""
+"""Longest time without memory; a sequence that waits for longer is better served elsewhere."""
 
 
 class HeldSequences:
-    """By connection and id."""
+    """The sequences held, by connection and sequence id."""
 
     def __init__(
         self,
@@ -68,26 +68,26 @@ class HeldSequences:
         return self._sequences[key]
 
     def holds(self, sequence: SequenceState) -> bool:
-        """Whether it has not ended."""
+        """Whether the sequence has not ended."""
         return self._sequences.get(sequence.key) is sequence
 
     @property
     def num_targets(self) -> int:
-        """Streams open."""
+        """Number of open streams."""
         return len(self._vocab_sizes)
 
     def next_deadline_s(self) -> float | None:
-        """When the next waiting target is to be answered at the latest."""
+        """Time (monotonic) by which the next waiting target is to be answered; None if none waits."""
         return min((s.request.deadline_s for s in self if s.request), default=None)
 
     # ---- streams ----------------------------------------------------------------------------------------------
 
     def connect(self, connection: int, vocab_size: int) -> None:
-        """A stream was acknowledged."""
+        """Register a target whose stream was acknowledged."""
         self._vocab_sizes[connection] = vocab_size
 
     def disconnect(self, connection: int) -> None:
-        """A stream ended, in whatever way: free everything of its target."""
+        """Free everything of a target whose stream ended, in whatever way."""
         self._vocab_sizes.pop(connection, None)
         self._channels.pop(connection, None)
         for key in [key for key in self._sequences if key[0] == connection]:
@@ -96,13 +96,13 @@ class HeldSequences:
         self.outbox.drop(connection)
 
     def set_channel(self, connection: int, channel: Channel) -> None:
-        """Dense distributions can be sent to this target: from now on its draft tokens are sampled for that."""
+        """Sample this target's draft tokens from dense distributions from now on: `channel` can send them."""
         if connection in self._vocab_sizes:
             self._channels[connection] = channel
             self._update_dense(connection)
 
     def drop_channel(self, connection: int, channel: Channel) -> None:
-        """It is gone; another one may have taken its place."""
+        """Stop using a channel that is gone; another one may have taken its place."""
         if self._channels.get(connection) is channel:
             del self._channels[connection]
             self._update_dense(connection)
@@ -140,7 +140,7 @@ class HeldSequences:
     def _take(
         self, action: Callable[[SequenceKey, Any, float], None], connection: int, message: Any, received_s: float
     ) -> None:
-        """Whatever comes of it, the other sequences go on."""
+        """Call `action` with a message; whatever comes of it, the other sequences go on."""
         key = (connection, message.sequence_id)
         try:
             action(key, message, received_s)
@@ -237,7 +237,7 @@ class HeldSequences:
     # ---- the ends of a sequence -------------------------------------------------------------------------------
 
     def refuse_roomless(self, keys: Sequence[SequenceKey], now_s: float) -> None:
-        """The others fill the memory, so that these could not be computed: give up those that wait for long."""
+        """Refuse those of `keys` that have waited too long for memory, which the others fill."""
         if not keys and not self._roomless_since_s:
             return
         self._roomless_since_s = {key: self._roomless_since_s.get(key, now_s) for key in keys}
@@ -246,7 +246,7 @@ class HeldSequences:
                 self._refuse(key, _no_room("the KV cache has had no room for the sequence beside the others"))
 
     def fail(self, key: SequenceKey, error: Exception) -> None:
-        """Something went wrong with this sequence; the others go on."""
+        """End a sequence with which something went wrong; the others go on."""
         _logger.error("sequence %s of connection %d failed", key[1], key[0], exc_info=error)
         refusal = Refused(speculator_pb2.REFUSAL_REASON_INTERNAL, f"{type(error).__name__}: {error}")
         self._refuse(key, refusal, publish=False)  # nobody knows how far its KV goes

@@ -12,14 +12,14 @@ from specpool_speculator.tree.sequence import SequenceOptions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftLimits:
-    """What the draft model and the configuration allow."""
+    """What the draft model and the configuration allow a sequence."""
 
     vocab_size: int
-    """Of the draft model."""
+    """Size of the draft model's vocabulary."""
     max_context: int
-    """Of the draft model."""
+    """Longest context of the draft model, in tokens."""
     max_lookahead: int
-    """Largest K."""
+    """Largest lookahead K."""
     end_tokens: frozenset[int]
     """End-of-sequence tokens of the tokenizer."""
 

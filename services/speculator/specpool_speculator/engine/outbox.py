@@ -23,14 +23,14 @@ class Outbox:
         self._tables: dict[int, speculator_pb2.Tables] = defaultdict(speculator_pb2.Tables)
 
     def speculation(self, connection: int, sequence_id: str, round_: int, draft_tokens: Iterable[int]) -> None:
-        """Answer `speculate_now`."""
+        """Answer `speculate_now` with the tokens drafted so far."""
         answer = speculator_pb2.Speculation(sequence_id=sequence_id, round=round_, draft_tokens=draft_tokens)
         self._responses[connection].append(speculator_pb2.SpeculateResponse(speculation=answer))
 
     def distributions(
         self, sequence: SequenceState, found: Sequence[TokenDistribution | DenseRow] | None, channel: Channel | None
     ) -> None:
-        """What the draft tokens in flight were sampled from; an empty answer if that is not known or cannot be sent.
+        """Send what the draft tokens in flight were sampled from; nothing in it if that is not known or cannot be sent.
 
         The target need not wait for something that does not come.
         """
@@ -46,12 +46,12 @@ class Outbox:
         self._responses[connection].append(speculator_pb2.SpeculateResponse(draft_distributions=message))
 
     def resync(self, connection: int, sequence_id: str, reason: str) -> None:
-        """Ask for the sequence again."""
+        """Ask the target to open the sequence again."""
         message = speculator_pb2.Resync(sequence_id=sequence_id, reason=reason)
         self._responses[connection].append(speculator_pb2.SpeculateResponse(resync=message))
 
     def refused(self, key: SequenceKey, refusal: Refused) -> None:
-        """The sequence is not speculated for; nothing about it follows."""
+        """Tell the target that its sequence is not drafted for; nothing about it follows."""
         connection, sequence_id = key
         if connection in self._tables:
             kept = [table for table in self._tables[connection].tables if table.sequence_id != sequence_id]
@@ -65,19 +65,19 @@ class Outbox:
         self._responses[connection].append(speculator_pb2.SpeculateResponse(sequence_refused=message))
 
     def table(self, sequence: SequenceState, entries: Mapping[Outcome, Iterable[int]]) -> None:
-        """New or longer entries of the running round."""
+        """Push new or longer entries of the running round's table."""
         connection, sequence_id = sequence.key
         table = self._tables[connection].tables.add(sequence_id=sequence_id, round=sequence.tree.round)
         for (num_accepted, bonus_token), tokens in entries.items():
             table.entries.add(num_accepted=num_accepted, bonus_token=bonus_token, draft_tokens=tokens)
 
     def drop(self, connection: int) -> None:
-        """The stream is gone."""
+        """Drop all responses to a target whose stream is gone."""
         self._responses.pop(connection, None)
         self._tables.pop(connection, None)
 
     def take(self) -> dict[int, list[speculator_pb2.SpeculateResponse]]:
-        """Everything since the last call."""
+        """Hand over all responses since the last call, by connection."""
         taken = self._responses
         for connection, tables in self._tables.items():
             taken[connection].append(speculator_pb2.SpeculateResponse(tables=tables))
@@ -86,7 +86,7 @@ class Outbox:
 
 
 def _sparse(distribution: TokenDistribution | DenseRow) -> speculator_pb2.SparseDistribution:
-    """Empty for a row that is in the transfer."""
+    """The sparse distribution for the stream; empty for a dense row, which is in the transfer."""
     if isinstance(distribution, DenseRow):
         return speculator_pb2.SparseDistribution()
     return speculator_pb2.SparseDistribution(token_ids=distribution.token_ids, probabilities=distribution.probabilities)

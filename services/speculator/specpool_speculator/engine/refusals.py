@@ -10,13 +10,13 @@ from specpool_speculator.tree.sequence import SequenceKey
 
 Reason: TypeAlias = "speculator_pb2.RefusalReason.ValueType"
 _MAX_REMEMBERED: Final = 4096
-"""Of one connection; a target that goes on about more of them is asked to open the oldest again."""
+"""Refused sequences remembered per connection; a target that goes on about more is asked to open the oldest again."""
 RETRY_AFTER_MS: Final = 1000
-"""Where the reason may pass."""
+"""Milliseconds after which a sequence may be offered again, where the reason may pass."""
 
 
 class Refused(Exception):
-    """A sequence is not taken."""
+    """Raised for a sequence that is not taken, with the reason that its target is told."""
 
     def __init__(self, reason: Reason, message: str, *, retry_after_ms: int = 0) -> None:
         super().__init__(message)
@@ -26,18 +26,18 @@ class Refused(Exception):
 
 
 class Refusals:
-    """Counts them, and remembers which: what a target still says of them, before it hears of it, is ignored."""
+    """Counts refusals, and remembers them: what a target says before it hears of one is ignored."""
 
     def __init__(self) -> None:
         self.counts: Counter[Reason] = Counter()
-        """Since the start, by reason."""
+        """Number of refusals since the start, by reason."""
         self._keys: dict[int, dict[str, None]] = {}
 
     def __contains__(self, key: SequenceKey) -> bool:
         return key[1] in self._keys.get(key[0], ())
 
     def add(self, key: SequenceKey, reason: Reason) -> None:
-        """The sequence was refused."""
+        """Count and remember a sequence that was refused."""
         self.counts[reason] += 1
         connection, sequence_id = key
         ids = self._keys.setdefault(connection, {})
@@ -46,14 +46,14 @@ class Refusals:
             del ids[next(iter(ids))]
 
     def discard(self, key: SequenceKey) -> None:
-        """It is closed, or opened again."""
+        """Forget a refusal: the sequence is closed, or opened again."""
         self._keys.get(key[0], {}).pop(key[1], None)
 
     def disconnect(self, connection: int) -> None:
-        """The stream ended."""
+        """Forget the refusals of a stream that ended."""
         self._keys.pop(connection, None)
 
 
 def label(reason: Reason) -> str:
-    """For metrics and logs: kv_cache_full."""
+    """Name of the reason in metrics and logs, such as `kv_cache_full`."""
     return speculator_pb2.RefusalReason.Name(reason).removeprefix("REFUSAL_REASON_").lower()

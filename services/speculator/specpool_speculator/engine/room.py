@@ -9,7 +9,7 @@ from specpool_speculator.tree.draft_tree import DraftTree
 
 
 def blocks_for(num_tokens: int, pool: BlockPool) -> int:
-    """At most this many blocks are taken by writing `num_tokens` tokens anywhere."""
+    """Most blocks that writing `num_tokens` tokens anywhere can take."""
     return num_tokens // pool.block_size + 2
 
 

@@ -34,11 +34,11 @@ class ScheduledWork:
     """Tokens of one sequence in the step."""
 
     sequence: SequenceState
-    """Whose."""
+    """The sequence that the tokens belong to."""
     work: Work
-    """What to run."""
+    """The tokens to run, and the blocks for their KV."""
     is_branch: bool
-    """Counts against the row budget, and may be left out."""
+    """Whether this is a branch row, which counts against the row budget and may be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class ScheduledStep:
     """What the next forward runs."""
 
     work: list[ScheduledWork]
-    """Empty when there is nothing worth a step."""
+    """Work of the forward; empty when there is nothing worth a step."""
     roomless: list[SequenceKey]
     """Sequences whose path could not be scheduled because the others fill the memory."""
 
@@ -58,15 +58,15 @@ class Candidate:
     value: float
     """Probability that what it drafts is used; the first token after a guess counts more."""
     sequence: SequenceState
-    """Whose."""
+    """The sequence that the branch belongs to."""
     node: Node
-    """The uncomputed tip."""
+    """The uncomputed node at the branch's tip."""
     is_worth_a_step: bool
-    """False: only together with others that are."""
+    """Whether the row is worth a step of its own; else it only runs together with others that are."""
 
 
 class _Step:
-    """The step in the making: rows, and blocks not yet spoken for."""
+    """The step while it is filled: its work, and the blocks that are not spoken for yet."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.scheduled: list[ScheduledWork] = []
@@ -81,7 +81,7 @@ class _Step:
         return self._num_blocks + num_blocks <= self._pool.num_free
 
     def add_path(self, sequence: SequenceState, limit: int, *, root_only: bool) -> int:
-        """Run a part of the in-flight path; returns its number of tokens."""
+        """Schedule a part of the in-flight path; returns its number of tokens."""
         work = sequence.tree.work_on_path(self._taken, limit, root_only=root_only)
         if work is None:
             return 0
@@ -90,7 +90,7 @@ class _Step:
         return len(work.tokens)
 
     def add_row(self, sequence: SequenceState, node: Node) -> bool:
-        """Run a branch tip, unless it is scheduled already or there is no block for it."""
+        """Schedule a branch tip, unless it is scheduled already or there is no block for it; returns whether it was."""
         if id(node) in self._nodes or not self.has_room(_ONE_BLOCK):
             return False
         self._add(sequence, sequence.tree.work_on(node, self._taken), _ONE_BLOCK, is_branch=True)
@@ -110,7 +110,7 @@ def schedule_step(
     max_prefill_tokens: int,
     step_s: Callable[[int], float] = lambda num_rows: 0.0,
 ) -> ScheduledStep:
-    """Rows of the next forward.
+    """Choose the rows of the next forward.
 
     `step_s` gives the seconds of a step by its rows, 0 while nothing is measured: of the branches within `row_budget`
     those are left out that would bring less than they delay the others.
@@ -134,13 +134,13 @@ def schedule_step(
 
 
 def cancel(scheduled: Iterable[ScheduledWork]) -> None:
-    """It will not be run."""
+    """Give back what was scheduled and will not be run."""
     for one in scheduled:
         one.work.cancel()
 
 
 def _take_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
-    """One row for each sequence whose target waits and whose root is computed."""
+    """Schedule one row for each sequence whose target waits and whose root is computed."""
     num_rows = 0
     for sequence in sequences:
         if sequence.request is None or not sequence.tree.root.is_computed:
@@ -152,7 +152,7 @@ def _take_asked(step: _Step, sequences: Iterable[SequenceState]) -> int:
 
 
 def _take_paths(step: _Step, sequences: Sequence[SequenceState], max_tokens: int) -> None:
-    """Missing tokens of in-flight paths, those that a target waits for first, long ones last."""
+    """Schedule missing tokens of in-flight paths, those that a target waits for first, long ones last."""
     waiting = [s for s in sequences if _misses_path(s)]
     waiting.sort(key=lambda s: (s.request is None, s.tree.missing()))
     scheduled = {scheduled.sequence.key for scheduled in step.scheduled}
@@ -183,7 +183,7 @@ def make_room(
     num_tokens: int,
     scheduled: set[tuple[int, str]],
 ) -> bool:
-    """Give up branches, then whole sequences of less weight or more blocks, until `num_tokens` fit."""
+    """Free memory: branches, then whole sequences of less weight or more blocks, until `num_tokens` fit."""
     num_blocks = blocks_for(num_tokens, step._pool)
     others = [s for s in sequences if s is not sequence and s.key not in scheduled]
     trees = [s.tree for s in sorted(others, key=lambda s: (s.options.weight, -s.tree.num_blocks))]
@@ -206,7 +206,7 @@ def _evictable(trees: Iterable[DraftTree], sequence: SequenceState) -> Iterator[
 
 
 def branch_candidates(sequence: SequenceState) -> list[Candidate]:
-    """Tips of the running round's branches, with the value of running each."""
+    """The tips of the running round's branches, with the value of running each."""
     if not sequence.options.speculates_ahead:
         return []
     lookahead = sequence.options.lookahead

@@ -19,13 +19,13 @@ class _Open:
 
 
 class SequenceSpans:
-    """Spans of the sequences held; untraced requests have none."""
+    """Trace spans of the sequences held; untraced requests have none."""
 
     def __init__(self) -> None:
         self._open: dict[SequenceKey, _Open] = {}
 
     def open(self, key: SequenceKey, traceparent: str, options: SequenceOptions) -> None:
-        """A sequence was opened."""
+        """Begin the span of a sequence that was opened."""
         if not traceparent:
             return
         attributes = {
@@ -40,7 +40,7 @@ class SequenceSpans:
         self._open[key] = _Open(span, tracing.RoundEvents(span), time.monotonic())
 
     def round(self, sequence: SequenceState, *, num_accepted: int, num_drafted: int | None) -> None:
-        """A round's outcome arrived; `num_drafted` tokens were pushed for it, None if it was not guessed."""
+        """Record a round's outcome; `num_drafted` tokens were pushed for it, None if it was not guessed."""
         entry = self._open.get(sequence.key)
         if entry is None:
             return
@@ -54,7 +54,7 @@ class SequenceSpans:
         entry.round_started_s = now_s
 
     def close(self, key: SequenceKey) -> None:
-        """The sequence was closed."""
+        """End the span of a sequence that was closed."""
         entry = self._open.pop(key, None)
         if entry is not None:
             entry.events.finish()

@@ -18,13 +18,13 @@ class DraftStepStats:
     kv_cache_usage: float = 0.0
     """Share of KV blocks in use, 0 to 1."""
     forward_s: float = 0.0
-    """The model's forward."""
+    """Seconds of the model's forward."""
     step_s: float = 0.0
-    """The whole step."""
+    """Seconds of the whole step."""
     num_draft_tokens: int = 0
-    """Tokens drafted."""
+    """Number of tokens drafted."""
     num_table_entries: int = 0
-    """Entries pushed."""
+    """Number of table entries pushed."""
     num_dropped_branches: int = 0
     """Branches that an outcome ruled out before they were used."""
     num_stale_messages: int = 0
@@ -33,7 +33,7 @@ class DraftStepStats:
 
 @dataclass(slots=True)
 class DraftCounters:
-    """Totals since the start."""
+    """Totals of a speculator since the start."""
 
     num_steps: int = 0
     num_draft_tokens: int = 0

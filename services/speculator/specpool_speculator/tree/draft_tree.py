@@ -25,18 +25,18 @@ class Work:
     """A run of tokens for the model: context still missing, then uncomputed nodes."""
 
     tree: DraftTree
-    """Whose."""
+    """The tree that the tokens belong to."""
     kv: SequenceKV
-    """Where their keys and values go."""
+    """Block table that the tokens' keys and values are written to."""
     tokens: list[int]
-    """To run, in order."""
+    """Tokens to run, in order."""
     nodes: list[Node]
     """The last of these tokens, as nodes: each needs logits."""
     is_fork: bool
     """Whether `kv` was forked for this and is to be freed if the forward does not happen."""
 
     def finish(self, ranks: Sequence[NodeRanks]) -> None:
-        """The forward was done: the nodes are computed."""
+        """Take in the ranks of a forward that was done: the nodes are computed."""
         for node, node_ranks in zip(self.nodes, ranks, strict=True):
             node.kv, node.ranks = self.kv, node_ranks
             if isinstance(node_ranks.distribution, DenseRow):
@@ -45,7 +45,7 @@ class Work:
             self.tree.base = None
 
     def cancel(self) -> None:
-        """The forward was not done."""
+        """Undo the preparations of a forward that was not done."""
         if self.is_fork:
             self.kv.free()
 
@@ -57,25 +57,25 @@ class DraftTree:
         self.tokens = list(tokens)
         """Committed tokens; the last one is the root."""
         self.round = round_
-        """The running round."""
+        """Number of the running round."""
         self.base: SequenceKV | None = SequenceKV.from_prefix(pool, tokens, salt)
         """Context of an uncomputed root, perhaps not complete; None once the root is computed."""
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
         self.path: list[Node] = [self.root]
-        """v0 .. vd."""
+        """Nodes v0 .. vd of the in-flight path, the root first."""
         self.rows: list[DenseRow] = []
-        """Dense distributions of the nodes."""
+        """Dense distributions that the nodes hold."""
         self._pool = pool
         self._salt = salt
 
     @property
     def draft_tokens(self) -> list[int]:
-        """What the target verifies in the running round."""
+        """Draft tokens that the target verifies in the running round."""
         return [node.token for node in self.path[1:]]
 
     @property
     def num_blocks(self) -> int:
-        """Block table entries held, shared ones counted for every branch."""
+        """Number of block table entries held, shared ones counted for every branch."""
         return sum(len(kv.block_ids) for kv in self._all_kv())
 
     def context_blocks(self) -> set[int]:
@@ -84,7 +84,7 @@ class DraftTree:
         return {block for kv in held for block in kv.block_ids}
 
     def set_path(self, draft_tokens: Iterable[int]) -> None:
-        """The target verifies these tokens in the running round; unknown ones become uncomputed nodes."""
+        """Set the draft tokens that the target verifies in the running round; unknown ones become uncomputed nodes."""
         self.path = [self.root]
         for token in draft_tokens:
             self.path.append(self.path[-1].child(token))
@@ -102,7 +102,7 @@ class DraftTree:
         self._release(held, base_length)
 
     def missing(self) -> int:
-        """How many tokens of the in-flight path and its context are to be computed."""
+        """Number of tokens of the in-flight path and its context that are still to be computed."""
         context = 0 if self.base is None else len(self.tokens) - 1 - self.base.length
         return context + sum(not node.is_computed for node in self.path)
 
@@ -123,7 +123,7 @@ class DraftTree:
         return Work(self, kv, [*context, *(node.token for node in nodes)], nodes, is_fork)
 
     def work_on(self, node: Node, taken: set[int]) -> Work:
-        """Run one uncomputed node whose parent is computed."""
+        """The run of one uncomputed node whose parent is computed."""
         kv, is_fork = self._extend(node, taken)
         taken.add(id(kv))
         return Work(self, kv, [node.token], [node], is_fork)
@@ -168,7 +168,7 @@ class DraftTree:
         self._release_rows(())
 
     def num_path_tokens_drafted(self) -> int:
-        """How many of the tokens being verified are, from the first one on, what this draft drafts."""
+        """Number of tokens being verified that are, from the first one on, what this draft drafts."""
         for index, node in enumerate(self.path[:-1]):
             if node.ranks is None or node.ranks.drafted[0] != self.path[index + 1].token:
                 return index
@@ -184,7 +184,7 @@ class DraftTree:
         return parent.kv.fork(node.position), True
 
     def _context(self, num_accepted: int) -> tuple[SequenceKV | None, int]:
-        """The deepest computed context of v_k, and its length."""
+        """The deepest computed context of v_k, k = `num_accepted`, and its length in tokens."""
         for node in reversed(self.path[: num_accepted + 1]):
             if node.kv is not None:
                 return node.kv, node.position + 1
@@ -197,7 +197,7 @@ class DraftTree:
         return list(found.values())
 
     def _release(self, held: Iterable[SequenceKV], base_length: int) -> None:
-        """Free of `held` what no node needs any more, and cut off what is beyond the last node that does."""
+        """Free what no node needs any more of `held`, and cut off what is beyond the last node that does."""
         needed: dict[int, int] = {}
         for node in self.root.subtree():
             if node.kv is not None:

@@ -11,12 +11,12 @@ from specpool_speculator.dense.dense_rows import DenseRow
 
 @dataclass(frozen=True, slots=True)
 class TokenDistribution:
-    """What one drafted token was sampled from."""
+    """The sparse distribution that one drafted token was sampled from."""
 
     token_ids: tuple[int, ...]
     """Tokens that could be drawn."""
     probabilities: tuple[float, ...]
-    """Their probabilities; they sum to 1."""
+    """Probabilities of these tokens; they sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,13 @@ class NodeRanks:
     distribution: TokenDistribution | DenseRow | None = None
     """What rank 0 was sampled from, for rejection verification."""
     scores: tuple[float, ...] = ()
-    """Of the drafted ranks; empty for rejection verification."""
+    """Scores of the drafted ranks; empty for rejection verification."""
     probabilities: tuple[float, ...] = ()
-    """Of the drafted ranks to be the target's token, by what was known when the node was computed; empty likewise."""
+    """Probabilities of the drafted ranks to be the target's token, by what was known when the node was computed; empty
+    for rejection verification."""
 
     def probability(self, token: int) -> float:
-        """That `token` is the target's; only with `probabilities`."""
+        """Probability that `token` is the target's; only where there are `probabilities`."""
         if token in self.drafted:
             return self.probabilities[self.drafted.index(token)]
         return max(0.0, 1 - sum(self.probabilities))
@@ -50,13 +51,13 @@ class Node:
     position: int
     """Index in the whole sequence."""
     parent: Node | None = None
-    """None for the root."""
+    """The node before this one; None for the root."""
     children: dict[int, Node] = field(default_factory=dict)
-    """By token; uncomputed ones may be created at will."""
+    """Nodes after this one, by token; uncomputed ones may be created at will."""
     ranks: NodeRanks | None = None
-    """None until computed."""
+    """What the draft says comes after this node; None until computed."""
     kv: SequenceKV | None = None
-    """Holds the path to this node and possibly more; None until computed."""
+    """Block table that holds the path to this node and possibly more; None until computed."""
 
     @property
     def is_computed(self) -> bool:

@@ -36,17 +36,17 @@ class Ranker:
     """Ranks the next tokens after nodes."""
 
     num_ranks: int
-    """How many are kept per node."""
+    """Number of ranks kept per node."""
     saguaro_constant: float
-    """C, for rejection verification."""
+    """Constant C of Saguaro sampling, for rejection verification; 1 is off."""
     num_kept: int
-    """m, for rejection verification."""
+    """Number m of most likely tokens that the draft samples from, for rejection verification."""
     calibrations: Mapping[VerificationMode, RankCalibration]
-    """What turns scores into probabilities."""
+    """How scores become probabilities, by verification mode."""
     dense_dtype: torch.dtype
-    """Of dense distributions, for rejection verification."""
+    """Type that dense distributions are held and sent in, for rejection verification."""
     row_memory: RowMemory
-    """Bounds them; beyond it distributions are sparse."""
+    """Bounds the dense distributions; beyond it they are sparse."""
 
     def rank(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks]:
         """Ranks of N nodes from logits [N, V]."""
@@ -118,7 +118,7 @@ class Ranker:
 
 
 def process_rows(logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> Tensor:
-    """Penalties, bias, temperature and masks of each row's request; [N, V'] to [N, V']."""
+    """Apply penalties, bias, temperature and masks of each row's request; [N, V'] to [N, V']."""
     if all(_is_plain(sequence) for sequence, _ in rows):
         return logits
     by_sequence: dict[int, list[int]] = defaultdict(list)

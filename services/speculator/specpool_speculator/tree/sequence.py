@@ -13,51 +13,51 @@ from specpool_speculator.tree.draft_tree import DraftTree
 from specpool_speculator.tree.node import Node
 
 SequenceKey = tuple[int, str]
-"""(connection, sequence id): two targets may use the same id."""
+"""A sequence's key (connection, sequence id): two targets may use the same id."""
 Outcome = tuple[int, int]
-"""(accepted length, bonus token)."""
+"""A verification outcome (accepted length k, bonus token t*)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceOptions:
-    """What a target said when it opened the sequence."""
+    """What a target said of a sequence when it opened it."""
 
     tenant: str
-    """For sharing rows."""
+    """Name of the tenant, for sharing rows."""
     weight: float
-    """Of the tenant."""
+    """Weight of the tenant, for sharing rows."""
     sampling: SamplingParams
-    """Of the request."""
+    """Sampling parameters of the request."""
     verification: VerificationMode
     """How the target verifies."""
     seed: int
-    """Of the noise."""
+    """Seed of the request's noise."""
     num_prompt_tokens: int
-    """The first tokens that are the prompt."""
+    """Number of tokens at the beginning that are the prompt."""
     lookahead: int
-    """K."""
+    """Lookahead K: most draft tokens of a round."""
     speculates_ahead: bool
-    """True for mode SSD; the synchronous baseline drafts only when asked."""
+    """Whether it is drafted for ahead (mode SSD); the synchronous baseline (SD) drafts only when asked."""
     sends_distributions: bool
     """Whether the target needs the distributions of draft tokens."""
     vocab_size: int
-    """Tokens the target knows; the draft's table may be longer."""
+    """Number of tokens that the target knows; the draft's vocabulary may be larger."""
     stop_tokens: frozenset[int]
-    """Nothing is drafted after these."""
+    """Tokens that end the output: nothing is drafted after them."""
     max_length: int
-    """Tokens beyond this are never needed or cannot be computed."""
+    """Longest length in tokens; what is beyond it is never needed or cannot be computed."""
 
 
 @dataclass(slots=True)
 class Request:
-    """A pending `speculate_now`."""
+    """A pending `speculate_now` of a target that waits."""
 
     round: int
-    """Its round, to be echoed."""
+    """Round that is asked for, echoed in the answer."""
     num_tokens: int
-    """Answer as soon as that many are drafted."""
+    """Number of tokens; the target is answered as soon as that many are drafted."""
     deadline_s: float
-    """Answer with what there is then (monotonic clock)."""
+    """Time (monotonic) at which the target is answered with what there is then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +65,31 @@ class Guess:
     """A guessed outcome of the running round."""
 
     outcome: Outcome
-    """What is guessed."""
+    """The outcome that is guessed."""
     node: Node
     """The bonus token's node; the drafted tokens are the chain below."""
     probability: float
-    """That this is the outcome; 0 for branches left over from earlier rounds, which are not extended."""
+    """Probability that this is the outcome; 0 for branches left over from earlier rounds, which are not extended."""
 
 
 @dataclass(slots=True)
 class SequenceState:
-    """Tree, spread of the running round, and what the target was told."""
+    """State of one sequence: tree, spread of the running round, and what the target was told."""
 
     key: SequenceKey
-    """Its connection and id."""
+    """Connection and id of the sequence."""
     options: SequenceOptions
-    """As opened."""
+    """What the target said when it opened the sequence."""
     tree: DraftTree
-    """Everything drafted."""
+    """Everything drafted for the sequence."""
     spread: GuessSpread
-    """Fan-out of the running round."""
+    """How the running round's outcome is guessed."""
     request: Request | None = None
     """What the target waits for."""
     outcome_s: float | None = None
-    """When the last outcome came (monotonic clock)."""
+    """Time (monotonic) at which the last outcome came."""
     awaits_start: bool = False
-    """The last outcome did not say what is verified next; `start_round` will."""
+    """Whether the last outcome did not say what is verified next; `start_round` will."""
     is_dense: bool = False
     """Whether draft tokens are sampled from distributions over all tokens, which a process group can carry."""
     pushed: dict[Outcome, int] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class SequenceState:
         ]
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
-        """The same, chosen by the draft's probabilities along the path."""
+        """Tokens guessed after each accepted length, and their probabilities: the most likely of all lengths."""
         reached, guesses = 1.0, []
         for node, draft_token in self._open_path():
             assert node.ranks is not None, "computed"
@@ -146,7 +146,7 @@ class SequenceState:
         return [[(t, p) for t, p in ranked if (k, t) in chosen] for k, ranked in enumerate(guesses)]
 
     def chain_probability(self, node: Node, num_tokens: int) -> float:
-        """That the first `num_tokens` tokens drafted after `node` are accepted, given that `node` was."""
+        """Probability that the first `num_tokens` tokens drafted after `node` are accepted, given that `node` was."""
         if not self._is_best_first:
             return self.spread.acceptance**num_tokens
         probability = 1.0
@@ -162,7 +162,7 @@ class SequenceState:
         return tokens, len(tokens) >= limit or self.is_end(tip)
 
     def start_round(self, draft_tokens: list[int], spread: GuessSpread) -> None:
-        """The target verifies `draft_tokens` from now on."""
+        """Begin a round in which the target verifies `draft_tokens`."""
         self.tree.set_path(draft_tokens)
         self.spread = spread
         self.pushed.clear()
