@@ -9,8 +9,10 @@ from typing import Final
 
 from specpool.v1 import speculator_pb2, types_pb2
 
-_MAX_WAITING_TABLES: Final = 256
-"""Tables are advice: beyond this a target that does not read gets no more of them."""
+_MAX_WAITING_ADVICE: Final = 256
+"""Tables and loads are advice: beyond this a target that does not read gets no more of them."""
+_MAX_WAITING: Final = 1024
+"""All else answers a message: a target that does not read that many is not listened to."""
 
 
 class Connection:
@@ -22,6 +24,8 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[speculator_pb2.SpeculateResponse] = deque()
         self._wake = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
         self._is_closed = False
 
     def deliver(self, responses: Sequence[speculator_pb2.SpeculateResponse]) -> None:
@@ -34,8 +38,11 @@ class Connection:
     def send(self, *responses: speculator_pb2.SpeculateResponse) -> None:
         """Queue responses."""
         for response in responses:
-            if len(self._waiting) < _MAX_WAITING_TABLES or not response.HasField("tables"):
+            is_advice = response.HasField("tables") or response.HasField("load")
+            if len(self._waiting) < _MAX_WAITING_ADVICE or not is_advice:
                 self._waiting.append(response)
+        if len(self._waiting) >= _MAX_WAITING:
+            self._has_room.clear()
         self._wake.set()
 
     def close(self) -> None:
@@ -50,4 +57,9 @@ class Connection:
                 return None
             self._wake.clear()
             await self._wake.wait()
+        self._has_room.set()
         return self._waiting.popleft()
+
+    async def wait_for_room(self) -> None:
+        """Until what waits for the target is not too much; whoever reads its stream waits here no longer than that."""
+        await self._has_room.wait()

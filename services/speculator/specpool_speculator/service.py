@@ -30,6 +30,7 @@ from specpool_speculator.metrics import SpeculatorMetrics
 
 _logger = logging.getLogger(__name__)
 _LOAD_PERIOD_S: Final = 1.0
+_HELLO_S: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +78,11 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
         """One target's stream; see the service comment in the proto file."""
         if self._is_draining:
             raise Draining(f"speculator {self._identity.peer.id!r} is draining")
-        first = await anext(aiter(request_iterator), None)
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                first = await anext(aiter(request_iterator), None)
+        except TimeoutError:
+            raise ProtocolMismatch(f"no hello within {_HELLO_S:g} s") from None
         if first is None:
             return
         transport = self._greet(first)
@@ -229,6 +234,7 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
                 elif kind == "group_key":
                     self._groups[number].receive_key(request.group_key)
                 else:
+                    await connection.wait_for_room()
                     self._engine.submit(number, request)
         finally:
             connection.close()

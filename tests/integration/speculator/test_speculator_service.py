@@ -14,6 +14,7 @@ from specpool.errors import ProtocolMismatch, TokenizerMismatch, TransportUnavai
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
+from specpool_speculator import service
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.server import serve
 
@@ -198,6 +199,13 @@ async def test_something_else_than_hello_first(stub: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stream.receive()
     assert type(from_rpc_error(caught.value)) is ProtocolMismatch
+
+
+async def test_whoever_says_nothing_is_not_listened_to_for_ever(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_HELLO_S", 0.2)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await Stream(stub).receive()
+    assert from_rpc_error(caught.value).message == "no hello within 0.2 s"
 
 
 async def test_second_hello_ends_the_stream(stub: Any) -> None:
