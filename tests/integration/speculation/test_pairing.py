@@ -149,6 +149,16 @@ async def test_a_refused_sequence_goes_elsewhere(speculator_for, pool_for):
     assert len(refusing.opened_at_s["a"]) == 1
 
 
+async def test_a_speculator_is_asked_again_soon_when_a_sequence_needs_one(speculator_for, pool_for):
+    only = await speculator_for(state=types_pb2.SERVING_STATE_DRAINING)
+    settings = {"status_interval_s": 3600.0, "urgent_status_interval_s": 0.2}
+    engine = Engine(await pool_for(Named([Endpoint(only.address)]), settings=settings))
+    async with running(engine, "a"):
+        await engine.until("a", lambda kinds: len(kinds) > 5)
+        only.state = types_pb2.SERVING_STATE_SERVING
+        await engine.until_hits("a")
+
+
 @pytest.mark.parametrize("why", ["refused", "full", "terminating"])
 async def test_a_request_does_not_wait_for_a_speculator_that_takes_nothing(speculator_for, pool_for, why):
     only, directory, moves = await speculator_for(), Named(), Counter()

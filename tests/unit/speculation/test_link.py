@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,3 +39,25 @@ async def test_a_defect_does_not_end_the_link_without_a_word(
     assert "speculator 127.0.0.1:1: link failed; it starts again" in caplog.text
     assert "nobody thought of this" in caplog.text
     await link.close()
+
+
+async def test_a_close_that_is_cancelled_leaves_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[asyncio.Event] = []
+
+    async def attempt(link: SpeculatorLink, stub: Any) -> SpecPoolError:
+        link.connection = SimpleNamespace(half_close=lambda: None)  # type: ignore[assignment]
+        attempts.append(asyncio.Event())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            attempts[0].set()
+        raise AssertionError
+
+    monkeypatch.setattr(SpeculatorLink, "_attempt", attempt)
+    link = SpeculatorLink("127.0.0.1:1", hello=None, listener=Listener())  # type: ignore[arg-type]
+    while not attempts:
+        await asyncio.sleep(0)
+    closing = asyncio.create_task(link.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait_for(attempts[0].wait(), 30)

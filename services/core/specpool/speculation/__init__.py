@@ -6,6 +6,7 @@ May be imported by every engine; needs grpcio, protobuf and nothing of ours abov
 
 from __future__ import annotations
 
+from specpool.algorithm.speculation_cache import LookupKind
 from specpool.speculation.connection import Connection
 from specpool.speculation.dense import Deliver, DenseGroup, DenseReceiver
 from specpool.speculation.draft import DraftSource, NextDraft
@@ -27,6 +28,7 @@ __all__ = [
     "DenseGroup",
     "DenseReceiver",
     "DraftSource",
+    "LookupKind",
     "Measurements",
     "Member",
     "NextDraft",

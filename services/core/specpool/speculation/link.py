@@ -80,8 +80,11 @@ class SpeculatorLink:
         self._is_closing = True
         if self.connection is not None:
             self.connection.half_close()
-            await asyncio.wait([self._task], timeout=_CLOSE_S)
-        self._task.cancel()
+        try:
+            if self.connection is not None:
+                await asyncio.wait([self._task], timeout=_CLOSE_S)
+        finally:  # also if whoever waits for this is cancelled
+            self._task.cancel()
         await asyncio.wait([self._task], timeout=_CLOSE_S)
 
     async def _run(self) -> None:

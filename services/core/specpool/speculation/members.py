@@ -17,6 +17,7 @@ from specpool.rpc.client import channel
 from specpool.speculation.choice import Candidate
 from specpool.speculation.connection import Connection, PlacedSequence
 from specpool.speculation.link import SpeculatorLink
+from specpool.speculation.pairing_settings import PairingSettings
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 
 _STATUS_TIMEOUT_S: Final = 2.0
@@ -54,7 +55,6 @@ class Member:
     crowded_since_s: float | None = None
     """There has been a better place for its sequences since."""
     task: asyncio.Task[None] | None = None
-    ask_now: asyncio.Event = field(default_factory=asyncio.Event)
     _round_trips_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ROUND_TRIPS))
 
     @property
@@ -137,19 +137,19 @@ class Member:
             has_free_kv=load.num_free_kv_blocks >= _FREE_KV_SHARE * load.num_kv_blocks,
         )
 
-    async def ask_forever(self, interval_s: Callable[[], float], on_answer: Callable[[], None]) -> None:
-        """Ask it for its status now and then, over a connection that is closed again."""
+    async def ask_forever(
+        self, settings: PairingSettings, is_urgent: Callable[[], bool], on_answer: Callable[[], None]
+    ) -> None:
+        """Ask it for its status now and then, over a connection that is closed again; soon where it becomes urgent."""
         task = asyncio.current_task()
         # An answer that fails while this is being cancelled hides the cancellation.
         while task is not None and not task.cancelling():
             await self._ask()
             self.was_asked = True
             on_answer()
-            self.ask_now.clear()
-            try:
-                await asyncio.wait_for(self.ask_now.wait(), interval_s() * random.uniform(0.8, 1.2))
-            except TimeoutError:
-                continue
+            urgent_s, asked_s = settings.urgent_status_interval_s, time.monotonic()
+            while time.monotonic() - asked_s < (urgent_s if is_urgent() else settings.status_interval_s):
+                await asyncio.sleep(urgent_s * random.uniform(0.8, 1.2))
 
     async def _ask(self) -> None:
         try:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from specpool.background import Background
 from specpool.discovery.discovery import Discovery, Endpoints
@@ -130,12 +130,10 @@ class Pairing:
         self._wake()
 
     def _ask(self, member: Member) -> None:
-        def interval_s() -> float:
-            settings = self._settings
-            return settings.urgent_status_interval_s if self.placement.unplaced else settings.status_interval_s
+        def ask() -> Coroutine[Any, Any, None]:
+            return member.ask_forever(self._settings, lambda: bool(self.placement.unplaced), self._wake)
 
-        name = f"status of speculator {member.address}"
-        member.task = self._background.keep_running(lambda: member.ask_forever(interval_s, self._wake), name=name)
+        member.task = self._background.keep_running(ask, name=f"status of speculator {member.address}")
 
     def _connect(self, member: Member) -> None:
         transports = (_GRPC,) if self._receiver is None else tuple(self._receiver.transports)

@@ -94,7 +94,9 @@ class SpeculationPool:
         return started
 
     def close(self) -> None:
-        """From a thread other than the loop's: free every sequence and end all streams."""
+        """From a thread other than the loop's: free every sequence and end all streams. May be called twice."""
+        if self._loop.is_closed() or (self._is_own_loop and self._thread is None):
+            return  # it is closed already, or was never started
         try:
             self._schedule(self.aclose()).result(_CLOSE_S)
         except TimeoutError:
