@@ -33,30 +33,30 @@ class RouterMetrics:
         self._refused_cap = LabelCap()
 
     def stream_started(self) -> None:
-        """A client's stream began."""
+        """Count a client's stream that began."""
         self._streams.inc()
 
     def stream_ended(self, code: str, seconds: float) -> None:
-        """It ended with this gRPC status code name."""
+        """Count a client's stream that ended with this gRPC status code name, after ``seconds``."""
         self._streams.dec()
         self._requests.labels(code).inc()
         self._duration.observe(seconds)
 
     def tenant_tokens(self, tenant: str, *, num_prompt_tokens: int = 0, num_completion_tokens: int = 0) -> None:
-        """Tokens of a tenant's request."""
+        """Count tokens of a tenant's request."""
         self._tenants.add(tenant, "prompt", num_prompt_tokens)
         self._tenants.add(tenant, "completion", num_completion_tokens)
 
     def quota_refused(self, tenant: str) -> None:
-        """A request was refused for its tenant's quota."""
+        """Count a request that was refused for its tenant's quota."""
         self._refused.labels(self._refused_cap(tenant)).inc()
 
     def failover(self) -> None:
-        """A stream was moved to another target."""
+        """Count a stream that was moved to another target."""
         self._failovers.inc()
 
     def set_session_store_up(self, up: bool) -> None:
-        """Whether the session store takes writes."""
+        """Set whether the session store takes writes."""
         self._store_up.set(up)
 
     def watch_journal_lag(self, lag_s: Callable[[], float]) -> None:
@@ -64,6 +64,6 @@ class RouterMetrics:
         self._journal_lag.set_function(lag_s)
 
     def set_pods(self, role: str, *, num_reachable: int, num_unreachable: int) -> None:
-        """Pods of a role: "target" or "speculator"."""
+        """Set the number of pods of a role, "target" or "speculator"."""
         self._pods.labels(role, "reachable").set(num_reachable)
         self._pods.labels(role, "unreachable").set(num_unreachable)

@@ -34,7 +34,7 @@ from specpool_router.sessions.sessions import Sessions
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _OPERATIONS = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 _READINESS_INTERVAL_S = 1.0
-"""At least this often; changes are seen at once."""
+"""Seconds between two looks at readiness; changes are seen at once."""
 
 
 async def serve(
@@ -104,7 +104,7 @@ async def serve(
 
 
 async def _report_readiness(health: Health, cluster: Cluster, hold_s: float) -> None:
-    """The inference service is healthy while a target can take requests: that is what a readiness probe asks about.
+    """Show the inference service as healthy while a target can take requests, which is what a readiness probe asks.
 
     And for ``hold_s`` after that: as long as requests wait, as while the only target is replaced, they should come.
     """
@@ -126,14 +126,14 @@ def _patience(config: RouterConfig) -> Patience:
 
 
 def make_store(config: RouterConfig) -> SessionStore:
-    """The store that the URL names."""
+    """The session store that the settings' URL names."""
     if config.session_store.startswith("memory:"):
         return MemorySessionStore(session_ttl_s=config.session_ttl_s)
     return RedisSessionStore(config.session_store, session_ttl_s=config.session_ttl_s)
 
 
 def make_discoveries(config: RouterConfig) -> tuple[Discovery, Discovery]:
-    """For targets and for speculators."""
+    """Where targets are found, and where speculators are."""
     namespace = config.kubernetes_namespace
     if not namespace:
         return _listed(config.targets, "targets"), _listed(config.speculators, "speculators")

@@ -30,34 +30,34 @@ from specpool_router.sessions.session_store import QuotaLimits
 _KEYS = {"name", "key_sha256", "weight", "max_concurrent_requests", "tokens_per_minute", "cache_salt", "operator"}
 _SHA256_HEX_DIGITS = 64
 _MAX_NUMBER = 10**15
-"""Scripts of the session store count in float64: every whole number up to here is exact there."""
+"""Largest limit: scripts of the session store count in float64, where every whole number up to here is exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tenant:
-    """One tenant."""
+    """Who a call is from, with limits and weight."""
 
     name: str
     weight: float = 1.0
     """Share of speculator rows relative to other tenants."""
     limits: QuotaLimits = field(default_factory=QuotaLimits)
     cache_salt: bytes = b""
-    """Keeps its prefix cache apart."""
+    """Salt that keeps the tenant's prefix cache apart."""
     operator: bool = False
-    """Whether it may drain the router."""
+    """Whether the tenant may drain the router."""
 
 
 DEFAULT_TENANT = Tenant(name="default", operator=True)
 
 
 class Tenants:
-    """Finds the tenant of a call. Without a table everybody is `DEFAULT_TENANT`."""
+    """The tenants by key: finds that of a call. Without a table everybody is `DEFAULT_TENANT`."""
 
     def __init__(self, by_key_hash: dict[str, Tenant] | None = None) -> None:
         self._by_key_hash = by_key_hash
 
     def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
-        """Tenant of a call with this metadata."""
+        """The tenant of a call with this metadata. Raises Unauthenticated."""
         if self._by_key_hash is None:
             return DEFAULT_TENANT
         header = next((value for key, value in metadata if key == "authorization"), "")

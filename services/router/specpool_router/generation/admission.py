@@ -38,11 +38,11 @@ class Admission:
 
     @property
     def num_streams(self) -> int:
-        """Streams open to clients."""
+        """Number of streams open to clients."""
         return len(self._running)
 
     def start_draining(self) -> None:
-        """Take nothing new."""
+        """Refuse new streams from now on."""
         self._is_draining = True
 
     async def drain(self, grace_s: float) -> None:
@@ -57,7 +57,7 @@ class Admission:
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[StopSignal]:
-        """Count a stream; gives what ends it."""
+        """A context that counts a stream, and gives the signal that ends it. Raises if streams are refused."""
         if self._is_draining:
             raise Draining(
                 "this router is draining and takes no new requests; call another", metadata={"retriable": "true"}
@@ -85,7 +85,7 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, tenant: Tenant, owner: str, *, instead_of: str = "") -> AsyncIterator[None]:
-        """A place in the tenant's quota."""
+        """A context that holds a place in the tenant's quota. Raises QuotaExceeded."""
         await self._sessions.admit(tenant, owner, instead_of=instead_of)
         try:
             yield

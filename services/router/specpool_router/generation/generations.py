@@ -31,11 +31,11 @@ from specpool_router.sessions.session_store import Session
 from specpool_router.sessions.sessions import Sessions
 
 _SEED_BITS: Final = 53
-"""A drawn seed stays exact in JSON, whose numbers are doubles."""
+"""Bits of a drawn seed: few enough to stay exact in JSON, whose numbers are doubles."""
 
 
 class Generations:
-    """All requests of this router."""
+    """Runs all requests of this router."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Generations:
                         yield event
 
     async def resume(self, tenant: Tenant, point: ResumePoint) -> AsyncGenerator[Event, None]:
-        """What the client lacks of a request that began before."""
+        """The events that the client lacks of a request that began before."""
         owner = uuid.uuid4().hex
         async with self._admission.stream() as stop:
             session = await self._find(tenant, point)
@@ -95,7 +95,7 @@ class Generations:
         return await self._sessions.cancel(request_id, tenant)
 
     async def _find(self, tenant: Tenant, point: ResumePoint) -> Session | None:
-        """The session, None if it is lost and the client knows the request."""
+        """The session of a request; None if it is lost and the client sent the request along."""
         try:
             return await self._sessions.find(point.request_id, tenant)
         except (SessionNotFound, SessionStoreUnavailable):
@@ -104,7 +104,7 @@ class Generations:
             return None
 
     async def _replayed(self, session: Session, point: ResumePoint) -> AsyncGenerator[Event, None]:
-        """The rest of an answer that is complete."""
+        """The rest of an answer that is complete, from its journal."""
         journal = Journal(await self._sessions.store.read_journal(session.request_id))
         journal.check_ended(point)
         yield _started(inference_pb2.GenerateRequest.FromString(session.request))
@@ -170,7 +170,7 @@ class Generations:
         point: ResumePoint,
         stop: StopSignal,
     ) -> AsyncGenerator[Event, None]:
-        """What follows the journal, tokens that only the client has included."""
+        """The events that follow the journal, tokens that only the client has included."""
         token_ids = journal.token_ids if journal.agrees_with(point) else point.token_ids
         if token_ids is None:
             progress = Gap(journal, journal.token_ids).progress
@@ -199,7 +199,7 @@ class Generations:
     async def _completed(
         self, request: inference_pb2.GenerateRequest, stop: StopSignal
     ) -> inference_pb2.GenerateRequest:
-        """A copy with model, request id and seed filled in: what another target or router needs to continue it."""
+        """A copy with model, id and seed filled in: what another target or router needs to continue the request."""
         check_request(request)
         wait_s = self._patience.request_wait_s
         model = await wait_for_model(self._cluster, stop, request.model, wait_s=wait_s)
@@ -213,7 +213,7 @@ class Generations:
         return completed
 
     def _check_prompt_size(self, request: inference_pb2.GenerateRequest, model: str) -> None:
-        """Refuse here what no target could take: it is not stored, and passed on to nobody."""
+        """Refuse a prompt that no target could take: it is not stored, and passed on to nobody."""
         infos = [pod.status.model for pod in self._cluster.targets.all() if pod.status is not None]
         serving = [info for info in infos if info.name == model]
         if serving and all(info.max_prompt_chars for info in serving):
@@ -229,7 +229,7 @@ def _session(request: inference_pb2.GenerateRequest, tenant: Tenant, owner: str)
 
 
 def _original(point: ResumePoint) -> inference_pb2.GenerateRequest:
-    """The request that a client sends along, fit to continue what it has."""
+    """The request that a client sends along to resume, fit to continue what it has."""
     assert point.request is not None, "else the session must be known"
     request = inference_pb2.GenerateRequest()
     request.CopyFrom(point.request)

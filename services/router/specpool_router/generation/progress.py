@@ -22,7 +22,7 @@ class Progress:
     """Whether a stream before this one counted the prompt's tokens."""
 
     def add(self, delta: Delta) -> None:
-        """One more delta."""
+        """Take in one more delta."""
         self.token_ids.extend(delta.token_ids)
         self.num_chars += len(delta.text)
 

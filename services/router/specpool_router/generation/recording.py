@@ -24,12 +24,12 @@ class Recording:
         self.state = SessionState.DETACHED
         self.ending = b""
         self.is_invalid = False
-        """Whether it failed because of what the request says."""
+        """Whether the stream failed because of what the request says."""
         self._sessions = sessions
         self._lease = lease
 
     def add(self, event: Event) -> None:
-        """The next event."""
+        """Journal the next event."""
         if event.HasField("delta"):
             self._sessions.append(self._lease, event.delta.SerializeToString(), len(event.delta.token_ids))
         elif event.HasField("finished"):
@@ -39,7 +39,7 @@ class Recording:
 
 @contextmanager
 def recording(sessions: Sessions, lease: Lease) -> Iterator[Recording]:
-    """Whatever way the stream ends, the session knows."""
+    """A context that records a stream: whatever way it ends, the session is told."""
     record = Recording(sessions, lease)
     try:
         yield record
@@ -65,7 +65,7 @@ def annotate(request: inference_pb2.GenerateRequest, tenant: Tenant) -> None:
 
 
 def annotate_end(finished: inference_pb2.GenerationFinished) -> None:
-    """Tell the current span how it ended."""
+    """Tell the current span how the request ended."""
     span, usage = trace.get_current_span(), finished.usage
     reason = types_pb2.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
     span.set_attribute(tracing.GEN_AI_RESPONSE_FINISH_REASONS, [reason])

@@ -18,9 +18,9 @@ class ResumePoint:
     request_id: str
     num_tokens: int = 0
     num_chars: int | None = None
-    """None: the text that came with its tokens."""
+    """Number of characters of text that the client has; None: the text that came with its tokens."""
     token_ids: Sequence[int] | None = None
-    """Its tokens; None: it only counted them."""
+    """Tokens that the client has; None: it only counted them."""
     request: inference_pb2.GenerateRequest | None = None
     """The original request, for when the session is lost."""
 
@@ -39,7 +39,7 @@ class Journal:
 
     @property
     def num_chars(self) -> int:
-        """Characters of their text."""
+        """Number of characters of the journal's text."""
         return sum(len(delta.text) for delta in self.deltas)
 
     def agrees_with(self, point: ResumePoint) -> bool:
@@ -49,7 +49,7 @@ class Journal:
         return point.token_ids is None or self.token_ids[: point.num_tokens] == list(point.token_ids)
 
     def check_ended(self, point: ResumePoint) -> None:
-        """The answer is complete: raises if the client has another one."""
+        """Raise if the client has the beginning of another answer than this one, which is complete."""
         if point.num_tokens > len(self.token_ids):
             raise _wrong_count(point.num_tokens, f"at most {len(self.token_ids)}, the tokens of the whole answer")
         if not self.agrees_with(point):
@@ -59,7 +59,7 @@ class Journal:
             )
 
     def cut_to(self, token_ids: Sequence[int]) -> None:
-        """Keep the deltas that lie within ``token_ids``: what follows is another answer, and the client's counts."""
+        """Keep the deltas that lie within ``token_ids``, the client's, which count; what follows is another answer."""
         num_kept = position = 0
         for delta in self.deltas:
             end = position + len(delta.token_ids)
@@ -99,7 +99,7 @@ class Gap:
         )
 
     def fill(self, event: Event) -> Iterator[Event]:
-        """The event, after a delta of the missing tokens and their text if it is the first that brings any."""
+        """Pass an event on, after a delta of the missing tokens and their text if it is the first that brings any."""
         if event.HasField("started"):
             num_final = event.started.num_committed_text_chars
             self._num_chars = max(0, num_final - self._num_chars_before)

@@ -9,29 +9,29 @@ from specpool_router.sessions.session_store import SessionState
 
 
 class StopSignal:
-    """Exists before the stream does, so that a session can be opened with it and a stream with the session's lease."""
+    """Tells one stream to end. It exists before the stream, so that a session can be opened with it."""
 
     def __init__(self) -> None:
         self.is_set = False
         self.error: SpecPoolError | None = None
-        """What the client is told; None: a polite end, since it was cancelled."""
+        """The error that the client is told; None: a polite end, since the request was cancelled."""
         self._callback: Callable[[], None] | None = None
 
     def on_set(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once it is set, in place of the callback given before."""
+        """Call ``callback`` once the signal is set, in place of the callback given before."""
         self._callback = callback
         if self.is_set:
             callback()
 
     def stop(self, state: SessionState) -> None:
-        """CANCELLED: the session was cancelled. Anything else: another stream has taken it over."""
+        """End the stream: its session was cancelled (CANCELLED), or taken over by another stream (anything else)."""
         if state is SessionState.CANCELLED:
             self._set(None)
         else:
             self._set(TargetUnavailable("another stream resumed this request", reason="SESSION_TAKEN_OVER"))
 
     def drain(self) -> None:
-        """The router stops: the client may go on elsewhere."""
+        """End the stream since the router stops: the client may go on elsewhere."""
         self._set(Draining("this router stops; resume the request at another", metadata={"retriable": "true"}))
 
     def _set(self, error: SpecPoolError | None) -> None:

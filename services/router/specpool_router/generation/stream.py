@@ -26,14 +26,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """How long a stream waits for what."""
+    """How long a stream waits, by what it waits for."""
 
     request_wait_s: float
-    """For a target, before anything ran."""
+    """Seconds to wait for a target before anything ran."""
     failover_wait_s: float
-    """For another target, since the last token."""
+    """Seconds to wait for another target, since the last token."""
     progress_timeout_s: float
-    """For a sign of life of the target that runs it."""
+    """Seconds to wait for a sign of life of the target that runs the request."""
 
 
 class Stream:
@@ -101,7 +101,7 @@ class Stream:
         )
 
     async def _run_on(self, target: Target) -> AsyncGenerator[Event, None]:
-        """Events of one target, without what there is already."""
+        """Events of one target, without those that the client has already."""
         self._sessions.pair(self._lease, target.endpoint.address, "")
         run = TargetRun(target, self._run_request(), progress_timeout_s=self._patience.progress_timeout_s)
         self._stop.on_set(run.cancel)
@@ -126,7 +126,7 @@ class Stream:
         )
 
     def _take_in(self, event: Event) -> Iterator[Event]:
-        """Note what came; gives what of it goes on."""
+        """Note what an event brings; gives what of it is passed on."""
         if event.HasField("started"):
             if not self._has_started:
                 self._has_started = True

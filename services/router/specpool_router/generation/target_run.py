@@ -60,13 +60,13 @@ class TargetRun:
         self._timer: asyncio.TimerHandle | None = None
 
     def cancel(self) -> None:
-        """End it; `events` raises `TargetLost`."""
+        """End the call; `events` raises `TargetLost`."""
         self._is_cancelled = True
         if self._call is not None:
             self._call.cancel()
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Until the target ends the stream, which is too early unless the caller has left before."""
+        """The events until the target ends the stream; raises `TargetLost` then, unless the caller has left before."""
         stub: Any = target_pb2_grpc.TargetServiceStub(self._target.channel)
         self._call = stub.RunSequence(self._request)
         self._target.num_streams += 1
@@ -99,7 +99,7 @@ class TargetRun:
         return event
 
     def _cancelled(self) -> TargetLost:
-        """The call was cancelled on this side: for one of these reasons, or because its channel was closed."""
+        """The loss that a cancelled call means: cancelled here for one of these reasons, or with its channel."""
         if self._is_stuck:
             return TargetLost(f"it showed no sign of life for {self._progress_timeout_s:g} s", ran=self._ran)
         return TargetLost("the stream was stopped" if self._is_cancelled else "its channel was closed", ran=False)
@@ -108,7 +108,7 @@ class TargetRun:
         self._timer = self._loop.call_later(in_s, self._check_life)
 
     def _check_life(self) -> None:
-        """A queue or a prefill may be long: what counts is whether the target does anything at all."""
+        """Cancel the call if the target does nothing at all any more; a queue or a prefill may be long."""
         now_s = self._loop.time()
         # Between two reads it is the client that is waited for.
         since_s = now_s if self._waiting_since_s is None else self._waiting_since_s
@@ -120,7 +120,7 @@ class TargetRun:
         self._call.cancel()
 
     def _ending(self, error: grpc.aio.AioRpcError) -> Exception:
-        """A loss, a refusal, or what the target says of the request itself."""
+        """The exception for an error of the call: a loss, a refusal, or what the target says of the request itself."""
         typed = from_rpc_error(error)
         if self._is_stuck or self._is_cancelled:
             return TargetLost(str(typed), ran=self._is_stuck and self._ran)

@@ -15,13 +15,13 @@ from specpool_router.placement.pod_choice import choose_target, resolve_model
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 1.0
 _LOOK_S: Final = 0.25
-"""How long a stop may go unnoticed while nothing changes."""
+"""Seconds for which a stop may go unnoticed while nothing changes."""
 _MAX_TARGETS_COST: Final = 2
-"""The request itself may be what ends targets: two lost while they ran it, with no token between, are enough."""
+"""Most targets that a request may cost: two lost while they ran it, with no token between, are enough."""
 
 
 class TargetSearch:
-    """What one stream knows of targets that it tried."""
+    """Chooses the targets of one stream, by what it knows of those that it tried."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class TargetSearch:
         self._is_new = is_new
         self._num_cost = 0
         self._avoided: dict[str, tuple[float, Backoff]] = {}
-        """Until when each target is left alone. Once the time for waiting is over, all of them are."""
+        """Until when each target is left alone; forgotten for all once the time for waiting is over."""
         self._refusal: SpecPoolError | None = None
 
     async def next(self) -> Target | None:
@@ -61,7 +61,7 @@ class TargetSearch:
         return None
 
     def lost(self, target: Target, loss: TargetLost, *, progressed: bool) -> None:
-        """The target went away in the middle; raises if the request is not to be given to another."""
+        """Note that a target was lost in the middle; raises if the request is not to be given to another."""
         self._targets.mark_lost(target, str(loss))
         self._refusal = None
         self._num_cost = loss.ran + (0 if progressed else self._num_cost)
@@ -73,7 +73,7 @@ class TargetSearch:
         self._continue_later(target, progressed=progressed)
 
     def refused(self, target: Target, refusal: TargetRefused, *, progressed: bool) -> None:
-        """The target is well and does not run the request now."""
+        """Note that a target is well and does not run the request now."""
         self._refusal = refusal.error
         if progressed or refusal.ran or not self._is_new:
             self._continue_later(target, progressed=progressed)

@@ -16,7 +16,7 @@ from specpool_router.placement.cluster import Cluster
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """Authenticates, and translates."""
+    """The servicer of `InferenceService`: authenticates, and translates."""
 
     def __init__(self, generations: Generations, *, cluster: Cluster, tenants: Tenants) -> None:
         self._generations = generations
@@ -56,7 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def resume_point(request: inference_pb2.ResumeRequest) -> ResumePoint:
-    """What a client asks for, and what it says that it has. Raises InvalidArgument."""
+    """The point that a client resumes at: what it asks for, and what it says that it has. Raises InvalidArgument."""
     check_text("request_id", request.request_id, MAX_REQUEST_ID_CHARS)
     token_ids = tuple(request.received_token_ids)
     return ResumePoint(

@@ -16,7 +16,7 @@ from specpool_router.sessions.sessions import Sessions
 
 
 class RouterService(router_pb2_grpc.RouterServiceServicer):
-    """Status and drain."""
+    """The servicer of `RouterService`: status and drain."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class RouterService(router_pb2_grpc.RouterServiceServicer):
         stop: asyncio.Event,
     ) -> None:
         self.grace_s = math.inf
-        """How long running streams may go on; the settings may say less."""
+        """Seconds that running streams may go on; the settings may say less."""
         self._peer = peer
         self._cluster = cluster
         self._sessions = sessions

@@ -18,13 +18,13 @@ from specpool_router.placement.pods import STATUS_TIMEOUT_S, Pods
 
 
 class Cluster:
-    """Targets and speculators. Every status call tells a target which speculators there are."""
+    """The targets and speculators that there are. Every status call tells a target of the speculators."""
 
     def __init__(
         self, targets: Discovery, speculators: Discovery, metrics: RouterMetrics, *, poll_interval_s: float = 1.0
     ) -> None:
         self.speculator_endpoints: list[types_pb2.SpeculatorEndpoint] = []
-        """What targets are told."""
+        """Speculators as targets are told of them."""
         self.targets: Pods[target_pb2.GetTargetStatusResponse] = Pods(
             "target", targets, self._target_status, metrics, poll_interval_s, sign_of_life=_target_life_s
         )
@@ -34,11 +34,11 @@ class Cluster:
         speculators.on_change(self._on_speculators)
 
     async def start(self) -> None:
-        """Begin to look and to poll."""
+        """Begin to look for pods and to poll them."""
         await asyncio.gather(self.speculators.start(), self.targets.start())
 
     async def close(self) -> None:
-        """Stop both."""
+        """Stop looking and polling."""
         await asyncio.gather(self.targets.close(), self.speculators.close())
 
     def _on_speculators(self, endpoints: Endpoints) -> None:
@@ -55,7 +55,7 @@ class Cluster:
 def _target_life_s(
     before: target_pb2.GetTargetStatusResponse | None, status: target_pb2.GetTargetStatusResponse
 ) -> float:
-    """Seconds since the engine got on for sure. One that waits for work gives no sign: a stream there should not."""
+    """Seconds since the engine last got on for sure. One without work gives no sign: a stream there should not."""
     if before is None or status.num_steps != before.num_steps:
         return 0.0
     return status.seconds_in_step or math.inf

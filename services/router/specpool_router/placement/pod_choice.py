@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from specpool.errors import ModelNotFound, TargetUnavailable
 
 _AFFINITY_SLACK = 4
-"""A session's own target may be busier than the least busy one by this many sequences."""
+"""A session's own target may be busier than the least busy one by at most this many sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,13 +19,13 @@ class Candidate:
     endpoint: str
     model: str
     num_sequences: int
-    """Running and waiting."""
+    """Number of sequences, running and waiting."""
     available: bool
-    """Reachable, serving, not draining."""
+    """Whether the pod is reachable, serving, and not draining."""
     is_leaving: bool = False
-    """Its pod is terminating, or its node is out of reach: better than none, and chosen only then."""
+    """Whether the pod is terminating, or its node out of reach: better than none, and chosen only then."""
     is_late: bool = False
-    """It did not answer when it was asked last, or does not get on: another one is better."""
+    """Whether it did not answer when it was asked last, or does not get on: another one is better."""
 
 
 def choose_target(
@@ -68,13 +68,13 @@ def resolve_model(candidates: Iterable[Candidate], model: str) -> str:
 
 
 def _soundest(usable: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Those that stay and answer, if there are any; else those that stay; else all."""
+    """The candidates that stay and answer, if there are any; else those that stay; else all."""
     best = min((c.is_leaving, c.is_late) for c in usable)
     return [c for c in usable if (c.is_leaving, c.is_late) == best]
 
 
 def _preferred(usable: Sequence[Candidate], key: str) -> Candidate:
-    """The one with the highest hash of (key, endpoint), so that a pod that comes or goes moves only its own keys."""
+    """The candidate with the highest hash of (key, endpoint): a pod that comes or goes moves only its own keys."""
     favourite = max(usable, key=lambda c: hashlib.sha256(f"{key}\0{c.endpoint}".encode()).digest())
     least_busy = _least_busy(usable)
     return favourite if favourite.num_sequences <= least_busy.num_sequences + _AFFINITY_SLACK else least_busy

@@ -27,23 +27,23 @@ _logger = logging.getLogger(__name__)
 STATUS_TIMEOUT_S: Final = 2.0
 _CLOSE_S: Final = 3.0
 _MAX_MISSED: Final = 3
-"""Status answers in a row that may be late: a busy or stopped process is not a dead one."""
+"""Status answers in a row that may be late before a pod is lost: a busy or stopped process is not a dead one."""
 _FLOW_S: Final = 5.0
-"""A pod whose streams brought something this lately is alive, whatever became of its status."""
+"""Seconds after a stream brought something in which its pod is alive, whatever became of its status."""
 _STUCK_S: Final = 10.0
-"""A pod whose engine has been at one thing for longer is used where there is no other."""
+"""Seconds at one thing after which an engine is stuck: its pod is used where there is no other."""
 _REMEMBERED_S: Final = 600.0
-"""How long a model is expected back after its last target went."""
+"""Seconds for which a model is expected back after its last target went."""
 Status = TypeVar("Status", target_pb2.GetTargetStatusResponse, speculator_pb2.GetSpeculatorStatusResponse)
 Fetch = Callable[[grpc.aio.Channel], Awaitable[tuple[Status, bool]]]
-"""Asks for the status, and for whether the standard health says SERVING."""
+"""Asks a pod for its status, and for whether the standard health service says SERVING."""
 SignOfLife = Callable[[Status | None, Status], float]
 """From a status and the one before: seconds since the pod got on for sure, infinite if that does not tell."""
 
 
 @dataclass(slots=True)
 class Pod(Generic[Status]):
-    """One target or speculator."""
+    """One target or speculator, as this router knows it."""
 
     endpoint: Endpoint
     channel: grpc.aio.Channel
@@ -52,24 +52,24 @@ class Pod(Generic[Status]):
     healthy: bool = False
     error: str = "not asked yet"
     num_missed: int = 0
-    """Status answers in a row that did not come in time."""
+    """Number of status answers in a row that did not come in time."""
     num_streams: int = 0
-    """Streams of this router that run there: newer than any status."""
+    """Number of streams of this router that run there: newer than any status."""
     heard_s: float = -math.inf
-    """When a stream last brought something, by the event loop's clock."""
+    """Time at which a stream last brought something, by the event loop's clock."""
     progressed_s: float = -math.inf
-    """When its status last showed that it gets on, by the same clock."""
+    """Time at which its status last showed that it gets on, by the event loop's clock."""
     is_stuck: bool = False
     """Whether its status shows that it has not got on for a while."""
     task: asyncio.Task[None] | None = None
     is_leaving: bool = False
-    """Whether it is no longer to be polled."""
+    """Whether the pod is no longer to be polled."""
     polled: asyncio.Event = field(default_factory=asyncio.Event)
     poll_now: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set: the next status call does not wait for its time."""
+    """Set to have the next status call made without waiting for its time."""
 
     def candidate(self) -> Candidate:
-        """As routing sees it."""
+        """The pod as the choice of a target sees it."""
         address = self.endpoint.address
         if self.status is None:
             return Candidate(endpoint=address, model="", num_sequences=0, available=False)
@@ -85,7 +85,7 @@ class Pod(Generic[Status]):
         )
 
     def lose(self, error: str) -> None:
-        """Not to be used until it answers or a stream brings something."""
+        """Use the pod no more until it answers or a stream brings something."""
         self.reachable, self.heard_s, self.error = False, -math.inf, error
 
 
@@ -116,7 +116,7 @@ class Pods(Generic[Status]):
         discovery.on_change(self._on_endpoints)
 
     async def start(self, first_poll_s: float = STATUS_TIMEOUT_S) -> None:
-        """Begin; gives pods known at once a moment to answer."""
+        """Begin to poll, and give pods known at once a moment to answer."""
         await self._discovery.start()
         waits = [asyncio.ensure_future(pod.polled.wait()) for pod in self._pods.values()]
         if waits:
@@ -142,7 +142,7 @@ class Pods(Generic[Status]):
         return [self._pods[address] for address in sorted(self._pods)]
 
     def candidates(self) -> list[Candidate]:
-        """As routing sees them."""
+        """All pods as the choice of a target sees them."""
         return [pod.candidate() for pod in self.all()]
 
     def get(self, address: str) -> Pod[Status] | None:
@@ -150,20 +150,20 @@ class Pods(Generic[Status]):
         return self._pods.get(address)
 
     def served_lately(self, model: str) -> bool:
-        """Whether a pod had this model a while ago: one is expected back."""
+        """Whether a pod had this model a while ago, so that one is expected back."""
         return time.monotonic() - self._served_s.get(model, -math.inf) < _REMEMBERED_S
 
     def mark_lost(self, pod: Pod[Status], error: str) -> None:
-        """A stream broke: not to be used until it shows a sign of life."""
+        """Note that a stream broke: its pod is not used until it shows a sign of life."""
         pod.lose(error)
         self._notify()
 
     async def refresh(self) -> None:
-        """Ask all of them now; what becomes of one that leaves meanwhile is no matter."""
+        """Ask all pods now; what becomes of one that leaves meanwhile is no matter."""
         await asyncio.gather(*(self._poll(pod) for pod in self.all()), return_exceptions=True)
 
     def poll_soon(self) -> None:
-        """Have all of them asked without waiting for the interval."""
+        """Have all pods asked without waiting for the interval."""
         for pod in self._pods.values():
             pod.poll_now.set()
 
@@ -218,7 +218,7 @@ class Pods(Generic[Status]):
             await _wait(pod.poll_now, self._interval_s)
 
     async def _poll(self, pod: Pod[Status]) -> bool:
-        """Whether it answered."""
+        """Ask a pod for its status; returns whether it answered."""
         before = pod.candidate(), pod.reachable
         try:
             status, healthy = await self._fetch(pod.channel)

@@ -20,15 +20,15 @@ from specpool_router.sessions.store_state import StoreState
 _GATHER_S: Final = 0.05
 _LONGEST_GATHER_S: Final = 0.25
 _MAX_LEASES: Final = 256
-"""Written at once."""
+"""Leases that are written at once."""
 _MAX_ENTRIES: Final = 1000
-"""Of one journal in one write."""
+"""Entries of one journal that one write takes."""
 _MAX_ENDED: Final = 10_000
 _MAX_ENDED_BYTES: Final = 64 << 20
 
 
 class JournalWriter:
-    """Writes what leases have and the store lacks."""
+    """Writes to the store what it lacks of each lease."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class JournalWriter:
         state.on_up(self._wake.set)
 
     def mark(self, lease: Lease) -> None:
-        """The lease has something new. Does not wait."""
+        """Note that the lease has something new. Does not wait."""
         lease.written.clear()
         if lease.unwritten_since is None:
             lease.unwritten_since = self._clock()
@@ -64,7 +64,7 @@ class JournalWriter:
         return self._ended.get(request_id)
 
     def lag_s(self) -> float:
-        """Age of the oldest thing that is not in the store."""
+        """Age in seconds of the oldest thing that is not in the store."""
         now = self._clock()
         return max((now - (lease.unwritten_since or now) for lease in list(self._dirty)), default=0.0)
 
@@ -117,7 +117,7 @@ class JournalWriter:
             lease.unwritten_since = started  # what came while this was on its way
 
     async def _send(self, lease: Lease) -> LeaseState:
-        """One round trip: everything at once, in order. Each part changes nothing if the store does not know it."""
+        """Write what the store lacks, in one round trip and in order. No part changes anything of a lost session."""
         store, session, start = self._store, lease.session, lease.num_written
         if lease.never_began:
             await store.delete(session.request_id, session.owner)
@@ -139,7 +139,7 @@ class JournalWriter:
         return state
 
     async def _take_over(self, lease: Lease) -> bool:
-        """The client went on here while the store was away; it still knows the stream before as the owner."""
+        """Own a session that went on here while the store was away, where the stream before is still the owner."""
         session = await self._store.load(lease.session.request_id)
         taken = False
         if session is not None and session.tenant == lease.tenant.name and not session.ending:
@@ -159,7 +159,7 @@ class JournalWriter:
             self._forget(next(iter(self._ended.values())))
 
     def _forget(self, lease: Lease) -> None:
-        """All is written, or is not going to be."""
+        """Forget a lease of which all is written, or is not going to be."""
         self._dirty.pop(lease, None)
         if self._ended.get(lease.session.request_id) is lease:
             del self._ended[lease.session.request_id]

@@ -21,24 +21,24 @@ class Lease:
     journal: list[bytes] = field(default_factory=list)
     num_written: int = 0
     began: bool = False
-    """Whether its client got anything."""
+    """Whether the client got anything."""
     is_adopted: bool = False
-    """Whether it was begun without asking the store, which may know it as another owner's."""
+    """Whether it was begun without asking the store, which may know the session as another owner's."""
     pairing_written: bool = True
     ended: tuple[SessionState, bytes] | None = None
     end_written: bool = False
     unwritten_since: float | None = None
-    """When the oldest thing came that the store lacks."""
+    """Time at which the oldest thing came that the store lacks."""
     last_write: float = 0.0
     written: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while the store lacks nothing, or never will get it."""
+    """Set while the store lacks nothing, or never will get what it lacks."""
 
     def __post_init__(self) -> None:
         self.written.set()
 
     @property
     def never_began(self) -> bool:
-        """Whether it failed before its client got anything: nobody can miss it."""
+        """Whether the request failed before its client got anything: nobody can miss it."""
         return self.ended is not None and self.ended[0] is SessionState.FAILED and not self.began
 
     @property
@@ -52,5 +52,5 @@ class Lease:
 
     @property
     def num_bytes(self) -> int:
-        """What it keeps in memory after its end."""
+        """Bytes that the lease keeps in memory after its end."""
         return len(self.session.request) + sum(map(len, self.journal))

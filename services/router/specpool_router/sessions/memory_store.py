@@ -22,7 +22,7 @@ from specpool_router.sessions.session_store import (
 
 _SWEEP_S: Final = 1.0
 _MAX_BYTES: Final = 256 << 20
-"""Of sessions; the oldest that do not run are forgotten first."""
+"""Bytes that all sessions may take; the oldest that do not run are forgotten first."""
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class _Record:
 
 
 class MemorySessionStore(SessionStore):
-    """For one router, and for the time in which the real store is away."""
+    """The store of a single router, and of every router for the time in which the real one is away."""
 
     kind = "memory"
 
@@ -61,10 +61,10 @@ class MemorySessionStore(SessionStore):
         self._totals: dict[tuple[str, str], int] = {}
 
     async def probe(self, writer: str) -> None:
-        """Always there."""
+        """Do nothing: memory is always there."""
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
     async def create(self, session: Session) -> bool:
         self._expire()
@@ -184,7 +184,7 @@ class MemorySessionStore(SessionStore):
             self.count(tenant, total - counted)
 
     def count(self, tenant: str, num_tokens: int) -> None:
-        """`add_tokens` for who is the only one that counts."""
+        """Count tokens where nobody else counts; see `add_tokens`."""
         current = int(self._clock()) // WINDOW_S
         window, used = self._tokens.get(tenant, (current, 0))
         self._tokens[tenant] = (current, num_tokens + (used if window == current else 0))

@@ -22,7 +22,7 @@ from specpool_router.sessions.store_state import StoreState
 _NO_LIMITS: Final = QuotaLimits()
 _MAX_UNRELEASED: Final = 10_000
 _MAX_RENEWED: Final = 256
-"""Places in one write."""
+"""Places that are renewed in one write."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class _TokenCount:
 
     total: int = 0
     counted: int = 0
-    """Of which the store is known to have these."""
+    """Number of these tokens that the store is known to have counted."""
 
 
 class Quotas:
@@ -72,7 +72,7 @@ class Quotas:
         return refusal
 
     async def release(self, tenant: Tenant, owner: str) -> None:
-        """Give the place back."""
+        """Give the owner's place back."""
         held = self._held.get(tenant.name, {})
         held.pop(owner, None)
         if not held:
@@ -92,7 +92,7 @@ class Quotas:
             del self._unreleased[next(iter(self._unreleased))]  # it runs out by itself
 
     def forget(self, tenant: Tenant, owner: str) -> None:
-        """Another stream has the place now: it is not renewed any more."""
+        """Renew a place no more: another stream has it now."""
         self._held.get(tenant.name, {}).pop(owner, None)
 
     def count(self, tenant: Tenant, num_tokens: int) -> None:
@@ -104,7 +104,7 @@ class Quotas:
             count.counted += num_tokens
 
     async def write_tokens(self) -> None:
-        """Tell the store what was counted since the last time. May raise SessionStoreUnavailable."""
+        """Tell the store what was counted since the last time. Raises SessionStoreUnavailable."""
         await asyncio.gather(*(self._write_tokens(name, count) for name, count in self._tokens.items()))
 
     async def _write_tokens(self, tenant_name: str, count: _TokenCount) -> None:
@@ -113,7 +113,7 @@ class Quotas:
             count.counted = max(count.counted, total)
 
     async def renew(self) -> None:
-        """Keep all places that are held, here and in the store. May raise SessionStoreUnavailable."""
+        """Keep all places that are held, here and in the store. Raises SessionStoreUnavailable."""
         self._missing_here = await self._renew(self._local, self._missing_here)
         if not self._state.up:
             return
@@ -122,7 +122,7 @@ class Quotas:
         self._missing = await self._renew(self._store, self._missing)
 
     async def _renew(self, store: SessionStore, missing_before: set[str]) -> set[str]:
-        """Returns the owners whose places are missing for the first time: they may just be taken over."""
+        """Renew the places; returns the owners missing there for the first time: they may just be taken over."""
         missing_now: set[str] = set()
         for tenant, held in list(self._held.items()):
             owners = list(held)

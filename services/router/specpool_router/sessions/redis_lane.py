@@ -20,7 +20,7 @@ from specpool_router.sessions.redis_scripts import ALL, Script
 _logger = logging.getLogger(__name__)
 _MAX_COMMANDS: Final = 256
 _MAX_BYTES: Final = 1 << 20
-"""A batch may be larger by its last command."""
+"""Bytes of a batch's commands, at which it is sent; its last command may exceed them."""
 _BATCH_S: Final = 5.0
 """Longest time for one batch, its retry included."""
 
@@ -28,7 +28,7 @@ _Command = tuple[object, ...]
 
 
 class RedisLane:
-    """Sends commands in order. All of them may be sent twice: that must do no harm."""
+    """Sends commands in order. Each may be sent twice, so that it must do no harm the second time."""
 
     def __init__(self, client: Any, *, max_commands: int = _MAX_COMMANDS, max_bytes: int = _MAX_BYTES) -> None:
         self._client = client
@@ -50,7 +50,7 @@ class RedisLane:
         return await future
 
     async def close(self) -> None:
-        """Stop; what waits fails."""
+        """Stop; commands that wait fail."""
         if self._sender is not None:
             self._sender.cancel()
             await asyncio.wait([self._sender], timeout=_BATCH_S)
@@ -83,7 +83,7 @@ class RedisLane:
         return batch
 
     async def _execute(self, commands: Sequence[_Command]) -> list[Any]:
-        """Answers, or exceptions as the server gave them. A server that lost the scripts gets them again."""
+        """The server's answers, or its exceptions. A server that lost the scripts gets them again."""
         pipeline = self._client.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)

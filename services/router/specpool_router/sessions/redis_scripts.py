@@ -19,7 +19,7 @@ from typing import Final
 
 
 class Script:
-    """A script and the digest under which the server keeps it."""
+    """A Lua script and the digest under which the server keeps it."""
 
     def __init__(self, text: str) -> None:
         self.text = text

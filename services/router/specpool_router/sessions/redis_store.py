@@ -32,9 +32,9 @@ from specpool_router.sessions.store_url import check_store_url, without_password
 
 _TIMEOUT_S: Final = 1.0
 _MAX_CONNECTIONS: Final = 4
-"""One for writes, one for reads, and one to spare for each while a former one ends."""
+"""Most connections: one for writes, one for reads, and one to spare for each while a former one ends."""
 _MAX_READS: Final = 16
-"""At once: what they read may be large."""
+"""Most reads at once: what they read may be large."""
 _T = TypeVar("_T")
 # The server says no to one command; of these it says no to all writes, for now.
 _UNUSABLE: Final = (
@@ -52,7 +52,7 @@ _REFUSED_USER: Final = (
 
 
 class RedisSessionStore(SessionStore):
-    """Shared by all routers."""
+    """The store that all routers share."""
 
     kind = "redis"
 
@@ -149,7 +149,7 @@ class RedisSessionStore(SessionStore):
         await self._run(scripts.ADD_TOKENS, keys, [counted, total, WINDOW_S])
 
     async def _identify(self) -> None:
-        """Learn what answers there; a replica or a Sentinel answers, too, but takes no writes."""
+        """Learn what kind of server answers; a replica or a Sentinel answers, too, but takes no writes."""
         info: dict[str, Any] = await self._answer(self._reads.send("INFO"))
         if info.get("redis_mode") == "sentinel":
             raise self._misconfigured("it is a Sentinel; name the primary that it watches")
@@ -208,7 +208,7 @@ class RedisSessionStore(SessionStore):
 
 
 def _to_fields(session: Session) -> dict[str, str | bytes]:
-    """All but the owner."""
+    """The fields of a session's hash, all but the owner."""
     return {
         "tenant": session.tenant,
         "request": session.request,

@@ -18,7 +18,7 @@ from specpool.errors import SessionStoreUnavailable
 from specpool.v1 import inference_pb2
 
 LEASE_S = 15.0
-"""A lease that is not renewed this long is void: its router died."""
+"""Seconds after which a lease that is not renewed is void: its router died."""
 WINDOW_S = 60
 
 
@@ -27,7 +27,7 @@ class SessionState(Enum):
 
     RUNNING = "running"
     DETACHED = "detached"
-    """Its client is gone; it can be resumed."""
+    """The session's client is gone; the session can be resumed."""
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -35,19 +35,19 @@ class SessionState(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """One request, as replicas know it."""
+    """One request, as all routers know it."""
 
     request_id: str
     tenant: str
     owner: str
     """Random id of the stream that runs it."""
     request: bytes
-    """GenerateRequest with request_id, model and seed filled in; of an ended session no more than these."""
+    """Serialized GenerateRequest with request_id, model and seed filled in; of an ended session no more than these."""
     target: str = ""
     speculator: str = ""
     state: SessionState = SessionState.RUNNING
     ending: bytes = b""
-    """GenerationFinished of an ended session."""
+    """The serialized GenerationFinished of an ended session."""
 
     def outline(self) -> bytes:
         """The request without its prompt: what is needed to tell of a session that has ended."""
@@ -58,7 +58,7 @@ class Session:
 
 
 class LeaseState(Enum):
-    """Answer to a renewal."""
+    """What the store says of a lease that was renewed or written."""
 
     HELD = "held"
     CANCEL_REQUESTED = "cancel"
@@ -93,18 +93,18 @@ class OperationRefused(SessionStoreUnavailable):
 
 
 class StoreMisconfigured(SessionStoreUnavailable):
-    """What answers can never be the store: it is another kind of server, or refuses the credentials."""
+    """Raised where what answers can never be the store: another kind of server, or one that refuses the credentials."""
 
 
 class SessionStore(ABC):
-    """Every method but `close` may raise SessionStoreUnavailable."""
+    """What a session store can do. Every method but `close` may raise SessionStoreUnavailable."""
 
     kind: str
-    """redis, valkey or memory."""
+    """Kind of the store: `redis`, `valkey` or `memory`."""
 
     @abstractmethod
     async def probe(self, writer: str) -> None:
-        """Write as the other methods do: raise if that fails."""
+        """Write as the other methods do; raises if that fails."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -132,11 +132,11 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def read_journal(self, request_id: str) -> list[bytes]:
-        """All entries."""
+        """All entries of a session's journal, in order."""
 
     @abstractmethod
     async def finish(self, request_id: str, owner: str, state: SessionState, ending: bytes, outline: bytes) -> bool:
-        """The session ended; it stays readable for its TTL. A finished one keeps no more than the request's outline."""
+        """End a session; it stays readable for its TTL. A finished one keeps no more than the request's outline."""
 
     @abstractmethod
     async def delete(self, request_id: str, owner: str) -> None:
@@ -144,7 +144,7 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def renew(self, request_id: str, owner: str) -> LeaseState:
-        """Keep a running session."""
+        """Keep a running session for another `LEASE_S`."""
 
     @abstractmethod
     async def request_cancel(self, request_id: str, tenant: str) -> bool:
@@ -167,7 +167,7 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def release(self, tenant: str, owner: str) -> None:
-        """Give the place back."""
+        """Give the owner's place back."""
 
     @abstractmethod
     async def add_tokens(self, tenant: str, counter: str, counted: int, total: int) -> None:
@@ -175,14 +175,14 @@ class SessionStore(ABC):
 
 
 def concurrency_refusal(limits: QuotaLimits, used: int) -> QuotaRefusal:
-    """Too many requests run."""
+    """The refusal where too many requests run."""
     return QuotaRefusal(
         limit_name="max_concurrent_requests", limit=limits.max_concurrent_requests, used=used, retry_after_s=1.0
     )
 
 
 def token_refusal(limits: QuotaLimits, used: int, now: float) -> QuotaRefusal:
-    """This minute's tokens are used up."""
+    """The refusal where this minute's tokens are used up."""
     return QuotaRefusal(
         limit_name="tokens_per_minute",
         limit=limits.tokens_per_minute,

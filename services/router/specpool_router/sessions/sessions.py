@@ -25,15 +25,15 @@ from specpool_router.sessions.store_state import StoreState
 
 _RENEW_S: Final = 1.0
 _TOKENS_S: Final = 0.1
-"""Between two reports of what was counted."""
+"""Seconds between two reports of the tokens that were counted."""
 _MAX_RENEWED: Final = 256
-"""Leases renewed at once."""
+"""Leases that are renewed at once."""
 _WRITTEN_S: Final = 2.0
 """Longest wait for what this router itself has still to write."""
 _CLOSE_S: Final = 2.0
 _MAX_TAKE_OVERS: Final = 3
 _BYTES_PER_TOKEN: Final = 4
-"""Of a prompt that nobody counted."""
+"""Bytes of text that count as one token, for a prompt whose tokens nobody counted."""
 
 
 class Sessions:
@@ -74,7 +74,7 @@ class Sessions:
         await self._quotas.admit(tenant, owner, instead_of=instead_of)
 
     async def release(self, tenant: Tenant, owner: str) -> None:
-        """Give the place back."""
+        """Give the owner's place in the tenant's quota back."""
         await self._quotas.release(tenant, owner)
 
     async def open(self, session: Session, tenant: Tenant, stop: Callable[[SessionState], None]) -> Lease:
@@ -154,13 +154,13 @@ class Sessions:
         return self._hold(Lease(session, tenant, stop, journal, began=True))
 
     def pair(self, lease: Lease, target: str, speculator: str) -> None:
-        """Note where it runs. Does not wait."""
+        """Note at which target and speculator a session runs. Does not wait."""
         lease.session = replace(lease.session, target=target, speculator=speculator)
         lease.pairing_written = False
         self._journal.mark(lease)
 
     def append(self, lease: Lease, entry: bytes, num_tokens: int) -> None:
-        """Journal a delta. Does not wait."""
+        """Add a delta to the journal. Does not wait."""
         lease.journal.append(entry)
         self.count_tokens(lease, num_tokens)
         self._journal.mark(lease)
@@ -171,7 +171,7 @@ class Sessions:
         self._quotas.count(lease.tenant, num_tokens)
 
     def finish(self, lease: Lease, state: SessionState, ending: bytes, *, invalid: bool = False) -> None:
-        """The session ended. Does not wait. An ``invalid`` request costs its tenant what its prompt may have cost."""
+        """End a session. Does not wait. An ``invalid`` request costs its tenant what its prompt may have cost."""
         if not lease.began and (invalid or state is SessionState.DETACHED):
             self._quotas.count(lease.tenant, len(lease.session.request) // _BYTES_PER_TOKEN)
         lease.ended = (state, ending)
@@ -194,7 +194,7 @@ class Sessions:
 
     @contextlib.asynccontextmanager
     async def _store_in_use(self) -> AsyncIterator[None]:
-        """For what cannot be done without the store: nobody waits for one that is known to be away."""
+        """A context for what cannot be done without the store: nobody waits for one that is known to be away."""
         self._state.require()
         try:
             yield
@@ -207,7 +207,7 @@ class Sessions:
         return lease
 
     def _lose(self, lease: Lease) -> None:
-        """Another stream has the session."""
+        """Stop a stream whose session another one has taken."""
         self._quotas.forget(lease.tenant, lease.session.owner)
         lease.stop(SessionState.FAILED)
 

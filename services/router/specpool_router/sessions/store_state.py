@@ -20,7 +20,7 @@ from specpool_router.sessions.session_store import OperationRefused, SessionStor
 _logger = logging.getLogger(__name__)
 _PROBE_S: Final = 1.0
 _STABLE_S: Final = 120.0
-"""A store that was up for this long has done with its past."""
+"""Seconds of being up after which a store has done with its past."""
 _FIRST_HOLD_S: Final = 5.0
 _LONGEST_HOLD_S: Final = 60.0
 _HOLD_FACTOR: Final = 4.0
@@ -28,7 +28,7 @@ _REFUSAL_WARNING_S: Final = 60.0
 
 
 class StoreState:
-    """Up or down, and why."""
+    """Whether the store is up or down, and why."""
 
     def __init__(
         self, store: SessionStore, metrics: RouterMetrics, *, clock: Callable[[], float] | None = None
@@ -69,13 +69,13 @@ class StoreState:
             self.failed(error)
 
     async def watch(self) -> None:
-        """Find out that the store is gone, or back. Never returns."""
+        """Find out that the store is gone, or back, again and again. Never returns."""
         while True:
             await asyncio.sleep(_PROBE_S)
             await self.look()
 
     async def look(self) -> None:
-        """One write decides."""
+        """Find out whether the store is up: one write decides."""
         try:
             await self._store.probe(self._writer)
         except SessionStoreUnavailable as error:
@@ -85,7 +85,7 @@ class StoreState:
                 self._set_up()
 
     def failed(self, error: SessionStoreUnavailable) -> None:
-        """An operation failed, after a retry."""
+        """Note that an operation failed, after a retry."""
         if not isinstance(error, OperationRefused):
             self._set_down(error)
         elif self._clock() >= self._next_warning:

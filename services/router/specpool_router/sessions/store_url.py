@@ -40,7 +40,7 @@ def check_store_url(url: str) -> None:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """The URL without its password, as it may be shown."""
     parts = _split(url)
     if parts is None or _is_ambiguous(parts):
         scheme, separator, _ = url.partition("://")
@@ -56,7 +56,7 @@ def without_password(url: str) -> str:
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of something that looks like a URL with a host or a path."""
+    """The parts of a URL that has a host or a path; None for what does not look like one."""
     scheme, separator, _ = url.partition("://")
     if not separator or not scheme.isalnum() or not url.isprintable():
         return None
