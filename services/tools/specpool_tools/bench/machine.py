@@ -42,7 +42,7 @@ def recommended_arguments() -> tuple[str, ...]:
 
 
 def should_keep_awake() -> bool:
-    """In virtual machines, but not under a CPU quota, which spinning would use up."""
+    """Whether cores should be kept awake: in virtual machines, but not under a CPU quota, which that would use up."""
     return is_virtual() and not has_cpu_quota() and can_keep_awake()
 
 

@@ -33,7 +33,7 @@ class BenchOptions:
     temperatures: tuple[float, ...] = (0.0, 1.0)
     verification: str = "coupled"
     lookaheads: tuple[int, ...] = (1, 2, 3, 4)
-    """Candidates for K. One value: no tuning."""
+    """Candidates for lookahead K. One value: no tuning."""
     seed: int = 1
     endpoint: str = ""
     """Bench what already runs there instead of starting a system."""

@@ -36,14 +36,14 @@ class Summary:
     verify_ms: float
     other_ms: float
     hit_overhead: float
-    """(round - forward) / round, over rounds that were hits."""
+    """Share of a round that is not the forward, (round - forward) / round, over rounds that were hits."""
     same_as_off: float
     """Share of the prompts whose token ids equal those of mode off."""
     ratios: dict[str, float] = field(default_factory=dict)
-    """tokens_per_second over that of each other mode of the same temperature and layout."""
+    """Tokens per second over those of each other mode of the same temperature and layout."""
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The summary as JSON can hold it."""
         return asdict(self)
 
 
@@ -130,7 +130,7 @@ def _mean(values: Iterable[bool]) -> float:
 
 
 def speed_table(summaries: Sequence[Summary]) -> Table:
-    """Speeds and what explains them."""
+    """A table of speeds and what explains them."""
     table = Table(title="tokens/s after the first token; ratios within one temperature and layout")
     for heading in (
         "T",
@@ -167,7 +167,7 @@ def speed_table(summaries: Sequence[Summary]) -> Table:
 
 
 def round_table(summaries: Sequence[Summary]) -> Table:
-    """Where the time of a round goes."""
+    """A table of where the time of a round goes."""
     table = Table(title="mean round, ms")
     for heading in ("T", "layout", "mode", "round", "waiting", "forward", "verify", "other", "overhead on hits"):
         table.add_column(heading, justify="left" if heading in ("layout", "mode") else "right")

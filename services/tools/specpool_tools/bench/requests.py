@@ -26,10 +26,10 @@ class Setting:
     mode: str
     temperature: float
     lookahead: int
-    """K; 0: the target plans it."""
+    """Lookahead K; 0: the target chooses it."""
     verification: str = "coupled"
     layout: str = "own cores"
-    """Which cores target and speculator had."""
+    """Name of the layout: which cores target and speculator had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Measurement:
         return self.stats.seconds - self.stats.seconds_to_first_token
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON: what speeds are made of. Seconds of the forwards are those after the prefill."""
+        """What speeds are made of, as JSON can hold it. Seconds of the forwards are those after the prefill."""
         return {
             **asdict(self.setting),
             "prompt_id": self.prompt_id,

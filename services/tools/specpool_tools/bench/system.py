@@ -19,7 +19,7 @@ from specpool.errors import Internal
 def running_system(
     arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0
 ) -> Iterator[str]:
-    """As `running_service`, of `specpool up ARGUMENTS`, which hands `environment` on to the services."""
+    """The endpoint of a fresh `specpool up ARGUMENTS`, which hands `environment` on; see `running_service`."""
     with running_service(("up", *arguments), environment=environment, timeout_s=timeout_s) as endpoint:
         yield endpoint
 

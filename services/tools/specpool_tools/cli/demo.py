@@ -20,7 +20,7 @@ _PROMPT = "Write a Python function that returns the n-th Fibonacci number, and e
 
 
 def run_demo(target: str, draft: str, *, prompt: str, max_tokens: int) -> None:
-    """Everything from nothing to a summary."""
+    """Fetch both models, start everything, stream an answer in both modes, and print a summary."""
     console = Console()
     run_fetch([name for name in (target, draft) if name in known_models()], Source.AUTO)
     console.print(f"starting router, target ({target}), speculator ({draft}) and session store ...")
@@ -38,7 +38,7 @@ def run_demo(target: str, draft: str, *, prompt: str, max_tokens: int) -> None:
 
 
 def comparison(ssd: Completion, off: Completion) -> str:
-    """Whether speculation changed anything; in bfloat16 it may, where two tokens are almost equally likely."""
+    """A line on whether speculation changed the tokens; in bfloat16 it may, where two are almost equally likely."""
     pairs = zip(ssd.token_ids, off.token_ids, strict=False)
     first = next((index for index, (left, right) in enumerate(pairs) if left != right), None)
     if first is None:
@@ -64,7 +64,7 @@ async def _answer(options: GenerateOptions, prompt: str, *, echo: bool) -> Compl
 
 
 def tokens_per_second(completion: Completion) -> float:
-    """Of the tokens after the first."""
+    """Tokens per second after the first token, which the prefill gives."""
     decode_s = completion.stats.seconds - completion.stats.seconds_to_first_token
     return (len(completion.token_ids) - 1) / decode_s if decode_s > 0 else 0.0
 
@@ -77,7 +77,7 @@ def hit_rate(completion: Completion) -> float:
 
 
 def summary(ssd: Completion, off: Completion) -> Table:
-    """Both modes side by side."""
+    """A table with both modes side by side."""
     table = Table("mode", "tokens/s", "ratio", "hit rate", "accepted length", title="summary")
     plain = tokens_per_second(off)
     rounds = ssd.stats.num_rounds or 1

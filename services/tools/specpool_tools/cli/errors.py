@@ -18,7 +18,7 @@ BAD_ARGUMENTS, FAILED = 2, 1
 
 @dataclass(slots=True)
 class Verbosity:
-    """Whether errors are shown with their traceback."""
+    """Holds whether errors are shown with their traceback."""
 
     verbose: bool = False
 
@@ -27,7 +27,7 @@ VERBOSITY = Verbosity()
 
 
 def exit_status(error: BaseException) -> int:
-    """2 when the arguments are to blame, wherever that was noticed."""
+    """The exit status for an error: 2 when the arguments are to blame, wherever that was noticed, else 1."""
     return BAD_ARGUMENTS if isinstance(error, InvalidArgument) else FAILED
 
 
@@ -45,7 +45,7 @@ def report(error: BaseException) -> int:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Turn whatever goes wrong inside into a line and an exit status."""
+    """A context that turns whatever goes wrong inside into a line and an exit status."""
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):

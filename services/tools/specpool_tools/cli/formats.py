@@ -11,7 +11,7 @@ _RENAMED = {"accepted_tokens": "accepted"}
 
 
 def plain_fields(message: Any) -> dict[str, Any]:
-    """Scalar fields of a message, in order, without the protocol's `num_`."""
+    """The scalar fields of a message, in order, without the protocol's `num_`."""
     result: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         if field.message_type is None:
@@ -22,7 +22,7 @@ def plain_fields(message: Any) -> dict[str, Any]:
 
 
 def finish_reason(value: types_pb2.FinishReason.ValueType) -> str:
-    """`stop`, `length` or `cancelled`."""
+    """Name of a finish reason: `stop`, `length` or `cancelled`."""
     return types_pb2.FinishReason.Name(value).removeprefix("FINISH_REASON_").lower()
 
 
@@ -39,12 +39,12 @@ def completion_document(completion: Completion) -> dict[str, Any]:
 
 
 def state_name(value: types_pb2.ServingState.ValueType) -> str:
-    """`serving`, `starting` or `draining`."""
+    """Name of a serving state: `serving`, `starting` or `draining`."""
     return types_pb2.ServingState.Name(value).removeprefix("SERVING_STATE_").lower()
 
 
 def peer_document(peer: types_pb2.Peer) -> dict[str, Any]:
-    """Incarnations are 64 bits wide: as hex text they survive every JSON reader."""
+    """A peer's JSON object. Incarnations are 64 bits wide: as hex text they survive every JSON reader."""
     return {"id": peer.id, "incarnation": f"{peer.incarnation:016x}", "endpoint": peer.endpoint}
 
 

@@ -25,14 +25,14 @@ class GenerateOptions:
     numbers: dict[str, float | int | None] = field(default_factory=dict)
     """Optional scalar fields of SamplingParams by name."""
     logit_bias: tuple[str, ...] = ()
-    """`TOKEN_ID=BIAS`, each."""
+    """Biases of tokens, each as `TOKEN_ID=BIAS`."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
 
 def sampling_params(options: GenerateOptions) -> types_pb2.SamplingParams:
-    """The message; what it cannot hold is a bad argument."""
+    """The sampling parameters as a message; a value that it cannot hold is a bad argument."""
     given = {name: value for name, value in options.numbers.items() if value is not None}
     params = types_pb2.SamplingParams(ignore_eos=options.ignore_eos, stop=options.stop)
     for name, value in given.items():
@@ -105,7 +105,7 @@ async def _stream(request: inference_pb2.GenerateRequest, options: GenerateOptio
 
 
 def describe_stats(completion: Completion) -> str:
-    """One line for people."""
+    """The statistics of a completion in one line, for people."""
     stats, num_tokens = completion.stats, len(completion.token_ids)
     decode_s = stats.seconds - stats.seconds_to_first_token
     speed = (num_tokens - 1) / decode_s if decode_s > 0 else 0.0

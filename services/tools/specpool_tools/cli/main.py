@@ -28,7 +28,7 @@ def root(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks of errors.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Options of every command."""
+    """Take the options that every command has."""
     VERBOSITY.verbose = verbose
     if version:
         from specpool import __version__

@@ -14,7 +14,7 @@ from specpool_tools.models.fetch import Source, fetch_model
 
 
 def run_list(output: str) -> None:
-    """Print the catalogue."""
+    """Print the catalogue, and which models are on this machine."""
     if output == "json":
         rows = [
             {"name": e.name, "hub_id": e.hub_id, "fetched": e.is_fetched, "path": str(e.directory)}

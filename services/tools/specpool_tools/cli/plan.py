@@ -28,42 +28,42 @@ from specpool_tools.planning.simulator import simulate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """What is asked."""
+    """What `specpool plan` is asked."""
 
     profile: str
-    """File, or name of a profile that comes along."""
+    """File of the profile, or the name of one that comes along."""
     target_counts: tuple[int, ...] = (1, 2, 4, 8)
-    """Targets on one speculator to try."""
+    """Numbers of targets on one speculator to try."""
     batch_size: int = 1
     """Sequences per target."""
     num_targets: int = 0
-    """Size a pool for so many; 0: do not."""
+    """Number of targets to size a pool for; 0: do not."""
     slo_tokens_per_s: float = 0.0
-    """Speed that every sequence is to have, for the size of the pool; 0: 0.9 of that with a speculator each."""
+    """Speed in tokens per second that every sequence of the pool is to have; 0: 0.9 of that with a speculator each."""
     lookaheads: tuple[int, ...] = ()
-    """Candidates for K; none: the profile's."""
+    """Candidates for lookahead K; none: the profile's."""
     fan_outs: tuple[int, ...] = ()
-    """Candidates for B; none: the profile's."""
+    """Candidates for the guesses per round B; none: the profile's."""
     sd_tokens_per_s: float = 0.0
-    """Fit the acceptance rate to this speed of mode sd first; 0: the profile's rate."""
+    """Measured speed of mode sd to fit the acceptance rate to first; 0: the profile's rate."""
     sd_lookahead: int = 0
-    """K of that measurement; 0: the profile's."""
+    """Lookahead K of that measurement; 0: the profile's."""
     seconds: float = 20.0
-    """Simulated per scenario."""
+    """Seconds simulated per scenario."""
     seed: int = 1
     as_json: bool = False
     plot: Path | None = None
-    """PNG of speed over targets."""
+    """File for a PNG of speed over targets; None: none."""
 
 
 def profile_names() -> list[str]:
-    """Profiles that come along."""
+    """Names of the profiles that come along."""
     folder = files("specpool_tools.planning").joinpath("profiles")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_profile(name: str) -> Profile:
-    """From a file, or one that comes along."""
+    """The profile in a file, or the one of that name that comes along. Raises InvalidArgument."""
     if name in profile_names():
         return Profile.read(Path(str(files("specpool_tools.planning").joinpath("profiles", f"{name}.yaml"))))
     if not Path(name).is_file():
@@ -75,7 +75,7 @@ def read_profile(name: str) -> Profile:
 
 
 def run_plan(options: PlanOptions, console: Console) -> None:
-    """Simulate and print."""
+    """Simulate what is asked, and print the answers."""
     _check(options)
     profile = read_profile(options.profile)
     scenario = Scenario(mode="ssd", batch_size=options.batch_size, seconds=options.seconds, seed=options.seed)

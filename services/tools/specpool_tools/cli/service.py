@@ -41,7 +41,7 @@ def _module(role: str, name: str) -> Any:
 
 
 def build_parser(role: str, what: str = "") -> Parser:
-    """The options that are no settings."""
+    """A parser of the options that are no settings."""
     parser = Parser(
         prog=f"specpool {role}",
         description=f"{what or f'Run a {role}'}. Precedence of settings: flag, environment, --config file, default.",
@@ -91,14 +91,14 @@ def resolve_up(arguments: Sequence[str]) -> tuple[Any, Path | None]:
 
 
 def print_config(role: str, config: Any) -> None:
-    """As YAML that --config would accept."""
+    """Print the settings as YAML that --config would accept."""
     import yaml
 
     yaml.safe_dump({role: config.model_dump(mode="json")}, sys.stdout, sort_keys=False)
 
 
 def _prepare_process(role: str, config: Any) -> None:
-    """Cores and threads first: what torch starts when it is loaded inherits them."""
+    """Set cores and threads first: what torch starts when it is loaded inherits them."""
     from specpool.logging import setup_logging
     from specpool.process import set_cpu_affinity, set_num_threads
 
@@ -117,7 +117,7 @@ def _announcer(role: str, ready_file: str) -> Callable[[str], None]:
 
 
 class _progress:
-    """Progress of model loading for a `serve` that reports it."""
+    """Shows the progress of model loading for a `serve` that reports it."""
 
     def __init__(self, serve: Callable[..., Any]) -> None:
         self._wanted = "on_progress" in inspect.signature(serve).parameters

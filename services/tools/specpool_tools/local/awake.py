@@ -22,13 +22,13 @@ def can_keep_awake() -> bool:
 
 
 def awake_command(core: int) -> tuple[str, ...]:
-    """Keeps `core` awake until it is killed, or its parent is gone."""
+    """A command that keeps `core` awake until it is killed, or its parent is gone."""
     return (sys.executable, "-m", "specpool_tools.local.awake", str(core))
 
 
 @contextmanager
 def cores_awake(cores: Iterable[int]) -> Iterator[None]:
-    """None of these sleeps meanwhile."""
+    """A context in which none of these cores sleeps."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for core in cores:
@@ -43,7 +43,7 @@ def cores_awake(cores: Iterable[int]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Spin."""
+    """Spin at the lowest priority until the parent is gone."""
     parent = os.getppid()
     core = int(sys.argv[1])
     try:

@@ -9,12 +9,12 @@ from specpool.errors import InvalidArgument
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads(role: str, cores: int, *, num_targets: int, has_speculator: bool) -> int:
-    """A quarter of the cores, at least one, for the speculator; the targets share the rest."""
+    """Threads of a process: a quarter of `cores`, at least one, for the speculator; the targets share the rest."""
     for_speculator = max(1, cores // 4) if has_speculator else 0
     if role == "speculator":
         return for_speculator

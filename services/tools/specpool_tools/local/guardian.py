@@ -16,7 +16,7 @@ from typing import IO
 
 
 class Guardian:
-    """The supervisor's side."""
+    """The supervisor's handle on the guardian process."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -24,11 +24,11 @@ class Guardian:
         )
 
     def watch(self, process_group: int) -> None:
-        """Kill this process group when the supervisor ends."""
+        """Have this process group killed when the supervisor ends."""
         self._send(f"+{process_group}")
 
     def forget(self, process_group: int) -> None:
-        """The group is gone; its number may be reused."""
+        """Watch a process group no more: it is gone, and its number may be reused."""
         self._send(f"-{process_group}")
 
     def close(self) -> None:
@@ -44,13 +44,13 @@ class Guardian:
 
 
 def kill_group(process_group: int) -> None:
-    """SIGKILL for every process of a group, if there is any."""
+    """Send SIGKILL to every process of a group, if there is any."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process_group, signal.SIGKILL)
 
 
 def guard(lines: IO[str]) -> None:
-    """Read until the supervisor ends, then kill what it left."""
+    """Follow `lines` until the supervisor ends, then kill what it left."""
     groups: set[int] = set()
     for line in lines:
         number = int(line[1:])
@@ -60,7 +60,7 @@ def guard(lines: IO[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: deaf to the signals that end a supervisor politely."""
+    """Run the guardian, deaf to the signals that end a supervisor politely."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     guard(sys.stdin)

@@ -19,8 +19,8 @@ from specpool_tools.local.up_config import UpConfig
 from specpool_tools.models.catalogue import resolve_model
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Weights in huge pages where the kernel leaves the choice to the program: a decoding step reads all of them, and
-spends a few hundredths less of its time on page tables."""
+"""Tunable of glibc for weights in huge pages, where the kernel leaves the choice to the program: a decoding step reads
+all of them, and spends a few hundredths less of its time on page tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,18 +32,18 @@ class Processes:
     targets: tuple[ChildSpec, ...]
     router: ChildSpec
     awake: tuple[ChildSpec, ...] = ()
-    """What keeps cores from sleeping."""
+    """Processes that keep cores from sleeping."""
 
     @property
     def stop_stages(self) -> tuple[tuple[str, ...], ...]:
-        """Names of what stops together: router, targets, speculator, store, the rest."""
+        """Names of the processes that stop together: router, targets, speculator, store, the rest."""
         stages = [(self.router.name,), tuple(target.name for target in self.targets)]
         stages += [(spec.name,) for spec in (self.speculator, self.store) if spec]
         return (*stages, tuple(spec.name for spec in self.awake)) if self.awake else tuple(stages)
 
     @property
     def children(self) -> tuple[ChildSpec, ...]:
-        """Everything, engines first: they take longest."""
+        """All processes, engines first: they take longest."""
         others = [spec for spec in (self.store, self.speculator) if spec]
         return (*others, *self.targets, self.router, *self.awake)
 
@@ -127,7 +127,7 @@ def _target_flags(config: UpConfig, index: int) -> dict[str, str | None]:
 
 
 def _device_of_target(config: UpConfig, index: int) -> str:
-    """First device of a target; of `config.targets`, the first one that no target has."""
+    """The first device of a target; of `config.targets`, the first one that no target has."""
     kind, _, first = config.device.partition(":")
     if config.tensor_parallel == 1 or kind != "cuda":
         return config.device
@@ -151,14 +151,14 @@ def _speculator_flags(config: UpConfig) -> dict[str, str | None]:
 
 
 def _target_share(config: UpConfig) -> dict[str, str | None]:
-    """Flags of the target: what goes first, and its part of the memory."""
+    """Flags of a colocated target: its kernels go first, and it has its part of the memory."""
     if not config.colocated:
         return {}
     return {"device-memory-share": f"{config.memory_share:g}", "stream-priority": "high"}
 
 
 def _speculator_share(config: UpConfig) -> dict[str, str | None]:
-    """Flags of the speculator."""
+    """Flags of a colocated speculator: its part of the memory and of the multiprocessors."""
     if not config.colocated:
         return {}
     return {
@@ -187,13 +187,13 @@ def _command(role: str, flags: Mapping[str, str | None], settings_file: Path | N
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host as written, and port."""
+    """The host as written, and the port."""
     _, port = parse_address(address)
     return address.rpartition(":")[0], port
 
 
 def free_ports(count: int) -> Sequence[int]:
-    """Ports that nobody listened on a moment ago, all different."""
+    """Numbers of ports that nobody listened on a moment ago, all different."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -26,7 +26,7 @@ _ERROR_MARK = "error: "
 
 
 async def wait_ready(system: System, config: UpConfig, console: Console, stop: asyncio.Event) -> bool:
-    """True once everything is up, False if stopped first; raises when a process gave up or time is over."""
+    """Wait until everything serves; False if stopped first. Raises when a process gave up or time is over."""
     tasks = {
         "ready": asyncio.create_task(_become_ready(system, config)),
         "stop": asyncio.create_task(stop.wait()),
@@ -53,7 +53,7 @@ async def wait_ready(system: System, config: UpConfig, console: Console, stop: a
 
 
 async def _show(system: System, console: Console) -> None:
-    """A live table on a terminal, a line per news elsewhere."""
+    """Show how far everything is: a live table on a terminal, a line per news elsewhere."""
     if console.is_terminal:
         with Live(system.table(), console=console, transient=True) as live:
             while True:
@@ -94,7 +94,7 @@ async def _become_ready(system: System, config: UpConfig) -> None:
 async def _until(
     system: System, is_good: Callable[[router_pb2.GetClusterStatusResponse], bool]
 ) -> router_pb2.GetClusterStatusResponse:
-    """The first status that is good."""
+    """Ask for the status until one is good, and return that."""
     async with Client(system.endpoint) as client:
         while True:
             with contextlib.suppress(SpecPoolError):
@@ -140,7 +140,7 @@ def _say_once(reported: str, line: str) -> str:
 
 
 def _refuse_mismatch(status: router_pb2.GetClusterStatusResponse) -> None:
-    """Different tokenizers do not become equal by trying again."""
+    """Raise where target and speculator have different tokenizers: they do not become equal by trying again."""
     for target in status.targets:
         for speculator in status.speculators:
             ours, theirs = target.status.model, speculator.status.model

@@ -13,7 +13,7 @@ from specpool.process import die_with_parent
 
 
 def main() -> None:
-    """Exec the command."""
+    """Become the command, and die with the parent."""
     die_with_parent(parent_pid=int(sys.argv[1]), with_signal=signal.SIGKILL)
     command = sys.argv[2:]
     try:

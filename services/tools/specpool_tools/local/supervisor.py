@@ -24,16 +24,16 @@ _LOG_LINE_LIMIT_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildSpec:
-    """What to run."""
+    """A process to supervise."""
 
     name: str
-    """Shown in tables and log lines; also the name of the log file."""
+    """Name in tables and log lines, and of the log file."""
     command: Sequence[str]
     """Program and arguments."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to ours."""
+    """Variables added to our own environment."""
     endpoint: str = ""
-    """Where it will listen: the same after every restart."""
+    """Address that it will listen on: the same after every restart."""
 
 
 class Child:
@@ -52,16 +52,16 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Process id while it runs."""
+        """Id of the process while it runs."""
         process = self._process
         return process.pid if process and process.returncode is None else None
 
     def start(self, on_exit: Callable[[Child, int], bool]) -> None:
-        """Run it until stopped. After each exit `on_exit(child, status)` says whether to start it again."""
+        """Run the process until stopped. After each exit `on_exit(child, status)` says whether to start it again."""
         self._task = asyncio.create_task(self._run(on_exit), name=self.spec.name)
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and SIGKILL for the whole group after `grace_s`."""
+        """Stop the process: SIGTERM, and SIGKILL for the whole group after `grace_s`."""
         self._stopping = True
         if self._task is None:
             return
@@ -122,7 +122,7 @@ class Child:
                 log.flush()
 
     async def _next_line(self, stream: asyncio.StreamReader, exited: asyncio.Task[int]) -> bytes:
-        """Next line; empty once the process is gone, though its own children may hold the pipe open."""
+        """The next line; empty once the process is gone, though its own children may hold the pipe open."""
         line = asyncio.ensure_future(stream.readline())
         await asyncio.wait([line, exited], return_when=asyncio.FIRST_COMPLETED)
         if not line.done():
@@ -135,14 +135,14 @@ class Child:
         return b""
 
     def log_tail(self, num_lines: int = 15) -> list[str]:
-        """The last lines of its log."""
+        """The last lines of the process's log."""
         if not self.log_path.is_file():
             return []
         return self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
 
 
 async def _exit_status(process: asyncio.subprocess.Process) -> int:
-    """Unlike `Process.wait`, this does not wait for the process's own children to close the output too."""
+    """The exit status, for which `Process.wait` would wait until the process's own children close the output, too."""
     while process.returncode is None:
         await asyncio.sleep(_POLL_S)
     return process.returncode

@@ -33,13 +33,13 @@ class System:
             child.start(self._on_exit)
 
     async def stop(self) -> None:
-        """Router first, so that nothing new comes in; the store last. Twice Ctrl-C does not wait."""
+        """Stop the router first, so that nothing new comes in, and the store last. Twice Ctrl-C does not wait."""
         for stage in self.processes.stop_stages:
             await asyncio.gather(*(self.children[name].stop(_STOP_GRACE_S) for name in stage))
         self._guardian.close()
 
     def kill(self) -> None:
-        """End without ceremony."""
+        """Kill every process without ceremony."""
         self._guardian.close()
 
     def _on_exit(self, child: Child, status: int) -> bool:
@@ -52,7 +52,7 @@ class System:
         return True
 
     def table(self) -> Table:
-        """State of every process, for people."""
+        """A table with the state of every process, for people."""
         table = Table("process", "pid", "endpoint", "starts", "last words")
         for child in self.children.values():
             words = child.last_line[-70:]

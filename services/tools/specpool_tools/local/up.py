@@ -23,7 +23,7 @@ from specpool_tools.local.up_config import UpConfig
 
 
 def run_up(config: UpConfig, settings_file: Path | None) -> None:
-    """Run until Ctrl-C or SIGTERM."""
+    """Start the system and run it until Ctrl-C or SIGTERM."""
     asyncio.run(_run(config, settings_file))
 
 
@@ -68,7 +68,7 @@ async def running(
 
 
 def _new_log_directory() -> Path:
-    """Named by the time and by chance: two systems that start in one second may share a cache."""
+    """Make a folder named by the time and by chance: two systems that start in one second may share a cache."""
     logs_directory().mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs_directory()))
 

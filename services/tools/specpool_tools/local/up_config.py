@@ -13,9 +13,9 @@ from specpool_tools.local.awake import can_keep_awake
 from specpool_tools.local.cores import parse_affinity
 
 MEMORY_SHARE: Final = 0.75
-"""Of a target and its KV cache, which are the larger ones."""
+"""Share of the GPU's memory for a target and its KV cache, which are the larger ones."""
 DRAFT_MEMORY_SHARE: Final = 0.2
-"""What both leave is for what CUDA takes for each process itself."""
+"""Share of the GPU's memory for a draft; what both leave is for what CUDA takes for each process itself."""
 
 
 class UpConfig(Settings):
@@ -59,7 +59,7 @@ class UpConfig(Settings):
     draft_vocab_size: NonNegativeInt = 0
     """Tokens that are drafted, the first ones of the vocabulary; 0: all."""
     lookahead: NonNegativeInt = 0
-    """Largest K; 0 for the services' default."""
+    """Largest lookahead K; 0 for the services' default."""
     row_budget: NonNegativeInt = 0
     """Branch rows per draft step; 0 for the speculator's default."""
     fan_out: NonNegativeInt = 0

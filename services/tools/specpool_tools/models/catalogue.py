@@ -60,7 +60,7 @@ class CatalogueEntry:
 
     @property
     def is_fetched(self) -> bool:
-        """Directories appear by an atomic rename: a configuration means that the model is complete."""
+        """Whether the model is complete on this machine: directories appear by an atomic rename."""
         return (self.directory / "config.json").is_file()
 
 
@@ -91,7 +91,7 @@ def _lookup(name: str) -> CatalogueEntry | None:
 
 
 def local_directory(name: str) -> Path | None:
-    """Directory of a fetched model by catalogue name or hub id; None if there is none."""
+    """The directory of a fetched model by catalogue name or hub id; None if there is none."""
     entry = _lookup(name)
     return entry.directory if entry and entry.is_fetched else None
 

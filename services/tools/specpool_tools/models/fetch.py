@@ -23,9 +23,9 @@ from specpool_tools.models.catalogue import CatalogueEntry, Mirror
 from specpool_tools.models.packages import open_member
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); total 0 means unknown."""
+"""Callback (stage, done, total) for progress; total 0 means unknown."""
 Say = Callable[[str], None]
-"""Called with a line for people."""
+"""Callback for a line that people read."""
 
 _CHUNK_BYTES = 1 << 20
 _HUB_TIMEOUT_S = 5
@@ -33,7 +33,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 
 
 class Source(StrEnum):
-    """Where to fetch from."""
+    """Where to fetch a model from."""
 
     AUTO = "auto"
     HUB = "hub"

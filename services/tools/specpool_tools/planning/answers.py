@@ -36,16 +36,16 @@ def fit_acceptance(profile: Profile, scenario: Scenario, tokens_per_second: floa
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolPoint:
-    """So many targets on one speculator."""
+    """What targets get that share one speculator."""
 
     num_targets: int
     figures: Figures
     share: float
-    """Speed of a sequence over that with a speculator of its own."""
+    """Speed of a sequence over its speed with a speculator for one target."""
 
 
 def targets_per_speculator(profile: Profile, scenario: Scenario, counts: Iterable[int]) -> list[PoolPoint]:
-    """The same load per target, on ever more targets."""
+    """The figures of the same load per target, for each of `counts` targets on one speculator."""
     alone = simulate(profile, replace(scenario, num_targets=1))
     points = []
     for num_targets in counts:
@@ -61,11 +61,12 @@ class PoolSize:
 
     num_speculators: int
     targets_each: int
-    """At most, with all speculators there."""
+    """Most targets on one speculator, with all speculators there."""
     tokens_per_second: float
-    """Of one sequence, then."""
+    """Tokens per second of one sequence with all speculators there."""
     tokens_per_second_after_loss: float
-    """With one speculator less, its targets spread over the others, or plain decoding if it was the only one."""
+    """The same with one speculator less, its targets spread over the others, or plain decoding if it was the only
+    one."""
 
 
 def smallest_pool(
@@ -98,7 +99,7 @@ def smallest_pool(
 def best_settings(
     profile: Profile, scenario: Scenario, *, lookaheads: Iterable[int], fan_outs: Iterable[int]
 ) -> tuple[Profile, Figures]:
-    """K and B with the fastest sequences."""
+    """The profile with the K and B of the fastest sequences, and its figures."""
     tried = [
         (candidate, simulate(candidate, scenario))
         for lookahead in lookaheads

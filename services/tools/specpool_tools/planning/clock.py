@@ -16,11 +16,11 @@ class Clock:
         self._order = count()
 
     def after(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Run `action` then."""
+        """Run `action` after `delay_s` seconds of virtual time."""
         heapq.heappush(self._events, (self.now_s + delay_s, next(self._order), action))
 
     def until(self, end_s: float) -> Iterator[Callable[[], None]]:
-        """The actions before `end_s`, each at its time; those that they add, too."""
+        """The actions before `end_s` seconds, each at its time, those that they add included."""
         while self._events and self._events[0][0] < end_s:
             self.now_s, _, action = heapq.heappop(self._events)
             yield action

@@ -14,40 +14,41 @@ from specpool.errors import InvalidArgument
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """Hardware, pair of models, and settings. Times in milliseconds."""
+    """What a planning simulation computes with: hardware, pair of models, and settings. Times in milliseconds."""
 
     verify_ms: float
-    """Forward of the target, without what each token adds."""
+    """Time of the target's forward, without what each token adds."""
     verify_row_ms: float = 0.0
-    """What each verified token adds."""
+    """Time that each verified token adds to the forward."""
     draft_step_ms: float
-    """Step of the draft, without what each row adds."""
+    """Time of the draft's step, without what each row adds."""
     draft_row_ms: float = 0.0
-    """What each row adds."""
+    """Time that each row adds to the step."""
     draft_free_rows: int = 0
-    """Rows that add nothing: as many as are computed while the weights are read."""
+    """Number of rows that add nothing: as many as are computed while the weights are read."""
     round_trip_ms: float = 0.5
-    """Between target and speculator."""
+    """Time from target to speculator and back."""
     acceptance: float
     """Probability that a draft token is the target's, given that those before it were."""
     confidence_spread: float = 0.39
     """How much surer the draft is here than there: the variance of its first token's probability, over a (1 - a).
     0: equally sure everywhere, 1: it knows whether it is right."""
     miss_constant: float = 0.48
-    """c of the miss law c / F^r: the target's token is not among the next F ranks, given that it is not the first."""
+    """Constant c of the miss law c / F^r: the target's token is not among the next F ranks, given that it is not the
+    first."""
     miss_exponent: float = 0.7
-    """r of the miss law."""
+    """Exponent r of the miss law."""
     lookahead: int = 4
-    """K."""
+    """Lookahead K: most draft tokens of a round."""
     fan_out: int = 12
-    """Guesses per sequence and round, B."""
+    """Guesses per sequence and round (B)."""
     row_budget: int = 16
-    """Rows per draft step."""
+    """Most branch rows per draft step."""
     fan_out_policy: str = "best_first"
-    """As the speculator's setting of that name."""
+    """How guesses are spread: the speculator's setting of that name."""
 
     def __post_init__(self) -> None:
-        """Refuse what can never be."""
+        """Refuse values that can never be. Raises InvalidArgument."""
         for name in ("verify_ms", "draft_step_ms"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "greater than 0")
         for name in ("verify_row_ms", "draft_row_ms", "draft_free_rows", "round_trip_ms", "miss_exponent"):
@@ -59,7 +60,7 @@ class Profile:
 
     @classmethod
     def read(cls, path: Path) -> Profile:
-        """From a YAML file; unknown and missing keys are refused by name."""
+        """Read a YAML file. Raises InvalidArgument, which names unknown and missing keys."""
         document = yaml.safe_load(path.read_text())
         if not isinstance(document, Mapping):
             raise InvalidArgument(f"{path}: a mapping of profile keys is expected", metadata={"field": "profile"})
@@ -67,7 +68,7 @@ class Profile:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> Profile:
-        """From keys and values."""
+        """Make a profile of keys and values. Raises InvalidArgument, which names unknown and missing keys."""
         known = {field.name: field for field in fields(cls)}
         for name, value in document.items():
             if name not in known:

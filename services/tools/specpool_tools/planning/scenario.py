@@ -11,33 +11,33 @@ MODES = ("off", "sd", "ssd")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """What is simulated."""
+    """What a planning simulation is asked."""
 
     mode: str
-    """off, sd or ssd."""
+    """Mode of all sequences: off, sd or ssd."""
     num_targets: int = 1
-    """On one speculator."""
+    """Number of targets on one speculator."""
     batch_size: int = 1
-    """Sequences per target."""
+    """Number of sequences per target."""
     fallback: Fallback = "auto"
-    """After a miss, in mode ssd."""
+    """What is done after a miss, in mode ssd."""
     seconds: float = 20.0
-    """Simulated."""
+    """Seconds of virtual time that are simulated."""
     seed: int = 1
 
 
 @dataclass(slots=True)
 class Figures:
-    """What came out."""
+    """What a planning simulation answers."""
 
     tokens_per_second: float = 0.0
-    """Of one sequence, mean."""
+    """Tokens per second of one sequence, on average."""
     tokens_per_round: float = 0.0
     hit_rate: float = 0.0
-    """Full and partial hits over lookups."""
+    """Full and partial hits over lookups, 0 to 1."""
     full_hit_rate: float = 0.0
     wait_rate: float = 0.0
-    """Of the misses, waits for a just-in-time speculation."""
+    """Share of the misses after which a just-in-time speculation was waited for."""
     rows_per_step: float = 0.0
     utilisation: float = 0.0
-    """Share of the time that the speculator computes."""
+    """Share of the time in which the speculator computes, 0 to 1."""

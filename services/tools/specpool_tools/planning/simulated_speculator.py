@@ -20,14 +20,14 @@ _STEP_SMOOTHING = 0.1
 
 
 class _FixedTime(RowTimes):
-    """The profile's, instead of one fitted to the time that the simulation takes."""
+    """Step times of the profile, instead of those fitted to the time that the simulation takes."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self._profile = profile
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """Nothing is learned."""
+        """Learn nothing."""
 
     def __call__(self, num_rows: int) -> float:
         profile = self._profile
@@ -59,21 +59,21 @@ class SimulatedSpeculator:
         self._inbox: list[tuple[int, Request, float]] = []
         self._is_busy = False
         self.usual_step_s = self.drafter.step_time(1)
-        """What targets hear of."""
+        """Seconds of a step with one row, which targets hear of."""
         self.reset()
 
     def reset(self) -> None:
-        """Count from now on."""
+        """Count from now on, so that the warm-up is left out."""
         self.num_rows = self.num_steps = 0
         self.busy_s = 0.0
 
     def connect(self, connection: int, receive: Receives) -> None:
-        """A target, and what takes its answers."""
+        """Connect a target, and what takes its answers."""
         self._targets[connection] = receive
         self.drafter.held.connect(connection, VOCAB_SIZE)
 
     def receive(self, connection: int, request: Request) -> None:
-        """A message arrived; a running step is not interrupted."""
+        """Take in a message that arrived; a running step is not interrupted."""
         self._inbox.append((connection, request, self._clock.now_s))
         if not self._is_busy:
             self._loop()

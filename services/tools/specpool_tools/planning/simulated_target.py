@@ -25,18 +25,18 @@ class _Sequence:
 
     id: str
     length: int
-    """Tokens committed."""
+    """Number of tokens committed."""
     cache: SpeculationCache
     round: int = 0
     draft: list[int] = field(default_factory=list)
     waits_for: int = 0
-    """Draft tokens that it waits for; 0: it does not wait."""
+    """Number of draft tokens that the sequence waits for; 0: it does not wait."""
     started_s: float = 0.0
-    """When the round began."""
+    """Time in seconds at which the round began."""
     missed: bool = False
-    """Its outcome was not in the cache."""
+    """Whether the outcome was not in the cache."""
     waited: bool = False
-    """Its draft was waited for, after that."""
+    """Whether the draft was waited for after that miss."""
     missed_before: bool | None = None
     """Whether the round before had waited for its draft after a miss; None: it was a hit."""
     num_rounds: int = 0
@@ -68,13 +68,13 @@ class SimulatedTarget:
         self._by_id = {sequence.id: sequence for sequence in self.sequences}
 
     def reset(self) -> None:
-        """Count from now on."""
+        """Count from now on, so that the warm-up is left out."""
         for sequence in self.sequences:
             sequence.num_rounds = sequence.num_tokens = sequence.num_waits = 0
             sequence.lookups.clear()
 
     def start(self) -> None:
-        """Open every sequence, then prefill, whose time is that of a round."""
+        """Open every sequence, then prefill, which takes the time of a round."""
         if self._mode != "off":
             self._speculator.connect(self._connection, self.receive)
             for sequence in self.sequences:
@@ -154,7 +154,7 @@ class SimulatedTarget:
         sequence.started_s = self._clock.now_s
 
     def _choose(self, sequence: _Sequence, ended: int, num_accepted: int, bonus: int) -> list[int]:
-        """Draft tokens at hand; or none, and the sequence may wait."""
+        """The draft tokens at hand; or none, and the sequence may wait."""
         sequence.missed = sequence.waited = False
         if self._mode == "sd":
             sequence.waits_for = self._profile.lookahead
@@ -169,7 +169,7 @@ class SimulatedTarget:
         return list(lookup.tokens)
 
     def _wait_after_miss(self) -> int:
-        """Draft tokens that are worth waiting for."""
+        """Number of draft tokens that are worth waiting for; 0: none."""
         step_s = self._speculator.usual_step_s
         times = DraftTimes(first_s=self._profile.round_trip_ms / 1e3 + 1.5 * step_s, step_s=step_s)
         choice = self._policy.choose(
@@ -178,7 +178,7 @@ class SimulatedTarget:
         return choice.depth
 
     def receive(self, responses: list[speculator_pb2.SpeculateResponse]) -> None:
-        """Tables and answers of the speculator."""
+        """Take in tables and answers of the speculator."""
         for response in responses:
             for table in response.tables.tables:
                 entries = {(e.num_accepted, e.bonus_token): tuple(e.draft_tokens) for e in table.entries}

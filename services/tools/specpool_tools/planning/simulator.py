@@ -16,7 +16,7 @@ from specpool_tools.planning.simulated_target import SimulatedTarget
 from specpool_tools.planning.text import SimulatedText
 
 _WARM_UP_SHARE = 0.2
-"""Of the simulated time, left out of the figures."""
+"""Share of the simulated time, at its beginning, that is left out of the figures."""
 
 
 class Simulation:
@@ -33,7 +33,7 @@ class Simulation:
         ]
 
     def run(self) -> Figures:
-        """Everything, from the prefill on."""
+        """Run everything from the prefill on."""
         warm_up_s = self.scenario.seconds * _WARM_UP_SHARE
         for target in self.targets:
             self.clock.after(0.0, target.start)
@@ -67,5 +67,5 @@ class Simulation:
 
 
 def simulate(profile: Profile, scenario: Scenario) -> Figures:
-    """Figures of one scenario."""
+    """Simulate one scenario; returns its figures."""
     return Simulation(profile, scenario).run()

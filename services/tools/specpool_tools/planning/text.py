@@ -22,28 +22,28 @@ from specpool_speculator.tree.sequence import SequenceState
 from specpool_tools.planning.profile import Profile
 
 VOCAB_SIZE = 1 << 20
-"""Large enough that two tokens drawn at random never meet."""
+"""Size of the vocabulary, so large that two tokens drawn at random never meet."""
 _MAX_CONTEXT = 1 << 20
 _LEAST_EXPONENT = 1e-9
 _LARGEST_POWER = 20.0
 _NUM_CONFIDENCES = 1 << 12
 _LARGEST_SPREAD = 0.98
-"""Of what `betavariate` can draw: beyond it its results underflow, and nearly all of them are 0 or 1 in any case."""
+"""Largest spread that `betavariate` can draw: beyond it its results underflow, and nearly all of them are 0 or 1."""
 
 
 class Place(NamedTuple):
     """A position of the text."""
 
     token: int
-    """The target's own."""
+    """The target's own token."""
     rank: int
-    """Of that in the draft."""
+    """Rank of the target's token in the draft, from 0."""
     confidence: float
     """The draft's probability of its first token."""
 
 
 def draw_confidence(profile: Profile, rng: random.Random) -> float:
-    """From the Beta distribution with the profile's mean and variance."""
+    """Draw from the Beta distribution with the profile's mean and variance."""
     mean, spread = profile.acceptance, profile.confidence_spread
     if spread == 0 or mean in (0, 1):
         return mean
@@ -63,7 +63,7 @@ class SimulatedText:
         self._generators: dict[str, random.Random] = {}
 
     def at(self, sequence_id: str, position: int) -> Place:
-        """What was drawn there."""
+        """What was drawn for a position of a sequence."""
         drawn = self._drawn.setdefault(sequence_id, [])
         if position >= len(drawn):
             rng = self._generators.setdefault(sequence_id, random.Random(f"{self._seed} {sequence_id}"))
@@ -71,7 +71,7 @@ class SimulatedText:
         return drawn[position]
 
     def token(self, sequence_id: str, position: int) -> int:
-        """The target's own."""
+        """The target's own token at a position of a sequence."""
         return self.at(sequence_id, position).token
 
     def _draw(self, rng: random.Random) -> Place:
@@ -79,7 +79,7 @@ class SimulatedText:
         return Place(token, self._draw_rank(rng, confidence), confidence)
 
     def _draw_rank(self, rng: random.Random, confidence: float) -> int:
-        """0 as often as the draft expects, else by the miss law."""
+        """Draw a rank: 0 as often as the draft expects, else by the miss law."""
         if rng.random() < confidence:
             return 0
         profile, drawn = self.profile, 1 - rng.random()
@@ -100,7 +100,7 @@ class SimulatedModel:
         self.device = torch.device("cpu")
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """No logits: ranks come from `SimulatedRanker`."""
+        """Write the segments to their block tables; there are no logits, since ranks come from `SimulatedRanker`."""
         reserve_all(self.pool, ((segment.kv, len(segment.tokens)) for segment in segments))
         self.pool.take_copies()
         for segment in segments:
@@ -109,7 +109,7 @@ class SimulatedModel:
 
 
 class SimulatedRanker:
-    """Ranks of nodes from the drawn text."""
+    """Ranks nodes by the drawn text instead of by logits."""
 
     def __init__(self, text: SimulatedText, num_ranks: int) -> None:
         self._text = text

@@ -9,7 +9,7 @@ import typer
 
 
 def group(**settings: object) -> typer.Typer:
-    """Commands that belong together, formatted like all others."""
+    """Make a group of commands that belong together, formatted like all others."""
     return typer.Typer(no_args_is_help=True, rich_markup_mode=None, **settings)  # type: ignore[arg-type]
 
 
@@ -29,7 +29,7 @@ class Verification(StrEnum):
 
 
 class Output(StrEnum):
-    """What is printed."""
+    """What a command prints."""
 
     TEXT = "text"
     JSON = "json"
