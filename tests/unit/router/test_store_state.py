@@ -125,3 +125,16 @@ async def test_what_can_never_be_the_store_is_refused_at_the_start_and_survived_
         await state.start()
     await state.look()
     assert not state.up
+
+
+async def test_an_outage_that_waiting_cannot_end_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A router that started while nothing answered finds a replica there, say: only its log can tell the operator."""
+    store, clock, state, _ = make()
+    store.error = GONE
+    await state.start()
+    store.error = StoreMisconfigured("it is a replica")
+    for _ in range(5):
+        clock.now += 1
+        await state.look()
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert told == ["the session store will not come back by itself: it is a replica"]

@@ -42,6 +42,7 @@ class StoreState:
         self._not_before = 0.0
         self._hold_s = 0.0
         self._next_warning = 0.0
+        self._is_misconfigured = False
         self._on_up: list[Callable[[], None]] = []
 
     @property
@@ -94,6 +95,9 @@ class StoreState:
 
     def _set_down(self, error: SessionStoreUnavailable) -> None:
         now = self._clock()
+        if isinstance(error, StoreMisconfigured) and not self._is_misconfigured:
+            self._is_misconfigured = True
+            _logger.error("the session store will not come back by itself: %s", error)
         if not self._up:
             return
         self._up = False
@@ -105,7 +109,7 @@ class StoreState:
         _logger.warning("going on without the session store, with this router's own limits: %s", error)
 
     def _set_up(self) -> None:
-        self._up = True
+        self._up, self._is_misconfigured = True, False
         self._up_since = self._clock()
         self._metrics.set_session_store_up(True)
         _logger.info("the session store is back")
