@@ -100,7 +100,7 @@ class EmbeddedValkey:
         try:
             while True:
                 try:
-                    return await store.ping()
+                    return await store.probe("test")
                 except SessionStoreUnavailable as error:
                     exited = self._process.returncode is not None
                     if exited or asyncio.get_running_loop().time() > deadline:

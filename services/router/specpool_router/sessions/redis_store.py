@@ -76,10 +76,6 @@ class RedisSessionStore(SessionStore):
         self._writes = RedisLane(self._redis)
         self._reads = RedisLane(self._redis, max_commands=_MAX_READS)
 
-    async def ping(self) -> None:
-        """Raise if nothing answers."""
-        await self._answer(self._reads.send("PING"))
-
     async def probe(self, writer: str) -> None:
         if not self._identified:
             await self._identify()
