@@ -46,14 +46,18 @@ class Admission:
         self._is_draining = True
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; returns when nothing runs. Shortly before the grace is over streams are told to end."""
+        """Take nothing new; returns when nothing runs, or the grace is over, shortly before which streams are told to end.
+
+        One whose client does not read cannot end by itself: that is left to the server's own stop.
+        """
         self.start_draining()
         ending_s = min(_LONGEST_ENDING_S, _ENDING_SHARE * grace_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s - ending_s)
         for stop in list(self._running):
             stop.drain()
-        await self._idle.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), ending_s)
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[StopSignal]:

@@ -98,8 +98,10 @@ class Generations:
         """The session of a request; None if it is lost and the client sent the request along."""
         try:
             return await self._sessions.find(point.request_id, tenant)
-        except (SessionNotFound, SessionStoreUnavailable):
-            if point.request is None:
+        except (SessionNotFound, SessionStoreUnavailable) as error:
+            # A store that is there and lags knows the session, and would not let it begin anew.
+            is_behind = isinstance(error, SessionStoreUnavailable) and self._sessions.reachable
+            if point.request is None or is_behind:
                 raise
             return None
 
