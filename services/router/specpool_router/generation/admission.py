@@ -46,9 +46,10 @@ class Admission:
         self._is_draining = True
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; returns when nothing runs, or the grace is over, shortly before which streams are told to end.
+        """Take nothing new; returns when nothing runs, or the grace is over.
 
-        One whose client does not read cannot end by itself: that is left to the server's own stop.
+        Shortly before that streams are told to end. One whose client does not read cannot end by itself: it is left to
+        the server's own stop.
         """
         self.start_draining()
         ending_s = min(_LONGEST_ENDING_S, _ENDING_SHARE * grace_s)
