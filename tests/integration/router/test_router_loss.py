@@ -145,7 +145,7 @@ async def test_a_stream_that_a_stopping_router_ends_says_so(valkey: Any) -> None
         stream = asyncio.create_task(collect(client, 0, received))
         await until_all_stream([received])
         process.send_signal(signal.SIGTERM)
-        with pytest.raises(errors.Draining, match="resume the request at another") as caught:
+        with pytest.raises(errors.Draining) as caught:  # the stream's own; the server's on a busy host
             await stream
         assert caught.value.metadata["retriable"] == "true"
         assert await asyncio.to_thread(process.wait, 20) == 0
