@@ -85,12 +85,13 @@ class NextRound:
         sequence.draft = Draft()
         was_paused, sequence.is_paused = sequence.is_paused, self._is_paused(sequence)
         self._set_lookahead(sequence)
-        found = self._knowledge.next(sequence, outcome, lookahead=self._limit(sequence))
+        limit = self._limit(sequence)
+        found = self._knowledge.next(sequence, outcome, lookahead=limit)
         if was_paused or sequence.is_paused:
             self._choose_alone(sequence)
             self._pause_or_resume(sequence, was_paused)
         else:
-            wait = self._draft_or_wait(sequence, found, outcome)
+            wait = self._draft_or_wait(sequence, found, outcome, limit)
             if wait.depth and self._request(sequence, wait):
                 return
         self._knowledge.started(sequence)
@@ -119,12 +120,11 @@ class NextRound:
             self._knowledge.resume(sequence)  # which tells all that an outcome would
 
     def _draft_or_wait(
-        self, sequence: TargetSequence, found: NextDraft, outcome: VerificationOutcome
+        self, sequence: TargetSequence, found: NextDraft, outcome: VerificationOutcome, limit: int
     ) -> FallbackChoice:
         """Set the draft, or return what to wait for."""
         if sequence.lookahead == 0:
             return NO_WAIT
-        limit = self._limit(sequence)
         if sequence.request.mode is SpeculationMode.SSD:
             return self._draft_or_wait_ssd(sequence, found, outcome, limit)
         if sequence.request.mode is SpeculationMode.SD and limit > 0:
@@ -147,7 +147,7 @@ class NextRound:
         if limit == 0:
             return NO_WAIT
         if tokens:
-            self._use(sequence, tokens)
+            self._use(sequence, tokens, limit)
             return NO_WAIT
         return self._after_miss(sequence, limit)
 
@@ -169,9 +169,9 @@ class NextRound:
 
     # ---- drafts -----------------------------------------------------------------------------------------------
 
-    def _use(self, sequence: TargetSequence, tokens: Sequence[int]) -> None:
+    def _use(self, sequence: TargetSequence, tokens: Sequence[int], limit: int) -> None:
         """Verify what the speculator drafted."""
-        tail = self._tail(sequence, tokens, self._limit(sequence))
+        tail = self._tail(sequence, tokens, limit)
         sequence.draft = Draft([*tokens, *tail], DraftSource.SPECULATOR, sequence.draft.lookup, len(tail))
 
     def _tail(self, sequence: TargetSequence, tokens: Sequence[int], limit: int) -> list[int]:
@@ -237,9 +237,10 @@ class NextRound:
         """Take in a speculation, or that none comes (no tokens); False if nobody waits for it any more."""
         if sequence.await_deadline_s is None or round_ != sequence.round - 1:
             return False
-        tokens = tokens[: self._limit(sequence)]
+        limit = self._limit(sequence)
+        tokens = tokens[:limit]
         if tokens:
-            self._use(sequence, tokens)
+            self._use(sequence, tokens, limit)
             self._end_wait(sequence)
         else:
             self._note_wasted_wait(sequence)
