@@ -156,10 +156,11 @@ class Connection:
 
     def is_stalled(self, now_s: float) -> bool:
         """Whether its engine has owed an answer for long; load reports come from elsewhere and say nothing."""
-        if self._owes_since_s is None or not self._placed:
+        owes_since_s = self._owes_since_s  # read once: the loop may take an answer in meanwhile
+        if owes_since_s is None or not self._placed:
             return False
         patience_s = max(_SHORTEST_SILENCE_S, _SILENT_STEPS * self.measured.draft_step_s)
-        return now_s - self._owes_since_s > patience_s
+        return now_s - owes_since_s > patience_s
 
     # ---- the event loop ---------------------------------------------------------------------------------------
 
