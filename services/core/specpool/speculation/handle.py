@@ -78,11 +78,6 @@ class SequenceHandle:
         """Whether a requested draft is still to come."""
         return self._answer.is_due
 
-    @property
-    def round(self) -> int:
-        """The running round."""
-        return self._round
-
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     def next(self, num_accepted: int, bonus_token: int, *, lookahead: int | None = None) -> NextDraft:
