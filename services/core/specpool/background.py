@@ -23,7 +23,7 @@ _CLOSE_S: Final = 5.0
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 10.0
 _HEALTHY_S: Final = 60.0
-"""Work that went well for this long starts again quickly."""
+"""Seconds after which work that went well is started again quickly."""
 
 
 class Background:

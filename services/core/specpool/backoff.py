@@ -14,19 +14,19 @@ class Backoff:
     """
 
     first_s: float
-    """The first pause, and the first after a `reset`."""
+    """Seconds of the first pause, and of the first after a `reset`."""
     longest_s: float
-    """No pause is longer."""
+    """Seconds that no pause exceeds."""
     jitter: float = 0.2
     """Largest share of a pause that chance leaves out, 0 to 1."""
     _upcoming_s: float = field(init=False, default=0.0)
 
     def next_s(self) -> float:
-        """How long to wait now; the pause after it is twice as long."""
+        """Seconds to wait now; the pause after it is twice as long."""
         pause_s = self._upcoming_s or self.first_s
         self._upcoming_s = min(2 * pause_s, self.longest_s)
         return min(pause_s, self.longest_s) * (1 - self.jitter * random.random())
 
     def reset(self) -> None:
-        """After a success: the next pause is the first one again."""
+        """Note a success: the next pause is the first one again."""
         self._upcoming_s = 0.0

@@ -56,7 +56,7 @@ def freeze_loaded_objects() -> None:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Threads of one operation on CPU, for libraries loaded already and later; 0: leave it.
+    """Set the threads of one operation on CPU, for libraries loaded already and later; 0: leave it.
 
     Torch is told only if the process has loaded it, so that processes without torch can call this too.
     """

@@ -73,7 +73,7 @@ def check_text(field: str, text: str, max_chars: int) -> None:
 
 
 def check_number(field: str, values: Sized, most: int) -> None:
-    """Refuse a list that is longer than `most`."""
+    """Refuse a list that is longer than `most`. Raises InvalidArgument."""
     if len(values) > most:
         raise invalid_value(field, len(values), f"at most {most} in number")
 

@@ -19,9 +19,9 @@ from typing import Final
 
 _logger = logging.getLogger(__name__)
 EXIT_S: Final = 12.0
-"""How much longer than its drain grace a service may take to exit. The chart kills a pod 15 s after the grace."""
+"""Seconds beyond its drain grace that a service may take to exit. The chart kills a pod 15 s after the grace."""
 CLOSE_S: Final = 4.0
-"""What a service gives its parts to close after its server has stopped."""
+"""Seconds that a service gives its parts to close after its server has stopped."""
 STUCK_EXIT_STATUS: Final = 70
 _LAST_RESORT_S: Final = 1.0
 
@@ -39,7 +39,7 @@ async def close_within(timeout_s: float, **parts: Awaitable[object]) -> None:
 
 
 class StopEvent(asyncio.Event):
-    """Set: a service stops. From then on its process lives for a limited time, whatever hangs."""
+    """An event that is set when a service stops. From then on its process lives for a limited time, whatever hangs."""
 
     def __init__(self, *, drain_grace_s: float) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ _PRIOR_OUTSIDE: Final = 0.02
 
 
 class RankCalibration:
-    """Slope, lift and outside share of one verification mode.
+    """How scores become probabilities in one verification mode: by a slope, a lift and a share outside of the ranks.
 
     Learned by online Newton steps on the log-likelihood: the information matrix is summed with exponential forgetting,
     so that steps shrink as evidence grows and never vanish.
@@ -38,7 +38,7 @@ class RankCalibration:
 
     @property
     def slope(self) -> float:
-        """Below 1 the draft is surer than it should be."""
+        """Factor that the draft's scores count; below 1 the draft is surer than it should be."""
         return self._slope
 
     @property
@@ -53,7 +53,7 @@ class RankCalibration:
 
     @property
     def confidence_spread(self) -> float:
-        """Variance of rank 0's probability p from place to place, over E[p] (1 - E[p]); 0 before the first outcome.
+        """Variance of rank 0's probability from place to place, over m (1 - m), m its mean; 0 before the first outcome.
 
         0: the draft is equally sure everywhere; 1: it always knows whether it is right.
         """
@@ -67,7 +67,7 @@ class RankCalibration:
         return tuple(inside * share for share in self._shares(scores))
 
     def observe(self, scores: Sequence[float], rank: int | None) -> None:
-        """The target's token was the one at `rank`, or None of them."""
+        """Take in that the target's token was the one at `rank`, or None of them."""
         self._outside = self._outside * self._decay + (rank is None)
         self._trials = self._trials * self._decay + 1
         if not scores:

@@ -30,12 +30,12 @@ class DraftDistribution(ABC):
 
 @dataclass(frozen=True, slots=True)
 class SparseDistribution(DraftDistribution):
-    """The draft sampled from few tokens: these (id, probability) pairs are all of it."""
+    """Few tokens that the draft sampled from: these (id, probability) pairs are all of it."""
 
     token_ids: Tensor
-    """[D, m] int64, distinct in a row (padding has probability 0)."""
+    """Token ids, int64 [D, m], distinct in a row (padding has probability 0)."""
     probabilities: Tensor
-    """[D, m], rows sum to 1."""
+    """Probabilities, float [D, m]; rows sum to 1."""
 
     def probability_of(self, tokens: Tensor) -> Tensor:
         return torch.where(self.token_ids == tokens[:, None], self.probabilities, 0).sum(dim=1)
@@ -53,11 +53,11 @@ class DenseDistribution(DraftDistribution):
     """A probability for every token."""
 
     probabilities: Tensor
-    """[D, V], rows sum to 1."""
+    """Probabilities, float [D, V]; rows sum to 1."""
 
     @classmethod
     def from_rounded(cls, rounded: Tensor) -> DenseDistribution:
-        """What was sampled from, given probabilities [D, V] in a type with few digits, so that they sum to about 1."""
+        """The distributions sampled from, by probabilities [D, V] in a type with few digits, which sum to about 1."""
         exact = rounded.float()
         return cls(exact / exact.sum(dim=1, keepdim=True))
 

@@ -19,7 +19,8 @@ from specpool.algorithm.verification import VerificationMode
 
 DEFAULT_NUM_KEPT: Final = 64
 _REACH: Final = 12.0
-"""Tokens less likely than exp(-12) of the likeliest are not drafted: guesses there would not be right often enough."""
+"""Tokens less likely than exp(-12) times the likeliest are not drafted: guesses there would not be right often
+enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +28,15 @@ class DraftRanks:
     """Ranked tokens at N nodes; -1 where fewer are possible."""
 
     token_ids: Tensor
-    """[N, F]. Rank 0 is the drafted token; the others guess what the target puts there if it rejects it."""
+    """Ranked tokens, int64 [N, F]. Rank 0 is drafted; the others guess what the target puts there if it rejects it."""
     bonus_ids: Tensor
-    """[N, F]. Guesses for the target's bonus token if the speculation ends before this node."""
+    """Guesses for the target's bonus token if the draft ends before this node, int64 [N, F]."""
     scores: Tensor | None
-    """[N, F] of `token_ids`, noise included, -inf where there is none; None for rejection, which samples rank 0."""
+    """Scores of `token_ids` [N, F], noise included, -inf where there is none; None for rejection, which samples rank
+    0."""
     distribution: SparseDistribution | DenseDistribution | None
-    """[N, m] or [N, V], what rank 0 was sampled from (rejection only). Dense ones are as they travel: see
-    `DenseDistribution.from_rounded`."""
+    """The distributions [N, m] or [N, V] that rank 0 was sampled from (rejection only). Dense ones are as they travel:
+    see `DenseDistribution.from_rounded`."""
 
 
 def draft_ranks(
@@ -96,7 +98,7 @@ def _top(scores: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
 def _sample_sparse(
     scores: Tensor, seed: int | Tensor, positions: Tensor, fan_out: int, constant: float, num_kept: int
 ) -> tuple[SparseDistribution, Tensor]:
-    """Cut to the most likely tokens, apply Saguaro sampling, sample: (distribution, tokens [N])."""
+    """Cut to the most likely tokens, apply Saguaro sampling, sample; returns (distribution, tokens [N])."""
     values, kept = top_tokens(scores, min(num_kept, scores.shape[1]))
     changed = saguaro_scores(values, fan_out, constant)
     choice = gumbel_argmax(changed, seed, positions, Stream.DRAFT)

@@ -50,7 +50,7 @@ class AcceptanceEstimator:
         return (self._accepted + self._prior * self._prior_weight) / (self._trials + self._prior_weight)
 
     def observe(self, num_accepted: int, num_draft: int) -> None:
-        """One round: ``num_accepted`` of ``num_draft``; a rejection is one more trial, the rest none."""
+        """Take in one round: ``num_accepted`` of ``num_draft``; a rejection is one more trial, the rest none."""
         num_trials = min(num_accepted + 1, num_draft)
         if num_trials <= 0:
             return
@@ -82,7 +82,7 @@ class MissPowerLawEstimator:
         self._decay = decay
 
     def observe(self, rank: int | None, num_guesses: int) -> None:
-        """One round: the token was guess number ``rank`` (from 0) of ``num_guesses``, or None of them."""
+        """Take in one round: the token was guess number ``rank`` (from 0) of ``num_guesses``, or None of them."""
         if num_guesses <= 0:
             return
         for i, fan_out in enumerate(_GRID):
@@ -108,7 +108,7 @@ class MissPowerLawEstimator:
         return PowerLaw(_clamp(math.exp(mean_y + exponent * mean_x), *_CONSTANT_RANGE), exponent)
 
     def _point(self, i: int) -> tuple[float, float, float]:
-        """(log F, log miss rate, weight). The log of a rate is as certain as its number of misses."""
+        """A point of the fit: (log F, log miss rate, weight). The log of a rate is as certain as its misses are many."""
         trials = self._trials[i] + self._prior_weight
         misses = self._misses[i] + self._prior_weight * self._prior.miss_rate(_GRID[i])
         return math.log(_GRID[i]), math.log(misses / trials), misses

@@ -18,7 +18,7 @@ class TimeTable:
     """Measured seconds by batch size, linear in between, the nearest value outside."""
 
     seconds: Mapping[int, float]
-    """At least one measured batch size."""
+    """Seconds by batch size; at least one batch size was measured."""
 
     def __call__(self, batch_size: int) -> float:
         sizes = sorted(self.seconds)
@@ -57,11 +57,11 @@ class FallbackChoice:
     """What to verify after a miss: tokens drafted just in time, or the backup's."""
 
     depth: int
-    """Tokens to draft just in time; 0 is the backup, at once."""
+    """Number of tokens to draft just in time; 0 is the backup, at once."""
     gain: float
-    """Expected tokens by which it beats the backup; 0 for the backup."""
+    """Expected tokens by which waiting beats the backup; 0 for the backup."""
     waiting_s: float
-    """How long it will take."""
+    """Seconds that the wait is expected to take."""
 
 
 NO_WAIT: Final = FallbackChoice(0, 0.0, 0.0)
@@ -75,7 +75,7 @@ def choose_fallback(
     steady_tokens_per_s: float,
     tokens_backup: float = 1.0,
 ) -> FallbackChoice:
-    """How deep to draft just in time after a miss, or 0 for the backup.
+    """Choose how deep to draft just in time after a miss; depth 0 is the backup.
 
     Waiting costs what would have been produced meanwhile: choose the depth with the largest expected tokens
     minus steady rate times waiting. Both choices are followed by one verification, whose time therefore

@@ -19,12 +19,12 @@ _NUM_BISECTIONS: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """Miss rate of F guesses: min(1, constant / F^exponent)."""
+    """Law of misses: the miss rate of F guesses is min(1, constant / F^exponent)."""
 
     constant: float
-    """Miss rate of one guess."""
+    """Miss rate of one guess, c."""
     exponent: float
-    """How fast more guesses help."""
+    """How fast more guesses help, r."""
 
     def miss_rate(self, num_guesses: int) -> float:
         """Probability that the token is not among ``num_guesses`` guesses."""
@@ -62,7 +62,7 @@ def geometric_fan_out(
 
 
 def outcome_probabilities(lookahead: int, acceptance: float) -> tuple[float, ...]:
-    """P(k) of accepting exactly k tokens, k = 0..lookahead."""
+    """The probabilities P(k) of accepting exactly k tokens, [lookahead + 1], k = 0..lookahead."""
     rejected = tuple(acceptance**k * (1 - acceptance) for k in range(lookahead))
     return (*rejected, acceptance**lookahead)
 

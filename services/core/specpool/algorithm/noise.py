@@ -27,13 +27,13 @@ class Stream(IntEnum):
     """Independent noise for independent purposes; the numbers are part of the seed contract."""
 
     TARGET = 0
-    """The target's own sample, shared with a coupled draft."""
+    """Noise of the target's own sample, shared with a coupled draft."""
     DRAFT = 1
-    """The draft's sample when it must not know the target's noise (rejection)."""
+    """Noise of the draft's sample when it must not know the target's (rejection)."""
     ACCEPT = 2
-    """Acceptance uniforms of rejection verification."""
+    """Uniform numbers that decide acceptance in rejection verification."""
     RECOVER = 3
-    """The recovered or bonus token of rejection and of sample-and-match."""
+    """Noise of the recovered or bonus token of rejection and of sample-and-match."""
 
 
 def _int64(value: int) -> int:
@@ -70,7 +70,7 @@ def gumbel(
     tokens: int | Tensor,
     stream: Stream = Stream.TARGET,
 ) -> Tensor:
-    """Exact noise, float64 [N, V] for a vocabulary size, or [N, C] for token ids [N, C] or [C].
+    """The exact noise, float64: [N, V] for a vocabulary size, [N, C] for token ids [N, C] or [C].
 
     Args:
         seed: one seed, or int64 [N].
@@ -132,7 +132,7 @@ def gumbel_topk(
 
 
 def _blocks(scores: Tensor) -> Tensor:
-    """[N, B, W], a view unless the last block must be filled up with -inf."""
+    """The scores in blocks, [N, B, W]; a view unless the last block must be filled up with -inf."""
     if num_missing := -scores.shape[1] % _BLOCK_SIZE:
         scores = torch.nn.functional.pad(scores, (0, num_missing), value=-torch.inf)
     return scores.view(len(scores), scores.shape[1] // _BLOCK_SIZE, _BLOCK_SIZE)
@@ -159,7 +159,7 @@ def _topk_by_bounds(scores: Tensor, blocks: Tensor, best: Tensor, keys: Tensor, 
 
 
 def _at_least(blocks: Tensor, near: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and tokens, in order, with scores of at least `lowest` [N, 1] in the `near` blocks [N, B]."""
+    """The rows and tokens, in order, with scores of at least `lowest` [N, 1] in the `near` blocks [N, B]."""
     rows, columns = near.nonzero(as_tuple=True)
     entries, lanes = (blocks[rows, columns] >= lowest[rows]).nonzero(as_tuple=True)
     return rows[entries], columns[entries] * blocks.shape[2] + lanes
@@ -224,12 +224,12 @@ def _xor_shifted(state: Tensor, shift: int) -> Tensor:
 
 
 def _unit(hashed: Tensor) -> Tensor:
-    """The high bits, exactly, as a number in (0, 1), float64."""
+    """The high bits of 64, exactly, as a number in (0, 1), float64."""
     return (((hashed >> (64 - _NUM_BITS)) & ((1 << _NUM_BITS) - 1)).double() + 0.5) * 2.0**-_NUM_BITS
 
 
 def _exponential(hashed: Tensor) -> Tensor:
-    """-log(1 - v), float64; 1 - v is exact."""
+    """The exponential -log(1 - v) of the bits as a number v, float64; 1 - v is exact."""
     return -_log(1.0 - _unit(hashed))
 
 

@@ -29,7 +29,7 @@ class PromptLookup:
             self._tokens.append(token)
 
     def propose(self, num_tokens: int, *, after: Sequence[int] = (), min_ngram: int = 1) -> list[int]:
-        """What followed the latest earlier occurrence of the longest known suffix, up to ``num_tokens``.
+        """The tokens, up to ``num_tokens``, that followed the latest earlier occurrence of the longest known suffix.
 
         Args:
             num_tokens: at most so many are proposed.

@@ -20,12 +20,12 @@ from specpool.algorithm.verification import VerificationMode, VerificationOutcom
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Tokens that the target verifies in a round, and where they come from."""
+    """The draft tokens that the target verifies in a round, and the distributions that they were sampled from."""
 
     tokens: tuple[int, ...] = ()
-    """What the target verifies; may be empty."""
+    """Draft tokens that the target verifies; may be empty."""
     distribution: DraftDistribution | None = None
-    """What they were sampled from; None unless rejection needs it, or when it did not arrive in time."""
+    """The draft's distributions; None unless rejection needs them, or when they did not arrive in time."""
 
 
 class Target(Protocol):
@@ -57,9 +57,9 @@ class RoundState:
     """State of one sequence between two rounds."""
 
     committed: tuple[int, ...]
-    """Prompt and output so far."""
+    """Tokens of prompt and output so far."""
     speculation: Speculation = Speculation()
-    """What the next round verifies."""
+    """The draft that the next round verifies."""
     round: int = 0
     """Number of the next round."""
 
@@ -73,7 +73,7 @@ class RoundResult:
     outcome: VerificationOutcome
     """Outcome of this round's verification."""
     lookup: Lookup
-    """What the cache had for it."""
+    """What the cache had for that outcome."""
 
 
 def speculative_round(

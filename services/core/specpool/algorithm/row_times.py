@@ -12,13 +12,13 @@ from specpool.algorithm.fallback import expected_tokens
 _LEAST_SPREAD: Final = 0.5
 """Variance of the row counts seen, below which a slope would be noise."""
 _FORGOTTEN: Final = 0.01
-"""Weight of a number of rows that says nothing any more."""
+"""Weight below which a number of rows says nothing any more."""
 _REFIT_EVERY: Final = 8
 """Forwards between two fits of the times by rows: a step should not spend a tenth of a millisecond on it."""
 _EARLY: Final = 64
-"""So many first forwards, each is fitted."""
+"""Number of first forwards after each of which the times are fitted."""
 _LINE_WEIGHT: Final = 2.0
-"""How many forwards of one number of rows count as much as the line through all."""
+"""Number of forwards with one number of rows that count as much as the line through all."""
 
 
 class LinearTime:
@@ -122,7 +122,7 @@ class _Mean:
     """Mean of the seconds that forwards with one number of rows took."""
 
     weight: float = 0.0
-    """Forwards, older ones counting less, when it was last observed."""
+    """Number of forwards, older ones counting less, when it was last observed."""
     seconds: float = 0.0
     observed_at: int = 0
 
@@ -143,7 +143,7 @@ def never_falling(values: Sequence[float], weights: Sequence[float]) -> list[flo
 def rows_worth_running(
     values: Sequence[float], step_s: Callable[[int], float], *, num_rows: int, num_fixed: int = 0
 ) -> int:
-    """How many of the most valuable rows give the most value per second.
+    """Number of the most valuable rows that give the most value per second.
 
     A row whose value per second is below that of the step without it only delays the next step.
 
@@ -167,7 +167,7 @@ def rows_worth_running(
 def best_lookahead(
     max_lookahead: int, *, acceptance: float, verify_s: Callable[[int], float], draft_s: Callable[[int], float]
 ) -> int:
-    """K with the largest expected tokens per second, at least 1.
+    """The lookahead K with the largest expected tokens per second, at least 1.
 
     Args:
         max_lookahead: the largest K.

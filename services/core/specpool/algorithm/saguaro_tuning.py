@@ -57,7 +57,7 @@ class SaguaroTuner:
         return self._constants[self._best()]
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """One round of one sequence: committed tokens, and the seconds since its round before."""
+        """Take in one round of one sequence: committed tokens, and the seconds since its round before."""
         candidate = self._candidates[self._current]
         candidate.tokens += num_tokens
         candidate.seconds += seconds

@@ -105,7 +105,7 @@ def process_logits(
     draft_tokens: Sequence[int] = (),
     row_suffixes: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """Penalties, bias, temperature, top-k, top-p, min-p, in this order. Never changes ``logits``.
+    """Apply penalties, bias, temperature, top-k, top-p, min-p, in this order. Never changes ``logits``.
 
     Row j is the position after ``output_tokens + draft_tokens[:j]``: drafted tokens count towards penalties
     as if they were committed. Branches give each row's tokens after ``output_tokens`` as ``row_suffixes``
@@ -145,11 +145,11 @@ class TokenLogprobs:
     """Log-probabilities under the model itself (before any processing)."""
 
     chosen: Tensor
-    """[N], natural logarithm of the chosen token's probability."""
+    """Natural logarithm of the chosen token's probability, float [N]."""
     top_token_ids: Tensor
-    """[N, n], the most likely tokens, best first."""
+    """The most likely tokens, int64 [N, n], best first."""
     top_logprobs: Tensor
-    """[N, n], natural logarithms, in the order of `top_token_ids`."""
+    """Natural logarithms of their probabilities, float [N, n], in the order of `top_token_ids`."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> TokenLogprobs:

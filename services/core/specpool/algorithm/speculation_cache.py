@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 Outcome = tuple[int, int]
-"""(accepted length, bonus token)."""
+"""A verification outcome (accepted length k, bonus token t*)."""
 
 
 class LookupKind(StrEnum):
     """What the cache had for an outcome."""
 
     HIT = "hit"
-    """Its branch is as deep as the lookahead."""
+    """The outcome's branch is as deep as the lookahead."""
     PARTIAL = "partial"
-    """Its branch has some tokens, fewer than the lookahead."""
+    """The outcome's branch has some tokens, fewer than the lookahead."""
     LATE = "late"
-    """Nothing usable had arrived: no table of this round, or the right guess without a token yet."""
+    """Nothing usable had arrived: no table of this round, or the outcome without a token yet."""
     MISS = "miss"
     """The outcome was not guessed."""
 
@@ -33,18 +33,18 @@ class Lookup:
 
     kind: LookupKind
     tokens: tuple[int, ...] = ()
-    """What to verify next; empty when late or missed."""
+    """Draft tokens to verify next; empty when late or missed."""
 
 
 class SpeculationCache:
-    """Tables of one sequence, by round."""
+    """The tables of one sequence, by round."""
 
     def __init__(self, lookahead: int) -> None:
         self._lookahead = lookahead
         self._tables: dict[int, dict[Outcome, tuple[int, ...]]] = {}
         self._first_live_round = 0
         self.num_stale = 0
-        """Tables that arrived after their round's lookup."""
+        """Number of tables that arrived after their round's lookup."""
 
     def update(self, round_: int, entries: Mapping[Outcome, Sequence[int]]) -> None:
         """Merge a pushed table; a branch only ever grows."""
@@ -57,7 +57,7 @@ class SpeculationCache:
                 table[outcome] = tuple(tokens)
 
     def lookup(self, round_: int, num_accepted: int, bonus_token: int, *, lookahead: int | None = None) -> Lookup:
-        """What was drafted for the outcome of ``round_``, at most ``lookahead`` tokens; ends the round."""
+        """The tokens drafted for the outcome of ``round_``, at most ``lookahead``; ends the round."""
         lookahead = self._lookahead if lookahead is None else lookahead
         table = self._tables.get(round_)
         self._first_live_round = max(self._first_live_round, round_ + 1)
@@ -73,7 +73,7 @@ class SpeculationCache:
         return Lookup(LookupKind.HIT if len(tokens) >= lookahead else LookupKind.PARTIAL, tokens)
 
     def num_guesses(self, round_: int) -> int:
-        """How many outcomes of ``round_`` have arrived."""
+        """Number of outcomes of ``round_`` that have arrived."""
         return len(self._tables.get(round_, ()))
 
     def clear(self) -> None:

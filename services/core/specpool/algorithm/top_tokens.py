@@ -12,7 +12,7 @@ from torch import Tensor
 
 _BLOCK_SIZE: Final = 64  # W
 _MIN_BLOCKS_PER_TOKEN: Final = 4
-"""With fewer, it saves little."""
+"""Fewest blocks per token for which the search by blocks is used: with fewer, it saves little."""
 
 
 def top_tokens(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,9 @@ class VerificationOutcome:
     """What the speculator has to guess: (accepted length, next token)."""
 
     num_accepted: int
-    """Leading drafted tokens that are committed."""
+    """Number of leading draft tokens that are committed, k."""
     bonus_token: int
-    """The token after them: the target's correction after a rejection, else its extra token."""
+    """The token after them, t*: the target's correction after a rejection, else its extra token."""
 
     def committed(self, draft_tokens: Sequence[int]) -> list[int]:
         """The tokens this round commits."""
@@ -52,9 +52,9 @@ class BatchOutcome:
     """Verification outcomes of B sequences."""
 
     num_accepted: Tensor
-    """[B] int64: leading drafted tokens that are committed."""
+    """Number of leading draft tokens that are committed, int64 [B]."""
     bonus_tokens: Tensor
-    """[B] int64: the token after them."""
+    """The token after them, int64 [B]."""
 
     def unbind(self) -> list[VerificationOutcome]:
         """One outcome per sequence, on the host."""
@@ -136,7 +136,7 @@ def verify_rejection(
 
 
 def verify_greedy_batch(scores: Tensor, draft_tokens: Tensor, num_draft: Sequence[int]) -> BatchOutcome:
-    """Greedy for ``scores`` [R, V], ``draft_tokens`` [D], K_b = ``num_draft[b]``."""
+    """Greedy verification of ``scores`` [R, V], ``draft_tokens`` [D], K_b = ``num_draft[b]``."""
     return _match(scores.argmax(dim=1), draft_tokens, _Layout.of(num_draft, scores.device))
 
 
@@ -149,7 +149,7 @@ def verify_coupled_batch(
     positions: Tensor,
     stream: Stream = Stream.TARGET,
 ) -> BatchOutcome:
-    """Coupled for ``scores`` [R, V], ``draft_tokens`` [D], ``seeds`` int or [R], ``positions`` [R].
+    """Coupled verification of ``scores`` [R, V], ``draft_tokens`` [D], ``seeds`` int or [R], ``positions`` [R].
 
     With ``stream=Stream.RECOVER`` it is sample-and-match.
     """
@@ -166,7 +166,7 @@ def verify_rejection_batch(
     seeds: int | Tensor,
     positions: Tensor,
 ) -> BatchOutcome:
-    """Rejection for ``scores`` [R, V], ``draft_tokens`` [D], ``seeds`` int or [R], ``positions`` [R].
+    """Rejection verification of ``scores`` [R, V], ``draft_tokens`` [D], ``seeds`` int or [R], ``positions`` [R].
 
     The draft token was sampled from ``draft``, possibly changed by Saguaro sampling and cut to few tokens:
     any distribution is verified exactly, as long as it is the one sampled from.
@@ -195,13 +195,13 @@ class _Layout:
     """Where each sequence's rows and drafted tokens lie in the ragged batch."""
 
     num_draft: Tensor
-    """[B]: drafted tokens of each sequence."""
+    """Number of draft tokens of each sequence, [B]."""
     first_rows: Tensor
-    """[B], index of each sequence's first row."""
+    """Index of each sequence's first row, [B]."""
     first_draft: Tensor
-    """[B], index of each sequence's first drafted token."""
+    """Index of each sequence's first draft token, [B]."""
     sequence: Tensor
-    """[D], the sequence each drafted token belongs to."""
+    """The sequence that each draft token belongs to, [D]."""
 
     @classmethod
     def of(cls, num_draft: Sequence[int], device: torch.device) -> _Layout:
@@ -212,24 +212,24 @@ class _Layout:
 
     @property
     def draft_rows(self) -> Tensor:
-        """[D], the row that judges each drafted token: one extra row per sequence before its own."""
+        """The row that judges each draft token, [D]: one extra row per sequence before its own."""
         return torch.arange(len(self.sequence), device=self.sequence.device) + self.sequence
 
     def leading_true(self, accepted: Tensor) -> Tensor:
-        """Length of each sequence's leading run of True in ``accepted`` [D], [B]."""
+        """Length [B] of each sequence's leading run of True in ``accepted`` [D]."""
         step = torch.arange(len(accepted), device=accepted.device) - self.first_draft[self.sequence]
         step = torch.where(accepted, self.num_draft[self.sequence], step)
         return self.num_draft.scatter_reduce(0, self.sequence, step, "amin")
 
 
 def _match(own_tokens: Tensor, draft_tokens: Tensor, layout: _Layout) -> BatchOutcome:
-    """Accept drafted tokens [D] while they equal the target's own [R]; its next one is the bonus."""
+    """Accept draft tokens [D] while they equal the target's own [R]; its next one is the bonus."""
     num_accepted = layout.leading_true(own_tokens[layout.draft_rows] == draft_tokens)
     return BatchOutcome(num_accepted, own_tokens[layout.first_rows + num_accepted])
 
 
 def _match_one(own_tokens: Tensor, draft_tokens: Sequence[int]) -> VerificationOutcome:
-    """Accept drafted tokens of one sequence while they equal the target's own [K + 1].
+    """Accept draft tokens of one sequence while they equal the target's own [K + 1].
 
     On the host: the engine needs the tokens there anyway.
     """

@@ -10,7 +10,7 @@ from specpool.errors import InvalidArgument, Unauthenticated
 
 @contextmanager
 def valid_text() -> Iterator[None]:
-    """Build a request inside: text that is not Unicode (a lone surrogate) is a bad argument."""
+    """A context to build a request in: text that is not Unicode (a lone surrogate) raises InvalidArgument."""
     try:
         yield
     except UnicodeEncodeError as error:
@@ -22,7 +22,7 @@ def valid_text() -> Iterator[None]:
 
 
 def checked_api_key(api_key: str) -> str:
-    """The key, if it can be sent as metadata."""
+    """The key, if it can be sent as metadata. Raises InvalidArgument."""
     if not api_key.isascii() or not api_key.isprintable() or api_key != api_key.strip():
         raise Unauthenticated("the API key must be printable ASCII without spaces or line ends around it")
     return api_key

@@ -27,9 +27,9 @@ class ResumePolicy:
     """How hard a client tries to get the rest of a stream that was cut."""
 
     max_tries: int = 10
-    """Tries in a row that bring nothing; 0: never resume."""
+    """Most tries in a row that bring nothing; 0: never resume."""
     max_seconds: float = 60.0
-    """Time without anything new."""
+    """Longest time in seconds without anything new."""
     first_pause_s: float = 0.1
     longest_pause_s: float = 5.0
 
@@ -52,7 +52,7 @@ class ResumableStream:
     async def events(
         self, call_of: Callable[[Request, bool], Awaitable[Any]]
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """Until the end of the answer; leaving early cancels it.
+        """The events until the end of the answer; leaving early cancels it.
 
         Args:
             call_of: makes the call of a request, over a new connection if it is told True.
@@ -90,7 +90,7 @@ class ResumableStream:
         )
 
     def _remaining_s(self) -> float:
-        """How long it may still be tried."""
+        """Seconds for which it may still be tried."""
         now_s = asyncio.get_running_loop().time()
         if self._num_tries == 0:
             self._cut_s = now_s

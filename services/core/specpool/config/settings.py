@@ -18,7 +18,7 @@ from pydantic import (
 from specpool.errors import ConfigError
 
 Share = Annotated[float, Field(gt=0, le=1)]
-"""A part of a whole that is never nothing."""
+"""A part of a whole that is never nothing: more than 0, at most 1."""
 
 _WORDS: Final = {
     "missing": "given",
@@ -46,7 +46,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _in_words(cls, value: object, info: ValidationInfo) -> object:
-        """What pydantic does not know of text: lists with commas, none; and that a boolean is no number."""
+        """Read what pydantic does not know of text: lists with commas, none; and that a boolean is no number."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind is not bool:
             if get_origin(kind) is not Literal:
@@ -61,10 +61,10 @@ class Settings(BaseModel):
 
 
 class ServiceSettings(Settings):
-    """What every service has."""
+    """The settings that every service has."""
 
     role: ClassVar[str]
-    """Target, speculator or router: the section of the file, and the end of the default `id`."""
+    """Kind of service, target, speculator or router: the section of the file, and the end of the default `id`."""
 
     id: str = Field(default="", validate_default=True)
     """Stable name of this process; empty: host name and role."""
@@ -90,14 +90,14 @@ class ServiceSettings(Settings):
 
 
 def invalid(name: str, value: object, accepted: str) -> ConfigError:
-    """A setting whose value is not accepted, alone or beside another one."""
+    """The error of a setting whose value is not accepted, alone or beside another one."""
     return ConfigError(
         f"{name} must be {accepted}, got {value!r}", metadata={"field": name, "value": value, "accepted": accepted}
     )
 
 
 def _config_error(error: ValidationError) -> ConfigError:
-    """The first of what is wrong, in our words."""
+    """The error that names, in our words, the first of what is wrong."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":

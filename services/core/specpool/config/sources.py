@@ -38,7 +38,7 @@ _SERVICE_LINK_VALUE: Final = re.compile(r"(tcp|udp|sctp)://")
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, like everything else here."""
+    """A parser that complains in one line, like everything else here."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 def parse_flags(
     cls: type[Settings], section: str, arguments: Sequence[str], parser: Parser
 ) -> tuple[dict[str, Any], argparse.Namespace]:
-    """Values by the names of fields, as they were written, and the options that `parser` had before."""
+    """The values by the names of fields, as they were written, and the options that `parser` had before."""
     source: CliSettingsSource[Parser] = CliSettingsSource(_sources(cls, section), root_parser=parser)
     options = parser.parse_args(list(arguments))
     given = {name: value for name, value in vars(options).items() if name in cls.model_fields}
@@ -62,7 +62,7 @@ def parse_flags(
 def load_config(
     cls: type[_Config], *, section: str, file: Path | None = None, flags: Mapping[str, Any] | None = None
 ) -> _Config:
-    """Settings from all sources.
+    """The settings from all sources.
 
     Args:
         cls: the class of settings.
@@ -110,7 +110,7 @@ def variable_name(section: str, field: str) -> str:
 
 
 def _sources(cls: type[Settings], section: str) -> type[BaseSettings]:
-    """The same fields, for pydantic-settings: what it reads stays text, which `cls` converts."""
+    """A class with the same fields for pydantic-settings: what it reads stays text, which `cls` converts."""
 
     class Sources(cls, BaseSettings):  # type: ignore[misc, valid-type]
         model_config = SettingsConfigDict(

@@ -24,7 +24,7 @@ _ACCEPTED: Final = "static:HOST:PORT,..., dns:NAME:PORT, kubernetes:NAMESPACE/LA
 
 
 def parse(text: str, *, field: str = "directory") -> Discovery:
-    """The directory that ``text`` names; ``field`` is the setting's name, for the error."""
+    """The directory that ``text`` names. Raises ConfigError, which names the setting ``field``."""
     kind, _, rest = text.partition(":")
     if text == "router":
         return ToldDiscovery()

@@ -20,13 +20,13 @@ class Endpoint:
     """A process that can be called: a pod, an address that a name has, an entry of a list."""
 
     address: str
-    """host:port."""
+    """Address as host:port."""
     uid: str = ""
     """Identity of the pod; another uid at the same address is another pod. Empty where the directory knows none."""
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Where it runs, as far as the directory knows: `NODE`, `ZONE`, `REGION`, `RACK`."""
+    """Labels that say where it runs, as far as the directory knows: `NODE`, `ZONE`, `REGION`, `RACK`."""
     terminating: bool = False
-    """It goes soon and still serves: nothing new should start there while there is another."""
+    """Whether it goes soon and still serves: nothing new should start there while there is another."""
     ready: bool = True
     """False where only the way to it is in doubt, as when its node cannot be reached: better than none."""
 
@@ -47,7 +47,7 @@ class Discovery(ABC):
 
     @property
     def endpoints(self) -> Endpoints:
-        """The current ones."""
+        """The current endpoints."""
         return self._endpoints
 
     def on_change(self, callback: Callable[[Endpoints], None]) -> None:
@@ -83,7 +83,7 @@ class StaticDiscovery(Discovery):
         self._publish(Endpoint(address) for address in self._addresses)
 
     async def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: nothing runs."""
 
 
 class ThreadedDiscovery(Discovery):

@@ -12,8 +12,8 @@ from specpool.discovery.discovery import Endpoint, ThreadedDiscovery
 
 _logger = logging.getLogger(__name__)
 _INTERVAL_S: Final = 1.0
-"""The system's resolver caches for the record's time to live, so that asking it often is cheap; a change is seen after
-at most that time and this one."""
+"""Seconds between two lookups. The resolver caches for the record's time to live, so that asking it often is cheap; a
+change is seen after at most that time and this one."""
 
 Resolve = Callable[[str], Collection[str]]
 

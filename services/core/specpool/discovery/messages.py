@@ -11,13 +11,13 @@ from specpool.errors import ConfigError, InvalidArgument
 from specpool.v1 import types_pb2
 
 MAX_ENDPOINTS: Final = 4096
-"""In one list."""
+"""Most endpoints in one list."""
 _MAX_CHARS: Final = 512
 _MAX_LABELS: Final = 16
 
 
 def to_messages(endpoints: Iterable[Endpoint]) -> list[types_pb2.SpeculatorEndpoint]:
-    """For the wire, in a fixed order."""
+    """Endpoints as messages for the wire, in a fixed order."""
     return [
         types_pb2.SpeculatorEndpoint(address=each.address, labels=each.labels, terminating=each.terminating)
         for each in sorted(endpoints, key=lambda endpoint: endpoint.address)
@@ -25,7 +25,7 @@ def to_messages(endpoints: Iterable[Endpoint]) -> list[types_pb2.SpeculatorEndpo
 
 
 def from_messages(messages: Iterable[types_pb2.SpeculatorEndpoint]) -> list[Endpoint]:
-    """From the wire; InvalidArgument names what cannot be."""
+    """Endpoints from messages of the wire. Raises InvalidArgument, which names what cannot be."""
     found = [_from_message(message) for message in messages]
     if len(found) > MAX_ENDPOINTS:
         raise _invalid("speculators", f"{len(found)} entries", f"at most {MAX_ENDPOINTS}")

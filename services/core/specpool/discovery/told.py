@@ -13,7 +13,7 @@ _MAX_ENDPOINTS: Final = 4096
 
 
 class ToldDiscovery(Discovery):
-    """Everything that anybody has named lately, with what was said last of it.
+    """A directory of everything that anybody has named lately, with what was said last of it.
 
     Several routers may tell, and none need know of the others: an endpoint stays until nobody has named it for a while.
     Hearing nothing at all takes nothing away before that, and an empty list says nothing.
@@ -26,7 +26,7 @@ class ToldDiscovery(Discovery):
         self._timer: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
-        """Nothing to look for: `tell` may be called from now on."""
+        """Do nothing: `tell` may be called from now on."""
 
     async def close(self) -> None:
         """Forget nothing any more."""
@@ -34,7 +34,7 @@ class ToldDiscovery(Discovery):
             self._timer.cancel()
 
     def tell(self, endpoints: Iterable[Endpoint]) -> None:
-        """Somebody names ``endpoints``. Call it on the event loop."""
+        """Take in the endpoints that somebody names. Call it on the event loop."""
         now_s = asyncio.get_running_loop().time()
         for endpoint in endpoints:
             self._told.pop(endpoint.address, None)  # the order of the entries is that of their times

@@ -51,7 +51,7 @@ class RunningCalls(ScopeInterceptor):
     def scope(
         self, details: grpc.HandlerCallDetails, handler: Handler, context: Context
     ) -> AbstractAsyncContextManager[None]:
-        """One call, from its start to its end."""
+        """A context of one call, from its start to its end."""
         return self._running(str(details.method))
 
     @asynccontextmanager

@@ -17,7 +17,7 @@ _SIGN_BIT: Final = 1 << 63
 
 
 def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
-    """Fill in the documented defaults. Values are not checked here: see `SamplingParams.validate`."""
+    """The parameters of a message, with the documented defaults; see `SamplingParams.validate` for their check."""
     return SamplingParams(
         temperature=message.temperature if message.HasField("temperature") else DEFAULT_TEMPERATURE,
         top_p=message.top_p if message.HasField("top_p") else 1.0,
@@ -37,7 +37,7 @@ def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
 
 
 def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
-    """What a speculator has to know to draft; every field is set, so that the reader's defaults play no part.
+    """The parameters that a speculator has to know to draft; every field is set: the reader's defaults play no part.
 
     Stop strings stay here: they are found in text, and only the target has that.
     """
@@ -59,5 +59,5 @@ def sampling_to_proto(params: SamplingParams) -> types_pb2.SamplingParams:
 
 
 def _signed(seed: int) -> int:
-    """The signed 64-bit integer of the same bits: the same noise."""
+    """The signed 64-bit integer of the same bits as an unsigned seed, which gives the same noise."""
     return (seed & (2 * _SIGN_BIT - 1)) - (2 * _SIGN_BIT if seed & _SIGN_BIT else 0)

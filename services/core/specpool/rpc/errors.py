@@ -99,7 +99,7 @@ def has_details(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _reason_of_bare_status(code: grpc.StatusCode, kind: type[SpecPoolError]) -> str:
-    """Codes that gRPC itself sends must not read as one of our own reasons where that would mislead."""
+    """The reason for a bare status: a code that gRPC itself sends must not read as one of ours where that misleads."""
     own = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION}
     return code.name if code in own else kind.default_reason
 
@@ -127,7 +127,7 @@ def _pack(status: status_pb2.Status, detail: Message) -> None:
 
 
 def _shorten(text: str, max_bytes: int) -> str:
-    """As much of the text as fits, in valid UTF-8."""
+    """The beginning of `text` that fits into `max_bytes` of valid UTF-8."""
     encoded = text.encode(errors="replace")
     if len(encoded) <= max_bytes:
         return encoded.decode()

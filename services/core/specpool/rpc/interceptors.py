@@ -35,7 +35,7 @@ class ScopeInterceptor(grpc.aio.ServerInterceptor):
     """Base of interceptors that run calls inside `scope`."""
 
     def scope(self, details: grpc.HandlerCallDetails, handler: Handler, context: Context) -> Any:
-        """The asynchronous context manager one call runs in."""
+        """The asynchronous context manager that one call runs in."""
         raise NotImplementedError
 
     async def intercept_service(
@@ -60,7 +60,7 @@ class ErrorInterceptor(ScopeInterceptor):
     def scope(
         self, details: grpc.HandlerCallDetails, handler: Handler, context: Context
     ) -> AbstractAsyncContextManager[None]:
-        """Errors leave as statuses."""
+        """A context in which errors leave as statuses."""
         return _errors_as_status(str(details.method), context)
 
 

@@ -9,7 +9,7 @@ import json
 from typing import Final
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
-"""Of a message between services: a client's request, the tokens committed so far, and room to spare."""
+"""Largest message between services in bytes: a client's request, the tokens committed so far, and room to spare."""
 KEEPALIVE_MS: Final = 10_000
 _KEEPALIVE_TIMEOUT_MS: Final = 5_000
 _SHORTEST_PING_INTERVAL_MS: Final = 500

@@ -32,7 +32,7 @@ class Authentication(ScopeInterceptor):
     def scope(
         self, details: grpc.HandlerCallDetails, handler: Handler, context: Context
     ) -> AbstractAsyncContextManager[None]:
-        """One call, whose credentials are checked first."""
+        """A context of one call, whose credentials are checked first. Raises Unauthenticated."""
         return self._checked(str(details.method), context)
 
     @asynccontextmanager
@@ -43,7 +43,7 @@ class Authentication(ScopeInterceptor):
 
 
 class Parsing(grpc.aio.ServerInterceptor):
-    """The innermost interceptor: those around it see bytes."""
+    """Parses requests. It is the innermost interceptor: those around it see bytes."""
 
     def __init__(self, max_request_bytes: int, larger: Mapping[str, int] = MappingProxyType({})) -> None:
         self._max_request_bytes = max_request_bytes
@@ -83,7 +83,7 @@ class Parsing(grpc.aio.ServerInterceptor):
 
 
 class _ParsedRequests:
-    """The requests of a stream."""
+    """The parsed requests of a stream."""
 
     def __init__(self, encoded: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> None:
         self._encoded = encoded

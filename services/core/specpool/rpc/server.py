@@ -41,16 +41,16 @@ from specpool.rpc.tracing import ServerTracing
 _logger = logging.getLogger(__name__)
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _CLOSE_S: Final = 1.0
-"""For calls that outlive the drain (health watchers for one), and again for those that outlive being ended."""
+"""Seconds for calls that outlive the drain (health watchers for one), and again for those that outlive being ended."""
 _ENDING_S: Final = 3.0
-"""For thousands of calls to end with a reason."""
+"""Seconds for thousands of calls to end with a reason."""
 _ADMISSION_S: Final = 0.1
 _QUIET_S: Final = 1.0
 _QUIET_SHARE: Final = 0.25
-"""Of the grace: for calls that wait to be taken."""
+"""Share of the grace for calls that wait to be taken."""
 _NEVER_S: Final = 1e6
 _TAKEN_IN: Final = 4
-"""Times the size of a legal request: what gRPC still takes in, so that it can be refused with a reason."""
+"""How many times the size of a legal request gRPC still takes in, so that it can be refused with a reason."""
 
 Drain = Callable[[float], Awaitable[object]]
 
@@ -64,19 +64,19 @@ class Server(grpc.aio.Server):
         self._closing: asyncio.Task[None] | None = None
 
     def add_generic_rpc_handlers(self, generic_rpc_handlers: Any) -> None:
-        """See the base class; generated code calls it."""
+        """Add handlers as `grpc.aio.Server` does, parsed inside the interceptors; generated code calls it."""
         self._inner.add_generic_rpc_handlers(generic_rpc_handlers)
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
-        """See the base class; generated code calls it."""
+        """Add methods as `grpc.aio.Server` does, parsed inside the interceptors; generated code calls it."""
         self._inner.add_registered_method_handlers(service_name, method_handlers)
 
     def add_insecure_port(self, address: str) -> int:
-        """Listen on an address."""
+        """Listen on an address; returns the port that was bound."""
         return self._inner.add_insecure_port(address)
 
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
-        """Listen on an address, with TLS."""
+        """Listen on an address, with TLS; returns the port that was bound."""
         return self._inner.add_secure_port(address, server_credentials)
 
     async def start(self) -> None:
@@ -153,7 +153,7 @@ def create_server(
 
 
 def _is_not_about_metadata(record: logging.LogRecord) -> bool:
-    """gRPC logs metadata that is no UTF-8, strangers' bytes and keys, with a traceback whenever it is looked at."""
+    """False for the records, with traceback, that gRPC logs of strangers' metadata that is no UTF-8."""
     return not str(record.msg).startswith("Invalid encoding")
 
 
@@ -162,22 +162,22 @@ class Health:
     """Standard health of a server as a whole ("") and of each of its services."""
 
     services: tuple[str, ...]
-    """Full names, without ""."""
+    """Full names of the services, without ""."""
     servicer: Any
-    """Of grpc_health.v1."""
+    """The servicer of `grpc_health.v1`."""
 
     async def set_serving(self, serving: bool = True) -> None:
-        """Tell probes and watchers. Has no effect once the server is stopping."""
+        """Tell probes and watchers whether everything serves. Has no effect once the server is stopping."""
         for name in ("", *self.services):
             await self.set_service(name, serving)
 
     async def set_service(self, name: str, serving: bool) -> None:
-        """One service; "" is the server as a whole."""
+        """Tell whether one service serves; "" is the server as a whole."""
         statuses = health_pb2.HealthCheckResponse
         await self.servicer.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)
 
     async def stop_serving(self) -> None:
-        """NOT_SERVING for good."""
+        """Say NOT_SERVING for good."""
         await self.servicer.enter_graceful_shutdown()
 
 

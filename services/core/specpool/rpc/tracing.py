@@ -30,10 +30,10 @@ _SERVER_FAULTS: Final = frozenset(
 
 
 class ServerTracing(ScopeInterceptor):
-    """One server span per call, child of the caller's."""
+    """Makes one server span per call, child of the caller's."""
 
     def scope(self, details: grpc.HandlerCallDetails, handler: Handler, context: Context) -> Any:
-        """The call's span is current inside."""
+        """A context in which the call's span is current."""
         both_ways = handler.request_streaming and handler.response_streaming
         return _server_span(str(details.method), context, traced=not both_ways and _is_traced(str(details.method)))
 
@@ -66,7 +66,7 @@ async def _server_span(method: str, context: Context, *, traced: bool) -> AsyncI
 
 
 def _code_name(context: Context) -> str:
-    """Name of the status a call was aborted with."""
+    """Name of the status that a call was aborted with."""
     code: Any = context.code()
     if isinstance(code, grpc.StatusCode):
         return code.name
@@ -74,7 +74,7 @@ def _code_name(context: Context) -> str:
 
 
 class ClientTracing(grpc.aio.UnaryUnaryClientInterceptor):
-    """One client span per unary call."""
+    """Makes one client span per unary call."""
 
     async def intercept_unary_unary(
         self,
@@ -87,7 +87,7 @@ class ClientTracing(grpc.aio.UnaryUnaryClientInterceptor):
 
 
 class ClientStreamTracing(grpc.aio.UnaryStreamClientInterceptor):
-    """One client span per call that streams its responses, open until the stream ends."""
+    """Makes one client span per call that streams its responses, open until the stream ends."""
 
     async def intercept_unary_stream(
         self,
