@@ -14,7 +14,7 @@ from torch import Tensor
 from specpool.algorithm.draft_distribution import SparseDistribution
 from specpool.algorithm.draft_ranks import DraftRanks, draft_ranks
 from specpool.algorithm.noise import gumbel_argmax
-from specpool.algorithm.round import RoundState, Speculation, speculative_round
+from specpool.algorithm.round import Draft, RoundState, speculative_round
 from specpool.algorithm.speculation_cache import LookupKind, Outcome, SpeculationCache
 from specpool.algorithm.verification import VerificationMode
 
@@ -72,11 +72,11 @@ class ToySpeculator:
             tokens.append(int(self.ranks(tokens, 1).token_ids[0, 0]))
         return tokens[len(committed) :]
 
-    def speculate(self, committed: Sequence[int]) -> Speculation:
+    def speculate(self, committed: Sequence[int]) -> Draft:
         tokens = self.draft(committed)
-        return Speculation(tuple(tokens), self.distribution(committed, tokens))
+        return Draft(tuple(tokens), self.distribution(committed, tokens))
 
-    def predict(self, committed: Sequence[int], in_flight: Speculation) -> Mapping[Outcome, Sequence[int]]:
+    def predict(self, committed: Sequence[int], in_flight: Draft) -> Mapping[Outcome, Sequence[int]]:
         entries = {}
         for num_accepted in range(len(in_flight.tokens) + 1):
             prefix = [*committed, *in_flight.tokens[:num_accepted]]

@@ -19,7 +19,7 @@ from specpool.algorithm.verification import VerificationMode, VerificationOutcom
 
 
 @dataclass(frozen=True, slots=True)
-class Speculation:
+class Draft:
     """The draft tokens that the target verifies in a round, and the distributions that they were sampled from."""
 
     tokens: tuple[int, ...] = ()
@@ -39,11 +39,11 @@ class Target(Protocol):
 class Speculator(Protocol):
     """The draft model, as the round sees it."""
 
-    def speculate(self, committed: Sequence[int]) -> Speculation:
+    def speculate(self, committed: Sequence[int]) -> Draft:
         """Draft the tokens after ``committed``."""
         ...
 
-    def predict(self, committed: Sequence[int], in_flight: Speculation) -> Mapping[Outcome, Sequence[int]]:
+    def predict(self, committed: Sequence[int], in_flight: Draft) -> Mapping[Outcome, Sequence[int]]:
         """Guess outcomes of verifying ``in_flight`` and draft after each."""
         ...
 
@@ -58,7 +58,7 @@ class RoundState:
 
     committed: tuple[int, ...]
     """Tokens of prompt and output so far."""
-    speculation: Speculation = Speculation()
+    speculation: Draft = Draft()
     """The draft that the next round verifies."""
     round: int = 0
     """Number of the next round."""
@@ -84,7 +84,7 @@ def speculative_round(
     *,
     mode: VerificationMode,
     seed: int = 0,
-    fallback: Callable[[Sequence[int]], Speculation] = lambda committed: Speculation(),
+    fallback: Callable[[Sequence[int]], Draft] = lambda committed: Draft(),
 ) -> RoundResult:
     """Verify what is in flight; meanwhile prepare for its outcome; take the next speculation from the cache.
 
@@ -116,7 +116,7 @@ def speculative_round(
     committed = (*committed, *outcome.committed(in_flight.tokens))
     lookup = cache.lookup(state.round, outcome.num_accepted, outcome.bonus_token)
     if lookup.kind in (LookupKind.HIT, LookupKind.PARTIAL):
-        following = Speculation(lookup.tokens, speculator.distribution(committed, lookup.tokens))
+        following = Draft(lookup.tokens, speculator.distribution(committed, lookup.tokens))
     else:
         following = fallback(committed)
     return RoundResult(RoundState(committed, following, state.round + 1), outcome, lookup)
