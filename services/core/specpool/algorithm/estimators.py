@@ -108,7 +108,7 @@ class MissPowerLawEstimator:
         return PowerLaw(_clamp(math.exp(mean_y + exponent * mean_x), *_CONSTANT_RANGE), exponent)
 
     def _point(self, i: int) -> tuple[float, float, float]:
-        """A point of the fit: (log F, log miss rate, weight). The log of a rate is as certain as its misses are many."""
+        """A point of the fit: (log F, log miss rate, weight). A log is as certain as its misses are many."""
         trials = self._trials[i] + self._prior_weight
         misses = self._misses[i] + self._prior_weight * self._prior.miss_rate(_GRID[i])
         return math.log(_GRID[i]), math.log(misses / trials), misses
