@@ -6,21 +6,23 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
-import pytest
 
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.discovery.discovery import Discovery, Endpoint
-from specpool.speculation import DraftSource, PairingSettings, PoolEvents, PoolIdentity, SpeculationPool
+from specpool.speculation import DraftSource, SpeculationPool
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 
 VOCAB = 31
 LOOKAHEAD = 4
 FINGERPRINT = "f" * 64
+FAST = {"review_interval_s": 0.05, "status_interval_s": 0.2, "urgent_status_interval_s": 0.05}
+"""Settings of a pool that looks often."""
 GREEDY = types_pb2.SamplingParams(temperature=0)
 Response = speculator_pb2.SpeculateResponse
 
@@ -58,6 +60,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         self.opened_at_s: dict[str, list[float]] = {}
         self.refuses: speculator_pb2.SequenceRefused | None = None
         self.max_sequences = 0
+        self.max_context = 0
         self.is_silent = False
         self.answers = True
         self.guesses = True
@@ -90,7 +93,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
     async def GetSpeculatorStatus(self, request: Any, context: Any) -> speculator_pb2.GetSpeculatorStatusResponse:
         return speculator_pb2.GetSpeculatorStatusResponse(
             state=self.state,
-            model=types_pb2.ModelInfo(tokenizer_fingerprint=self.fingerprint),
+            model=types_pb2.ModelInfo(tokenizer_fingerprint=self.fingerprint, max_context=self.max_context),
             load=types_pb2.Load(num_sequences_running=len(self.live)),
             row_budget=32,
             max_sequences=self.max_sequences,
@@ -102,7 +105,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         ack = speculator_pb2.HelloAck(
             protocol_version=1,
             speculator=types_pb2.Peer(id=self.address),
-            model=types_pb2.ModelInfo(tokenizer_fingerprint=self.fingerprint),
+            model=types_pb2.ModelInfo(tokenizer_fingerprint=self.fingerprint, max_context=self.max_context),
             transport=speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC,
             max_lookahead=LOOKAHEAD,
             row_budget=32,
@@ -271,54 +274,26 @@ class Engine:
         return await self.until(name, lambda kinds: kinds[num_before:].count(LookupKind.HIT) >= num_hits)
 
 
-@pytest.fixture
-async def speculator_for() -> AsyncIterator[Callable[..., Any]]:
-    """Starts scripted speculators; kills them at the end."""
-    running: list[ScriptedSpeculator] = []
-
-    async def make(port: int = 0, **script: Any) -> ScriptedSpeculator:
-        speculator = ScriptedSpeculator()
-        for key, value in script.items():
-            assert hasattr(speculator, key)
-            setattr(speculator, key, value)
-        await speculator.start(port)
-        running.append(speculator)
-        return speculator
-
-    yield make
-    for speculator in running:
-        await speculator.kill()
-        assert speculator.violations == []
-
-
-@pytest.fixture
-async def pool_for() -> AsyncIterator[Callable[..., Any]]:
-    """Starts pools; closes them at the end."""
-    running: list[SpeculationPool] = []
-
-    async def make(directory: Discovery, **options: Any) -> SpeculationPool:
-        labels, settings = options.pop("labels", {}), options.pop("settings", {})
-        moves = options.pop("moves", Counter())
-        identity = PoolIdentity(
-            peer=types_pb2.Peer(id="engine"),
-            model=types_pb2.ModelInfo(name="engine", vocab_size=VOCAB, tokenizer_fingerprint=FINGERPRINT),
-            max_lookahead=LOOKAHEAD,
-            labels=labels,
-        )
-        events = PoolEvents(on_move=lambda reason: moves.update([reason]))
-        pool = SpeculationPool(directory, identity, settings=PairingSettings(**settings), events=events, **options)
-        pool.start()
-        running.append(pool)
-        await asyncio.to_thread(pool.wait_settled, 10.0)
-        return pool
-
-    yield make
-    for pool in running:
-        await asyncio.to_thread(pool.close)
-
-
 async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Until it holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running(engine: Engine, *names: str, num_prompt_tokens: int = 1) -> AsyncIterator[None]:
+    """Sequences that run until the end of the block."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(len(names)) as threads:
+        prompts = [[7 + i] * num_prompt_tokens for i in range(len(names))]
+        runs = [
+            loop.run_in_executor(threads, engine.run, prompt, 10**9, name)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            engine.stop = True
+            outputs = await asyncio.gather(*runs)
+    assert all(outputs)

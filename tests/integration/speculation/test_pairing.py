@@ -6,11 +6,9 @@ import asyncio
 import random
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 
 import pytest
-from speculation_engine import LOOKAHEAD, Engine, Known, Named, eventually
+from speculation_engine import FAST, LOOKAHEAD, Engine, Named, eventually, running
 
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool.discovery.discovery import Endpoint
@@ -18,21 +16,6 @@ from specpool.v1 import speculator_pb2, types_pb2
 
 PROMPT = [7]
 RECOVERY_S = 2.0
-FAST = {"review_interval_s": 0.05, "status_interval_s": 0.2, "urgent_status_interval_s": 0.05}
-
-
-@asynccontextmanager
-async def running(engine, *names):
-    """Sequences that run until the end of the block."""
-    loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(len(names)) as threads:
-        runs = [loop.run_in_executor(threads, engine.run, [7 + i], 10**9, name) for i, name in enumerate(names)]
-        try:
-            yield
-        finally:
-            engine.stop = True
-            outputs = await asyncio.gather(*runs)
-    assert all(outputs)
 
 
 def split(speculators, engine_name="a"):
@@ -133,92 +116,6 @@ async def test_a_terminating_speculator_is_left_when_there_is_another(speculator
         await eventually(lambda: "a" in second.live and first.num_streams == 0)
 
 
-FULL = speculator_pb2.REFUSAL_REASON_TOO_MANY_SEQUENCES
-
-
-async def test_a_refused_sequence_goes_elsewhere(speculator_for, pool_for):
-    refusing = await speculator_for(refuses=speculator_pb2.SequenceRefused(reason=FULL, retry_after_ms=60_000))
-    taking, directory, moves = await speculator_for(), Named(), Counter()
-    directory.name(refusing.address)
-    engine = Engine(await pool_for(directory, moves=moves))
-    async with running(engine, "a"):
-        await eventually(lambda: moves["refused"] == 1)
-        directory.name(refusing.address, taking.address)
-        named_s = time.monotonic()
-        assert await engine.until_hits("a") - named_s < RECOVERY_S
-    assert len(refusing.opened_at_s["a"]) == 1
-
-
-async def test_a_speculator_is_asked_again_soon_when_a_sequence_needs_one(speculator_for, pool_for):
-    only = await speculator_for(state=types_pb2.SERVING_STATE_DRAINING)
-    settings = {"status_interval_s": 3600.0, "urgent_status_interval_s": 0.2}
-    engine = Engine(await pool_for(Named([Endpoint(only.address)]), settings=settings))
-    async with running(engine, "a"):
-        await engine.until("a", lambda kinds: len(kinds) > 5)
-        only.state = types_pb2.SERVING_STATE_SERVING
-        await engine.until_hits("a")
-
-
-@pytest.mark.parametrize("why", ["refused", "full", "terminating"])
-async def test_a_request_does_not_wait_for_a_speculator_that_takes_nothing(speculator_for, pool_for, why):
-    only, directory, moves = await speculator_for(), Named(), Counter()
-    directory.name(Endpoint(only.address, terminating=why == "terminating"))
-    if why == "refused":
-        only.refuses = speculator_pb2.SequenceRefused(reason=FULL, retry_after_ms=60_000)
-    elif why == "full":
-        only.max_sequences, only.live = 1, {"of another engine": Known([1], 0, [])}
-    engine = Engine(await pool_for(directory, moves=moves))
-    async with running(engine, "a"):
-        await engine.until("a", lambda kinds: len(kinds) > 5)
-        if why == "refused":
-            await eventually(lambda: moves["refused"] == 1)
-        started_s = time.monotonic()
-        assert await asyncio.to_thread(engine.pool.wait_settled, 20.0)
-        assert time.monotonic() - started_s < 5.0
-
-
-async def test_a_refusal_costs_those_that_are_served_nothing_and_is_tried_again(speculator_for, pool_for):
-    only, moves = await speculator_for(), Counter()
-    engine = Engine(await pool_for(Named([Endpoint(only.address)]), moves=moves, settings=FAST))
-    async with running(engine, "served"):
-        await engine.until_hits("served")
-        only.refuses = speculator_pb2.SequenceRefused(reason=FULL, retry_after_ms=1_500)
-        waiting = Engine(engine.pool)
-        async with running(waiting, "late"):
-            await eventually(lambda: moves["refused"] == 1)
-            refused_s = time.monotonic()
-            await engine.until_hits("served", 100)
-            assert engine.hit_rate("served", after_s=refused_s) > 0.5
-            only.refuses = None
-            await waiting.until_hits("late")
-    first_s, second_s = only.opened_at_s["late"]
-    assert second_s - first_s >= 1.4
-    assert len(only.opened_at_s["served"]) == 1
-
-
-async def test_a_sequence_that_is_never_acceptable_is_not_tried_again(speculator_for, pool_for):
-    invalid = speculator_pb2.SequenceRefused(reason=speculator_pb2.REFUSAL_REASON_INVALID)
-    refusing, other, directory = await speculator_for(refuses=invalid), await speculator_for(), Named()
-    directory.name(refusing.address)
-    engine = Engine(await pool_for(directory, settings=FAST))
-    async with running(engine, "a"):
-        await eventually(lambda: "a" in refusing.opened_at_s)
-        await asyncio.sleep(1.5)
-        assert len(refusing.opened_at_s["a"]) == 1
-        directory.name(refusing.address, other.address)
-        await engine.until_hits("a")
-
-
-async def test_a_speculator_that_is_full_is_not_asked(speculator_for, pool_for):
-    small, large = await speculator_for(max_sequences=1), await speculator_for(max_sequences=100)
-    engine = Engine(await pool_for(Named([Endpoint(small.address), Endpoint(large.address)]), settings=FAST))
-    async with running(engine, *"abcdefgh"):
-        for name in "abcdefgh":
-            await engine.until_hits(name)
-        assert len(small.live) <= 1
-        assert small.seen["open_sequence"] <= 1
-
-
 async def test_a_silent_speculator_is_left(speculator_for, pool_for):
     both, moves = [await speculator_for(), await speculator_for()], Counter()
     engine = Engine(await pool_for(Named(Endpoint(s.address) for s in both), moves=moves, settings=FAST))
@@ -309,7 +206,7 @@ async def test_whatever_happens_the_output_stays_and_speculators_are_told_the_tr
                 case 2:
                     await one.say(go_away=speculator_pb2.GoAway(reason="chance"))
                 case 3:
-                    one.refuses = None if one.refuses else speculator_pb2.SequenceRefused(reason=FULL)
+                    one.refuses = None if one.refuses else speculator_pb2.SequenceRefused(retry_after_ms=1)
                 case 4:
                     one.answers = not one.answers
                 case 5:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -212,3 +213,19 @@ def test_refused_ids_are_bounded(prompt) -> None:
         )
     assert (CONNECTION, "o9999") in drafter.held.refusals
     assert (CONNECTION, "o1") not in drafter.held.refusals
+
+
+def test_a_sequence_that_outgrows_the_context_of_the_draft_is_given_back(prompt) -> None:
+    drafter, model = make_drafter()
+    target = ScriptedTarget(drafter, prompt)
+    exchange(drafter, [target], num_steps=9)
+    drafter.held._limits = replace(drafter.held._limits, max_context=len(prompt) + 1)
+    target.outcome(0, 3)
+    assert len(drafter.held) == 1
+    target.outcome(0, 4)
+    exchange(drafter, [target])
+    refusal = _refusal(target)
+    assert refusal.reason == speculator_pb2.REFUSAL_REASON_INVALID
+    assert refusal.message == f"{len(prompt) + 2} tokens are beyond the draft's context of {len(prompt) + 1}"
+    assert len(drafter.held) == 0
+    assert model.pool.num_used == 0

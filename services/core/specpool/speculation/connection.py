@@ -47,6 +47,11 @@ class PlacedSequence(Protocol):
         """Whether it has a speculator, or needs none."""
         ...
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        ...
+
     def move(self, connection: Connection | None) -> None:
         """Leave one speculator for another, or for none."""
 

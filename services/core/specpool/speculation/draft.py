@@ -28,3 +28,10 @@ class NextDraft(NamedTuple):
     """To verify next; empty when late, missed or not looked up."""
     rank: int | None = None
     """Of the bonus token among the guesses of its position, from 0; None: not among them."""
+
+
+def valid_tokens(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """Up to the first token that a model of so many does not have."""
+    if not tokens or max(tokens) < vocab_size:
+        return tokens
+    return tokens[: next(index for index, token in enumerate(tokens) if token >= vocab_size)]

@@ -16,7 +16,7 @@ from specpool.errors import InvalidArgument
 from specpool.rpc.checks import MAX_DRAFT_TOKENS
 from specpool.speculation.answer import Answer, OnAnswer
 from specpool.speculation.connection import Connection
-from specpool.speculation.draft import DraftSource, NextDraft
+from specpool.speculation.draft import DraftSource, NextDraft, valid_tokens
 from specpool.speculation.handle_owner import HandleOwner, SequenceEvents
 from specpool.speculation.inbox import SpeculationInbox, read_table
 from specpool.speculation.teller import Teller
@@ -54,8 +54,6 @@ class SequenceHandle:
         self._is_started = True
         """Whether that is decided. Round 0 is the prefill, which verifies nothing."""
         self._answer = Answer()
-        self._are_distributions_due = False
-        """Whether the speculator that drafted what the running round verifies was told so."""
         self._reopened_round: int | None = None
         self._is_paused = is_paused
         self._is_closed = False
@@ -77,6 +75,11 @@ class SequenceHandle:
     def is_waiting(self) -> bool:
         """Whether a requested draft is still to come."""
         return self._answer.is_due
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far."""
+        return len(self._tokens)
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
@@ -103,7 +106,7 @@ class SequenceHandle:
                 lookahead = self._opening.max_lookahead
             found = self._inbox.lookup(ended, num_accepted, bonus_token, lookahead=max(1, lookahead))
         kind, tokens, rank = found
-        valid = self._valid(tokens)
+        valid = valid_tokens(tokens, self._owner.vocab_size)
         if len(valid) > lookahead:
             valid = valid[:lookahead]
         return found if valid is tokens else NextDraft(kind, valid, rank)
@@ -151,7 +154,7 @@ class SequenceHandle:
 
         Nobody sends those of a draft that a speculator was handed together with the sequence, as after a move.
         """
-        return self._are_distributions_due and not self._inbox.has_distributions(self._round)
+        return self._inbox.awaits_distributions(self._round)
 
     def take_distributions(self) -> object | None:
         """Those of the running round: the message, or what a dense transport made of it. Later ones are dropped."""
@@ -233,7 +236,7 @@ class SequenceHandle:
                 return
             answer = self._answer.take()
         if answer is not None:
-            answer(self._valid(tuple(reply.draft_tokens[:MAX_DRAFT_TOKENS])))
+            answer(valid_tokens(tuple(reply.draft_tokens[:MAX_DRAFT_TOKENS]), self._owner.vocab_size))
 
     def add_distributions(self, connection: Connection, round_: int, distributions: object) -> None:
         """See `PlacedSequence`."""
@@ -251,7 +254,6 @@ class SequenceHandle:
                 return
             self._reopened_round = self._round
             self._inbox.clear()
-            self._are_distributions_due = False
             teller.forget()
             answer = self._answer.take()
             self._open_if_started()
@@ -271,8 +273,9 @@ class SequenceHandle:
             source = DraftSource.SPECULATOR if tokens else DraftSource.NONE
         self._answer.take()
         self._draft, self._is_started = tokens, True
-        self._are_distributions_due = self._teller.knows and bool(tokens) and source is DraftSource.SPECULATOR
         if self._teller.knows:
+            if tokens and source is DraftSource.SPECULATOR:
+                self._inbox.expect_distributions(self._round)
             self._teller.start(self._round, tokens, source)
         else:
             self._open_if_started()
@@ -285,16 +288,5 @@ class SequenceHandle:
     def _leave(self) -> OnAnswer | None:
         """Close it where it is; returns who waits for an answer."""
         self._inbox.clear()
-        self._are_distributions_due = False
         self._teller.leave()
         return self._answer.take()
-
-    def _valid(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Up to the first token that the model does not have."""
-        vocab_size = self._owner.vocab_size
-        if not tokens or max(tokens) < vocab_size:
-            return tokens
-        for index, token in enumerate(tokens):
-            if token >= vocab_size:
-                return tokens[:index]
-        return tokens

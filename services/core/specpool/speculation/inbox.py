@@ -35,7 +35,7 @@ class SpeculationInbox:
         """Bonus tokens guessed of the running round, by accepted length, in the order of their arrival."""
         self._num_guesses = 0
         self._distributions: dict[int, object] = {}
-        self._taken_round = -1
+        self._taken_round = self._expected_round = -1
 
     def add_table(self, round_: int, entries: Entries) -> None:
         """A pushed table of the running round."""
@@ -62,9 +62,13 @@ class SpeculationInbox:
         if round_ > self._taken_round:
             self._distributions[round_] = distributions
 
-    def has_distributions(self, round_: int) -> bool:
-        """Whether those of `round_` are here."""
-        return round_ in self._distributions
+    def expect_distributions(self, round_: int) -> None:
+        """The speculator is told that `round_` verifies what it drafted."""
+        self._expected_round = round_
+
+    def awaits_distributions(self, round_: int) -> bool:
+        """Whether those of `round_` are still to come."""
+        return self._expected_round == round_ and round_ not in self._distributions
 
     def take_distributions(self, round_: int) -> object | None:
         """Those of `round_`, if they are here; later ones for it, and all before, are dropped."""
@@ -78,3 +82,4 @@ class SpeculationInbox:
         self._cache.clear()
         self._guesses, self._num_guesses = {}, 0
         self._distributions.clear()
+        self._expected_round = -1

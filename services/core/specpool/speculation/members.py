@@ -116,6 +116,11 @@ class Member:
             status.state == types_pb2.SERVING_STATE_SERVING and status.model.tokenizer_fingerprint == fingerprint
         )
 
+    def has_context_for(self, num_tokens: int) -> bool:
+        """Whether its model can read so many, as far as is known."""
+        told = self.status if self.connection is None else self.connection.ack
+        return told is None or not told.model.max_context or num_tokens <= told.model.max_context
+
     def candidate(self, own_labels: Mapping[str, str]) -> Candidate:
         """As the choice sees it."""
         connection, status = self.connection, self.status

@@ -131,7 +131,7 @@ class Pairing:
 
     def _ask(self, member: Member) -> None:
         def ask() -> Coroutine[Any, Any, None]:
-            return member.ask_forever(self._settings, lambda: bool(self.placement.unplaced), self._wake)
+            return member.ask_forever(self._settings, lambda: self.placement.is_wanted(member), self._wake)
 
         member.task = self._background.keep_running(ask, name=f"status of speculator {member.address}")
 

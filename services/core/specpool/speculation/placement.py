@@ -63,9 +63,7 @@ class Placement:
     def best_for(self, sequence: PlacedSequence, members: Iterable[Member]) -> Member | None:
         """The best of these that takes it."""
         now_s = time.monotonic()
-        return self.choose(
-            m for m in members if m.takes_sequences(now_s) and sequence.avoided.get(m.address, 0.0) <= now_s
-        )
+        return self.choose(m for m in members if m.takes_sequences(now_s) and suits(m, sequence, now_s))
 
     def choose(self, members: Iterable[Member]) -> Member | None:
         """The best place for another sequence."""
@@ -76,3 +74,13 @@ class Placement:
     def candidate(self, member: Member) -> Candidate:
         """As the choice sees it."""
         return member.candidate(self._identity.labels)
+
+    def is_wanted(self, member: Member) -> bool:
+        """Whether a sequence that has no place might get one there."""
+        now_s = time.monotonic()
+        return any(suits(member, sequence, now_s) for sequence in self.unplaced.values())
+
+
+def suits(member: Member, sequence: PlacedSequence, now_s: float) -> bool:
+    """Whether the sequence may be tried there: short enough, and not refused lately."""
+    return sequence.avoided.get(member.address, 0.0) <= now_s and member.has_context_for(sequence.num_tokens)

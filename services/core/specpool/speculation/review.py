@@ -10,7 +10,7 @@ from specpool.speculation.choice import is_worth_moving
 from specpool.speculation.connection import PlacedSequence
 from specpool.speculation.members import Member
 from specpool.speculation.pairing_settings import PairingSettings
-from specpool.speculation.placement import Placement
+from specpool.speculation.placement import Placement, suits
 
 _OPENINGS_PER_REVIEW: Final = 4
 """Sequences given at once to a speculator that refused one lately."""
@@ -57,7 +57,7 @@ class Review:
         unknown = [m for m in self._members.values() if m.is_worth_connecting(now_s, self._fingerprint)]
         usable, needy = placement.usable(now_s), self._needy(now_s)
         if needy is not None:
-            unknown = [member for member in unknown if needy.avoided.get(member.address, 0.0) <= now_s]
+            unknown = [member for member in unknown if suits(member, needy, now_s)]
         if not usable or needy is not None:
             usable = []
             if any(member.is_connecting(now_s) for member in self._members.values()):
@@ -116,7 +116,7 @@ class Review:
         if now_s - member.crowded_since_s < self._settings.crowded_for_s:
             return
         latest_s = now_s - self._settings.shortest_stay_s
-        movable = [s for s in placed if s.placed_at_s <= latest_s and s.avoided.get(other.address, 0.0) <= now_s]
+        movable = [s for s in placed if s.placed_at_s <= latest_s and suits(other, s, now_s)]
         for sequence in movable[: max(1, len(placed) // _MOVED_AT_ONCE)]:
             placement.move(sequence, other, "crowded")
 

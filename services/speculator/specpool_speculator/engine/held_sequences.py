@@ -179,6 +179,10 @@ class HeldSequences:
             text = f"round {outcome.round}: {outcome.num_accepted} of {len(tree.path) - 1} draft tokens accepted"
             self._resync(key, text)
             return
+        num_tokens = len(tree.tokens) + outcome.num_accepted + 1
+        if num_tokens > self._limits.max_context:  # nothing can be drafted for it any more
+            text = f"{num_tokens} tokens are beyond the draft's context of {self._limits.max_context}"
+            raise Refused(speculator_pb2.REFUSAL_REASON_INVALID, text)
         self._observe(sequence, outcome)
         self._on_outcome(sequence, outcome.num_accepted + 1, received_s)
         sequence.request = None
