@@ -118,7 +118,8 @@ class Member:
 
     def has_context_for(self, num_tokens: int) -> bool:
         """Whether its model can read so many, as far as is known."""
-        told = self.status if self.connection is None else self.connection.ack
+        connection = self.connection  # read once: it may be lost meanwhile
+        told = self.status if connection is None else connection.ack
         return told is None or not told.model.max_context or num_tokens <= told.model.max_context
 
     def candidate(self, own_labels: Mapping[str, str]) -> Candidate:
