@@ -12,7 +12,7 @@ OnAnswer = Callable[[tuple[int, ...]], None]
 
 
 class Answer:
-    """Asked for under its handle's lock, and taken there; then whoever took `on_answer` calls it, without the lock."""
+    """A requested draft. Asked for and taken under its handle's lock; whoever took `on_answer` calls it without."""
 
     def __init__(self) -> None:
         self._on_answer: OnAnswer | None = None
@@ -22,17 +22,17 @@ class Answer:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is still to come."""
+        """Whether the requested draft is still to come."""
         return self._on_answer is not None
 
     def ask(self, on_answer: OnAnswer | None) -> None:
-        """It is on its way; without `on_answer`, to whoever waits."""
+        """Note that a draft is on its way; without `on_answer` it is for whoever waits."""
         self._tokens = ()
         self._arrived.clear()
         self._on_answer = on_answer or self._keep
 
     def take(self) -> OnAnswer | None:
-        """Whom to tell, once."""
+        """The callback for the tokens, given out once; None if nothing is due."""
         on_answer, self._on_answer = self._on_answer, None
         return on_answer
 
@@ -41,7 +41,7 @@ class Answer:
         self._arrived.set()
 
     def wait(self, timeout_s: float, trust: WaitTrust | None) -> tuple[int, ...]:
-        """Block for it; nothing when the time is over, which costs trust."""
+        """Block for the tokens; none when the time is over, which costs trust."""
         started_s = time.perf_counter()
         in_time = self._arrived.wait(timeout_s)
         if trust is not None and not self._tokens:

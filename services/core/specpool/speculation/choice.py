@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Final
 
 _SLACK: Final = 4
-"""An engine keeps to one speculator while that has at most so many sequences more than the emptiest."""
+"""Sequences more than the emptiest that an engine's own speculator may have while the engine keeps to it."""
 _WORTH_MOVING: Final = 1.4
-"""A place must be so many times as good as the present one."""
+"""How many times as good as the present place another must be."""
 _PER_LABEL: Final = 0.5
 """What a label that differs (another zone, another node) adds to the cost of a place, as a share."""
 _FREE_ROUND_TRIP_S: Final = 0.005
-"""Round trips below this are Python's time, not the network's."""
+"""Seconds of round trip below which the time is Python's, not the network's."""
 _DOUBLING_ROUND_TRIP_S: Final = 0.020
-"""A round trip that is longer by this makes a place twice as costly."""
+"""Seconds of further round trip that make a place twice as costly."""
 _FULL_KV: Final = 4.0
-"""A place without free memory costs so many times as much."""
+"""How many times as much a place without free memory costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,17 +27,17 @@ class Candidate:
 
     address: str
     num_sequences: int
-    """Of all engines, ours as of now."""
+    """Number of sequences of all engines, ours as of now."""
     row_budget: int
-    """Rows per draft step that they share."""
+    """Rows per draft step that all sequences there share."""
     max_sequences: int = 0
-    """It refuses more; 0: not known."""
+    """Number of sequences beyond which it refuses more; 0: not known."""
     num_labels_apart: int = 0
-    """Labels (zone, node) in which it differs from us."""
+    """Number of labels (zone, node) in which it differs from us."""
     round_trip_s: float = 0.0
-    """The shortest measured; 0: none yet."""
+    """Shortest measured round trip in seconds; 0: none yet."""
     has_free_kv: bool = True
-    """Whether another sequence finds room in its cache."""
+    """Whether another sequence finds room in its KV cache."""
 
     @property
     def is_full(self) -> bool:
@@ -45,7 +45,7 @@ class Candidate:
         return 0 < self.max_sequences <= self.num_sequences
 
     def cost(self, num_others: int) -> float:
-        """Of being there with so many others: their number per row, more where it is far away."""
+        """Cost of a place beside `num_others` sequences: their number per row, more at a speculator far away."""
         far = 1 + _PER_LABEL * self.num_labels_apart
         late = 1 + max(0.0, self.round_trip_s - _FREE_ROUND_TRIP_S) / _DOUBLING_ROUND_TRIP_S
         return (num_others + 1) / max(1, self.row_budget) * far * late * (1 if self.has_free_kv else _FULL_KV)

@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 Request = speculator_pb2.SpeculateRequest
 _GRPC: Final = speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC
 _MAX_UNSENT: Final = 10_000
-"""Messages that a speculator has not read; one that reads none is given up."""
+"""Most messages that a speculator has not read; one that reads none is given up."""
 _SHORTEST_SILENCE_S: Final = 5.0
 _SILENT_STEPS: Final = 20
 """Draft steps after which an engine that owes an answer counts as stalled."""
@@ -38,9 +38,9 @@ class PlacedSequence(Protocol):
 
     id: str
     placed_at_s: float
-    """When it was given its speculator (`monotonic`)."""
+    """Time (`monotonic`) at which it was given its speculator."""
     avoided: dict[str, float]
-    """Addresses that refused it, and until when (`monotonic`)."""
+    """Addresses of speculators that refused it, each with the time (`monotonic`) until which it is not placed there."""
 
     @property
     def is_placed(self) -> bool:
@@ -56,40 +56,40 @@ class PlacedSequence(Protocol):
         """Leave one speculator for another, or for none."""
 
     def lost(self, connection: Connection) -> bool:
-        """The connection has ended, or does not have the sequence; False if it had moved already."""
+        """Leave a connection that has ended, or does not have the sequence; False if it had moved already."""
         ...
 
     def take_table(self, connection: Connection, table: speculator_pb2.Table) -> None:
-        """Guesses about the running round."""
+        """Take in guesses about the running round."""
 
     def take_speculation(self, connection: Connection, reply: speculator_pb2.Speculation) -> None:
-        """An answer to speculate_now."""
+        """Take in the answer to a speculate_now."""
 
     def add_distributions(self, connection: Connection, round_: int, distributions: object) -> None:
-        """Of the tokens that a round verifies; called on any thread."""
+        """Take in draft distributions of the tokens that a round verifies; called on any thread."""
 
     def reopen(self, connection: Connection) -> None:
-        """The speculator lost it."""
+        """Open the sequence again at a speculator that lost it; at most once per round."""
 
 
 class ConnectionListener(Protocol):
     """The pool, as a connection sees it; called from the event loop."""
 
     def going_away(self, connection: Connection, reason: str) -> None:
-        """The speculator drains."""
+        """Note that the speculator drains."""
 
     def refused(self, connection: Connection, refusal: speculator_pb2.SequenceRefused) -> None:
-        """The speculator does not hold a sequence (any more)."""
+        """Note that the speculator does not hold a sequence (any more)."""
 
     def transport_changed(self, connection: Connection) -> None:
-        """Draft distributions come another way from now on."""
+        """Note that draft distributions come another way from now on."""
 
     def stale_message(self) -> None:
-        """Something about an unknown sequence was dropped."""
+        """Note that a message about an unknown sequence was dropped."""
 
 
 class Connection:
-    """Everything but `attach` and `detach` belongs to the event loop; attributes may be read from any thread."""
+    """One stream. All but `attach` and `detach` belongs to the event loop; attributes may be read from any thread."""
 
     def __init__(
         self,
@@ -103,12 +103,12 @@ class Connection:
     ) -> None:
         self.address = address
         self.ack = ack
-        """Who is at the other end, and what was agreed."""
+        """Answer to the handshake: who is at the other end, and what was agreed."""
         self.measured = Measurements(max_lookahead=ack.max_lookahead, round_trip_s=round_trip_s)
         self.measured.take_load(ack.load, 0)
         self.trust = WaitTrust(self.measured)
         self.is_open = True
-        """Until the stream ends, whoever ends it."""
+        """Whether the stream has not ended, whoever ends it."""
         self._call = call
         self._listener = listener
         self._placed: dict[str, PlacedSequence] = {}
@@ -127,40 +127,40 @@ class Connection:
 
     @property
     def num_placed(self) -> int:
-        """Sequences of this pool."""
+        """Number of this pool's sequences that are placed here."""
         return len(self._placed)
 
     def placed(self) -> list[PlacedSequence]:
-        """Sequences of this pool."""
+        """The sequences of this pool that are placed here."""
         return list(self._placed.values())
 
     def attach(self, sequence_id: str, sequence: PlacedSequence) -> bool:
-        """Messages about the sequence go to it from now on; False: too late, the stream has ended."""
+        """Deliver messages about the sequence to it from now on; False: too late, the stream has ended."""
         self._placed[sequence_id] = sequence
         return self.is_open
 
     def detach(self, sequence_id: str) -> None:
-        """Nothing is delivered any more."""
+        """Deliver nothing to the sequence any more."""
         self._placed.pop(sequence_id, None)
 
     def expect_answer(self) -> None:
-        """Something was sent that an engine answers."""
+        """Note that something was sent that the speculator's engine answers."""
         if self._owes_since_s is None:
             self._owes_since_s = time.monotonic()
 
     @property
     def transport(self) -> str:
-        """Of draft distributions, in use now: without its group a dense one is not."""
+        """Name of the transport of draft distributions in use: a dense one is in use while its group is up."""
         is_dense = self._group is not None and self._group.is_up
         return transport_labels([self.ack.transport if is_dense else _GRPC])
 
     @property
     def group_error(self) -> str:
-        """Why the agreed transport is not in use, or nothing."""
+        """Why the agreed transport is not in use; empty if it is."""
         return "" if self._group is None else self._group.error
 
     def is_stalled(self, now_s: float) -> bool:
-        """Whether its engine has owed an answer for long; load reports come from elsewhere and say nothing."""
+        """Whether the speculator's engine has owed an answer for long. Load reports are not its answers."""
         owes_since_s = self._owes_since_s  # read once: the loop may take an answer in meanwhile
         if owes_since_s is None or not self._placed:
             return False
@@ -183,7 +183,7 @@ class Connection:
         self._outgoing.put_nowait(None)
 
     async def serve(self) -> None:
-        """Until the stream ends; raises unless both sides ended it cleanly."""
+        """Read messages until the stream ends; raises unless both sides ended it cleanly."""
         if self._group is not None:
             self._group.open()  # nothing waits for it
         writer = asyncio.create_task(self._write())
@@ -258,7 +258,7 @@ class Connection:
             self._group.announce(message, deliver)  # also for a sequence that is gone: it was sent
 
     def find(self, sequence_id: str) -> PlacedSequence | None:
-        """The sequence that a message names."""
+        """The sequence that a message names; None, and counted as stale, if it is not here."""
         sequence = self._placed.get(sequence_id)
         if sequence is None:
             self._listener.stale_message()
@@ -266,7 +266,7 @@ class Connection:
 
 
 async def error_of(call: Any) -> Exception:
-    """Why a stream ended."""
+    """The error with which a stream ended."""
     error = grpc.aio.AioRpcError(
         await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
     )

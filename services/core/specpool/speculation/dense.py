@@ -25,27 +25,27 @@ class DenseGroup(Protocol):
 
     @property
     def error(self) -> str:
-        """Why they cannot, or nothing."""
+        """Why they cannot come; empty if they can."""
         ...
 
     def open(self) -> None:
-        """Begin to build it, beside everything else."""
+        """Begin to build the group, beside everything else."""
         ...
 
     def receive_key(self, message: speculator_pb2.GroupKey) -> None:
-        """The speculator said something about it."""
+        """Take in a key for the rendezvous that the speculator set."""
         ...
 
     def closed(self, message: speculator_pb2.GroupClosed) -> None:
-        """The speculator gave its side up."""
+        """Give the group up, as the speculator has on its side."""
         ...
 
     def announce(self, message: speculator_pb2.DraftDistributions, deliver: Deliver) -> None:
-        """A transfer comes. `deliver` is called once: also when nothing can come."""
+        """Expect a transfer. `deliver` is called once, also when nothing can come."""
         ...
 
     def close(self) -> None:
-        """The connection ended."""
+        """End the group with its connection."""
         ...
 
 
@@ -54,13 +54,13 @@ class DenseReceiver(Protocol):
 
     @property
     def transports(self) -> Sequence[int]:
-        """What to offer, `DISTRIBUTION_TRANSPORT_GRPC` included where that is acceptable, the best first."""
+        """The transports to offer, the best first, `DISTRIBUTION_TRANSPORT_GRPC` included where that is acceptable."""
         ...
 
     def group(
         self, transport: int, *, peer_host: str, send: Callable[[Request], None], on_change: Callable[[], None]
     ) -> DenseGroup:
-        """For a new connection.
+        """Make the group of a new connection.
 
         Args:
             transport: agreed in the handshake.

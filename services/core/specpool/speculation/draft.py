@@ -14,18 +14,18 @@ class DraftSource(IntEnum):
 
     NONE = speculator_pb2.DRAFT_SOURCE_NONE
     SPECULATOR = speculator_pb2.DRAFT_SOURCE_SPECULATOR
-    """From a pushed table, or drafted just in time; an engine's own tokens may follow."""
+    """The speculator drafted them, ahead or just in time; an engine's own tokens may follow."""
     BACKUP = speculator_pb2.DRAFT_SOURCE_BACKUP
-    """The engine's own, prompt lookup for example."""
+    """The engine has them from elsewhere, from prompt lookup for example."""
 
 
 class NextDraft(NamedTuple):
     """What the pool proposes after an outcome."""
 
     kind: LookupKind | None = None
-    """None: nothing was looked up, since no speculator knows the sequence."""
+    """What the lookup found; None: nothing was looked up, since no speculator knows the sequence."""
     tokens: tuple[int, ...] = ()
-    """To verify next; empty when late, missed or not looked up."""
+    """Draft tokens to verify next; empty when late, missed or not looked up."""
     rank: int | None = None
     """Of the bonus token among the guesses of its position, from 0; None: not among them."""
 

@@ -24,7 +24,7 @@ from specpool.v1 import speculator_pb2
 
 
 class SequenceHandle:
-    """May be used from any thread; nothing here blocks but `wait`, which has a deadline."""
+    """One sequence in the pool. May be used from any thread; nothing here blocks but `wait`, which has a deadline."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class SequenceHandle:
         *,
         is_paused: bool = False,
     ) -> None:
-        """`opening`: all that does not change."""
+        """`opening` has all that does not change."""
         self.id = opening.sequence_id
         self.placed_at_s = 0.0
-        """When it was given its speculator (`monotonic`)."""
+        """Time (`monotonic`) at which it was given its speculator."""
         self.avoided: dict[str, float] = {}
-        """Addresses that refused it, and until when (`monotonic`); for the pairing."""
+        """Addresses that refused it, each with the time (`monotonic`) until which it is not placed there."""
         self._owner = owner
         self._opening = opening
         self._events = events
@@ -50,9 +50,9 @@ class SequenceHandle:
         self._teller = Teller(owner.outbox, opening)
         self._round = 0
         self._draft: tuple[int, ...] = ()
-        """What the running round verifies."""
+        """Draft tokens that the running round verifies."""
         self._is_started = True
-        """Whether that is decided. Round 0 is the prefill, which verifies nothing."""
+        """Whether it is decided what the running round verifies. Round 0 is the prefill, which verifies nothing."""
         self._answer = Answer()
         self._reopened_round: int | None = None
         self._is_paused = is_paused
@@ -62,7 +62,7 @@ class SequenceHandle:
 
     @property
     def speculator(self) -> Connection | None:
-        """That knows the sequence, and is connected: measurements, and how far it may be waited for."""
+        """The connection whose speculator knows the sequence: measurements, and how far it may be waited for."""
         connection = self._teller.connection
         return connection if connection is not None and self._teller.knows and connection.is_open else None
 
@@ -84,7 +84,7 @@ class SequenceHandle:
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     def next(self, num_accepted: int, bonus_token: int, *, lookahead: int | None = None) -> NextDraft:
-        """The round has ended so; what to verify next, at most `lookahead` tokens.
+        """Report how the round has ended; returns what to verify next, at most `lookahead` tokens.
 
         Args:
             num_accepted: so many of the tokens given to `started` are committed;
@@ -112,7 +112,7 @@ class SequenceHandle:
         return found if valid is tokens else NextDraft(kind, valid, rank)
 
     def committed(self, tokens: Sequence[int], *, lookahead: int | None = None) -> NextDraft:
-        """As `next`, by the tokens that the round committed: some of the draft, and one more."""
+        """Report the tokens that the round committed, some of the draft and one more; otherwise like `next`."""
         if not tokens:
             raise InvalidArgument("a round commits at least one token")
         if list(self._draft[: len(tokens) - 1]) != list(tokens[:-1]):
@@ -120,7 +120,7 @@ class SequenceHandle:
         return self.next(len(tokens) - 1, tokens[-1], lookahead=lookahead)
 
     def started(self, tokens: Sequence[int] = (), source: DraftSource | None = None) -> None:
-        """The next round verifies these tokens; by default they are the speculator's where there are any."""
+        """Report the tokens that the next round verifies; by default they are the speculator's where there are any."""
         with self._lock:
             self._start(tuple(tokens), source)
         self._owner.reported()
@@ -142,7 +142,7 @@ class SequenceHandle:
         return True
 
     def wait(self, timeout_s: float) -> tuple[int, ...]:
-        """Block for what was requested; nothing when the time is over."""
+        """Block for the tokens requested; none when the time is over."""
         self._owner.hurry()
         speculator = self.speculator
         return self._answer.wait(timeout_s, None if speculator is None else speculator.trust)
@@ -150,28 +150,28 @@ class SequenceHandle:
     # ---- draft distributions ----------------------------------------------------------------------------------
 
     def awaits_distributions(self) -> bool:
-        """Whether those of the running round are still to come.
+        """Whether draft distributions of the running round are still to come.
 
         Nobody sends those of a draft that a speculator was handed together with the sequence, as after a move.
         """
         return self._inbox.awaits_distributions(self._round)
 
     def take_distributions(self) -> object | None:
-        """Those of the running round: the message, or what a dense transport made of it. Later ones are dropped."""
+        """The running round's draft distributions: a message, or a dense transport's type. Later ones are dropped."""
         with self._lock:
             return self._inbox.take_distributions(self._round)
 
     # ---- in and out of the pool -------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """No speculator holds it until `resume`; rounds go on being told to the handle."""
+        """Take the sequence from its speculator until `resume`; rounds go on being told to the handle."""
         with self._lock:
             self._is_paused = True
             answer = self._leave()
         self._left(answer)
 
     def resume(self) -> None:
-        """Give it to a speculator again."""
+        """Give the sequence to a speculator again."""
         with self._lock:
             if self._is_closed or not self._is_paused:
                 return
@@ -179,7 +179,7 @@ class SequenceHandle:
         self._owner.place(self)
 
     def close(self) -> None:
-        """Free it everywhere. May be called twice."""
+        """Free the sequence everywhere. May be called twice."""
         with self._lock:
             if self._is_closed:
                 return
@@ -211,7 +211,7 @@ class SequenceHandle:
         return self._events.on_paired(connection)
 
     def lost(self, connection: Connection) -> bool:
-        """The connection has ended, or does not have the sequence; False if it had moved already."""
+        """Leave a connection that has ended, or does not have the sequence; False if it had moved already."""
         with self._lock:
             if self._teller.connection is not connection:
                 return False
@@ -223,14 +223,14 @@ class SequenceHandle:
     # ---- from the connection, on the event loop ---------------------------------------------------------------
 
     def take_table(self, connection: Connection, table: speculator_pb2.Table) -> None:
-        """See `PlacedSequence`."""
+        """Take in guesses about the running round; those of another speculator or round are dropped."""
         entries = read_table(table)
         with self._lock:
             if connection is self._teller.connection and table.round == self._round:
                 self._inbox.add_table(table.round, entries)
 
     def take_speculation(self, connection: Connection, reply: speculator_pb2.Speculation) -> None:
-        """See `PlacedSequence`."""
+        """Take in the answer to a request; that of another speculator or round is dropped."""
         with self._lock:
             if connection is not self._teller.connection or reply.round != self._round - 1:
                 return
@@ -239,7 +239,7 @@ class SequenceHandle:
             answer(valid_tokens(tuple(reply.draft_tokens[:MAX_DRAFT_TOKENS]), self._owner.vocab_size))
 
     def add_distributions(self, connection: Connection, round_: int, distributions: object) -> None:
-        """See `PlacedSequence`."""
+        """Take in draft distributions; those of another speculator or round are dropped. Called on any thread."""
         with self._lock:
             if connection is not self._teller.connection or round_ != self._round:
                 return
@@ -247,7 +247,7 @@ class SequenceHandle:
         self._events.on_distributions()
 
     def reopen(self, connection: Connection) -> None:
-        """See `PlacedSequence`; once per round."""
+        """Open the sequence again at a speculator that lost it; at most once per round."""
         with self._lock:
             teller = self._teller
             if connection is not teller.connection or not teller.knows or self._reopened_round == self._round:
@@ -262,7 +262,7 @@ class SequenceHandle:
     # ---- with the lock ----------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """A round that was never started verified nothing."""
+        """Start a round that the engine did not start: it verified nothing."""
         if not self._is_started:
             self._start((), DraftSource.NONE)
 
@@ -281,12 +281,12 @@ class SequenceHandle:
             self._open_if_started()
 
     def _open_if_started(self) -> None:
-        """What the running round verifies must be decided, else `started` does it."""
+        """Hand the sequence over if it is decided what the running round verifies; else `started` does it."""
         if self._is_started:
             self._teller.open(self._tokens, self._round, self._draft)
 
     def _leave(self) -> OnAnswer | None:
-        """Close it where it is; returns who waits for an answer."""
+        """Close the sequence where it is; returns the callback that waits for an answer."""
         self._inbox.clear()
         self._teller.leave()
         return self._answer.take()

@@ -12,28 +12,28 @@ from specpool.speculation.outbox import Outbox
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceEvents:
-    """Called on whatever thread it happens, with no lock held; must return at once."""
+    """What an engine is told of a sequence. Called on any thread, with no lock held; must return at once."""
 
     on_paired: Callable[[Connection | None], None] = lambda connection: None
-    """The sequence has another speculator, or none."""
+    """Called when the sequence has another speculator, or none."""
     on_distributions: Callable[[], None] = lambda: None
-    """Draft distributions have arrived."""
+    """Called when draft distributions have arrived."""
 
 
 class HandleOwner(Protocol):
-    """The pool, as a handle sees it; any thread."""
+    """The pool, as a handle sees it; callable on any thread."""
 
     outbox: Outbox
     vocab_size: int
 
     def reported(self) -> None:
-        """There is something in the outbox that may wait for the end of the step."""
+        """Note that the outbox has something which may wait for the end of the step."""
 
     def hurry(self) -> None:
-        """There is something in the outbox that may not."""
+        """Note that the outbox has something which may not wait."""
 
     def place(self, handle: PlacedSequence) -> None:
-        """It needs a speculator."""
+        """Give a sequence that needs one a speculator."""
 
     def forget(self, handle: PlacedSequence) -> None:
-        """It is closed."""
+        """Forget a sequence that is closed."""

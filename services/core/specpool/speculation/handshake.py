@@ -9,7 +9,7 @@ from specpool.errors import ProtocolMismatch, TokenizerMismatch
 from specpool.v1 import speculator_pb2, types_pb2
 
 PROTOCOL_VERSION: Final = 1
-"""What this package speaks; there is no other place for it."""
+"""Version of the protocol that this package speaks; there is no other place for it."""
 _LABELS: Final[Mapping[int, str]] = {
     value: name.removeprefix("DISTRIBUTION_TRANSPORT_").lower()
     for name, value in speculator_pb2.DistributionTransport.items()
@@ -17,7 +17,7 @@ _LABELS: Final[Mapping[int, str]] = {
 
 
 def check_hello(hello: speculator_pb2.Hello, own: types_pb2.ModelInfo, num_tokens: int) -> None:
-    """By the speculator: raises the typed error, naming both sides' values, when the stream cannot be accepted.
+    """Check a target's hello at the speculator. Raises the typed error that names both sides' values.
 
     Args:
         hello: of the target.
@@ -29,7 +29,7 @@ def check_hello(hello: speculator_pb2.Hello, own: types_pb2.ModelInfo, num_token
 
 
 def check_ack(hello: speculator_pb2.Hello, ack: speculator_pb2.HelloAck) -> None:
-    """By the target, which must not be made to verify nonsense by a speculator that checks nothing."""
+    """Check a speculator's answer at the target, which must not be made to verify nonsense."""
     _check_versions(target=hello.protocol_version, speculator=ack.protocol_version)
     _check_tokenizers(hello.model, ack.model)
     if ack.transport not in hello.transports:
@@ -66,7 +66,7 @@ def acknowledge(
 
 
 def transport_labels(transports: Iterable[int]) -> str:
-    """For messages: grpc, gloo, nccl, or the number of one that is not known."""
+    """Names of transports for messages: grpc, gloo, nccl, or the number of one that is not known."""
     return ", ".join(_LABELS.get(transport, str(transport)) for transport in transports)
 
 

@@ -14,11 +14,11 @@ class PoolIdentity:
     """An engine, as speculators see it."""
 
     peer: types_pb2.Peer
-    """Id, incarnation and endpoint; read at each handshake."""
+    """Id, incarnation and endpoint of the engine; read at each handshake."""
     model: types_pb2.ModelInfo
-    """Name, vocabulary size and tokenizer fingerprint decide which speculators fit."""
+    """The engine's model: vocabulary size and tokenizer fingerprint decide which speculators fit."""
     max_lookahead: int = 8
-    """Largest K."""
+    """Largest lookahead K."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Where the engine is (zone, node): a speculator whose labels say otherwise is farther away."""
 

@@ -11,13 +11,13 @@ from specpool.v1 import speculator_pb2
 
 Entries = dict[tuple[int, int], tuple[int, ...]]
 _MAX_ENTRIES: Final = 4096
-"""Of one table; a larger one is no table."""
+"""Most entries of one table; a larger one is no table."""
 _MAX_GUESSES: Final = 1024
-"""Of one round; more are not kept. Looking for one must not take long, whatever a speculator sends."""
+"""Most guesses of one round; more are not kept, so that looking for one takes little, whatever a speculator sends."""
 
 
 def read_table(table: speculator_pb2.Table) -> Entries:
-    """Guessed outcome -> tokens."""
+    """The draft tokens by guessed outcome (accepted length, bonus token)."""
     entries = table.entries if len(table.entries) <= _MAX_ENTRIES else ()
     return {
         (e.num_accepted, e.bonus_token): tuple(e.draft_tokens)
@@ -27,18 +27,18 @@ def read_table(table: speculator_pb2.Table) -> Entries:
 
 
 class SpeculationInbox:
-    """Not safe against threads: its handle has the lock."""
+    """What one sequence was sent. Not safe against threads: its handle has the lock."""
 
     def __init__(self, lookahead: int) -> None:
         self._cache = SpeculationCache(lookahead)
         self._guesses: dict[int, list[int]] = {}
-        """Bonus tokens guessed of the running round, by accepted length, in the order of their arrival."""
+        """Bonus tokens guessed for the running round, by accepted length, in the order of their arrival."""
         self._num_guesses = 0
         self._distributions: dict[int, object] = {}
         self._taken_round = self._expected_round = -1
 
     def add_table(self, round_: int, entries: Entries) -> None:
-        """A pushed table of the running round."""
+        """Take in a pushed table of the running round."""
         kept: Entries = {}
         for (num_accepted, bonus_token), tokens in entries.items():
             guesses = self._guesses.get(num_accepted, [])
@@ -58,7 +58,7 @@ class SpeculationInbox:
         return NextDraft(found.kind, found.tokens, guesses.index(bonus_token) if bonus_token in guesses else None)
 
     def add_distributions(self, round_: int, distributions: object) -> None:
-        """For the round that verifies the tokens they name; dropped if that is over."""
+        """Keep the distributions of the tokens that `round_` verifies; dropped if that is over."""
         if round_ > self._taken_round:
             self._distributions[round_] = distributions
 
@@ -71,14 +71,14 @@ class SpeculationInbox:
         return self._expected_round == round_ and round_ not in self._distributions
 
     def take_distributions(self, round_: int) -> object | None:
-        """Those of `round_`, if they are here; later ones for it, and all before, are dropped."""
+        """The distributions of `round_`, if they are here; later ones for it, and all before, are dropped."""
         self._taken_round = round_
         taken = self._distributions.get(round_)
         self._distributions = {r: d for r, d in self._distributions.items() if r > round_}
         return taken
 
     def clear(self) -> None:
-        """The speculator lost its state."""
+        """Forget everything: the speculator lost its state."""
         self._cache.clear()
         self._guesses, self._num_guesses = {}, 0
         self._distributions.clear()

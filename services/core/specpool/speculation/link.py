@@ -30,7 +30,7 @@ from specpool.v1 import speculator_pb2, speculator_pb2_grpc
 _logger = logging.getLogger(__name__)
 
 _REFUSED_PAUSE_S: Final = 15.0
-"""After a handshake that will be refused again until somebody deploys something else."""
+"""Seconds of pause after a handshake that will be refused again until somebody deploys something else."""
 _HANDSHAKE_S: Final = 5.0
 _CLOSE_S: Final = 1.0
 _REFUSALS: Final = (TokenizerMismatch, ProtocolMismatch, TransportUnavailable)
@@ -42,17 +42,17 @@ class LinkListener(ConnectionListener, Protocol):
     """The pool, as a link sees it; called from the event loop."""
 
     def connected(self, link: SpeculatorLink, connection: Connection) -> None:
-        """The handshake succeeded."""
+        """Note that a handshake succeeded."""
 
     def disconnected(self, link: SpeculatorLink, connection: Connection) -> None:
-        """That stream has ended."""
+        """Note that a connection has ended."""
 
     def attempt_failed(self, link: SpeculatorLink) -> None:
-        """No connection; `last_error` says why. It is tried again."""
+        """Note that there is no connection; `last_error` says why. It is tried again."""
 
 
 class SpeculatorLink:
-    """One address. Belongs to the event loop; attributes may be read from any thread."""
+    """The link to one address. Belongs to the event loop; attributes may be read from any thread."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SpeculatorLink:
     ) -> None:
         self.address = address
         self.connection: Connection | None = None
-        """The live one."""
+        """The live connection, if there is one."""
         self.has_failed = False
         """Whether the last attempt, or connection, ended and none has succeeded since."""
         self.last_error = ""
@@ -76,7 +76,7 @@ class SpeculatorLink:
         self._task = Background(f"speculator {address}").keep_running(self._run, name="link")
 
     async def close(self) -> None:
-        """Half-close, so that the speculator sees a clean end."""
+        """End the connection cleanly for the speculator's side, too, and stop connecting."""
         self._is_closing = True
         if self.connection is not None:
             self.connection.half_close()
@@ -109,7 +109,7 @@ class SpeculatorLink:
         self.last_error, self.has_failed = error.message, True
 
     async def _attempt(self, stub: Any) -> SpecPoolError:
-        """One connection, from handshake to loss; returns why it ended."""
+        """Make one connection, and keep it from handshake to loss; returns why it ended."""
         call = stub.Speculate()
         try:
             await self._serve(await asyncio.wait_for(self._connect(call), _HANDSHAKE_S))

@@ -29,37 +29,37 @@ _FREE_KV_SHARE: Final = 0.02
 
 @dataclass(slots=True)
 class Member:
-    """One speculator. Belongs to the pool's event loop; engines read it."""
+    """A speculator of the directory. Belongs to the pool's event loop; engines read it."""
 
     address: str
     labels: Mapping[str, str]
     is_named: bool = True
     """Whether the directory names it."""
     is_terminating: bool = False
-    """Whether it names it as one that goes."""
+    """Whether the directory names it as one that goes."""
     link: SpeculatorLink | None = None
     status: speculator_pb2.GetSpeculatorStatusResponse | None = None
-    """The last one that it answered."""
+    """Status that it answered last."""
     was_asked: bool = False
-    """Whether it answered, or did not, at least once."""
+    """Whether a status call has ended, well or not."""
     is_reachable: bool = False
-    """Whether it answered the last time."""
+    """Whether the last status call was answered."""
     round_trip_s: float = 0.0
-    """The shortest of the last few."""
+    """Shortest round trip of the last few status calls, in seconds."""
     refused_until_s: float = 0.0
-    """It takes no further sequences before (`monotonic`)."""
+    """Time (`monotonic`) before which it takes no further sequences."""
     idle_since_s: float | None = None
-    """It has had no sequence since."""
+    """Time (`monotonic`) since which it has had no sequence."""
     leaving_since_s: float | None = None
-    """It said that it goes away."""
+    """Time (`monotonic`) at which it said that it goes away."""
     crowded_since_s: float | None = None
-    """There has been a better place for its sequences since."""
+    """Time (`monotonic`) since which there has been a better place for its sequences."""
     task: asyncio.Task[None] | None = None
     _round_trips_s: deque[float] = field(default_factory=lambda: deque(maxlen=_ROUND_TRIPS))
 
     @property
     def connection(self) -> Connection | None:
-        """The live one."""
+        """The live connection to it, if there is one."""
         link = self.link
         return None if link is None else link.connection
 
@@ -82,7 +82,7 @@ class Member:
         return is_first and link is not None and now_s - link.created_at_s < _HOPEFUL_S
 
     def takes_sequences(self, now_s: float) -> bool:
-        """Connected, staying, and not refusing."""
+        """Whether it is connected, stays, and refuses nothing."""
         connection = self.connection
         return (
             connection is not None
@@ -94,12 +94,12 @@ class Member:
         )
 
     def is_silent(self, now_s: float) -> bool:
-        """Its engine has owed an answer for long."""
+        """Whether its engine has owed an answer for long."""
         connection = self.connection
         return connection is not None and connection.is_stalled(now_s)
 
     def reason_to_leave(self, now_s: float) -> str | None:
-        """Why its sequences should go elsewhere, if they should."""
+        """Why its sequences should go elsewhere; None if they should not."""
         if self.leaving_since_s is not None:
             return "going_away"
         if not self.is_named or self.is_terminating:
@@ -107,7 +107,7 @@ class Member:
         return "silent" if self.is_silent(now_s) else None
 
     def is_worth_connecting(self, now_s: float, fingerprint: str) -> bool:
-        """Not connected, and nothing is known that speaks against it."""
+        """Whether it is not connected, and nothing is known that speaks against it."""
         stays = self.is_named and not self.is_terminating
         if self.link is not None or not stays or not self.was_asked or now_s < self.refused_until_s:
             return False
@@ -123,7 +123,7 @@ class Member:
         return told is None or not told.model.max_context or num_tokens <= told.model.max_context
 
     def candidate(self, own_labels: Mapping[str, str]) -> Candidate:
-        """As the choice sees it."""
+        """The speculator as the choice of a place sees it."""
         connection, status = self.connection, self.status
         told: speculator_pb2.HelloAck | speculator_pb2.GetSpeculatorStatusResponse
         if connection is not None:
@@ -146,7 +146,7 @@ class Member:
     async def ask_forever(
         self, settings: PairingSettings, is_urgent: Callable[[], bool], on_answer: Callable[[], None]
     ) -> None:
-        """Ask it for its status now and then, over a connection that is closed again; soon where it becomes urgent."""
+        """Ask for its status now and then, over a connection that is closed again; soon where it becomes urgent."""
         task = asyncio.current_task()
         # An answer that fails while this is being cancelled hides the cancellation.
         while task is not None and not task.cancelling():
@@ -179,7 +179,7 @@ class Member:
 
 
 async def _is_connected(to: grpc.aio.Channel) -> bool:
-    """Connect, and wait for how that ends."""
+    """Connect, and wait for how that ends; returns whether it succeeded."""
     state = to.get_state(try_to_connect=True)
     while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
         await to.wait_for_state_change(state)

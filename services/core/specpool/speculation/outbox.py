@@ -11,14 +11,14 @@ Request = speculator_pb2.SpeculateRequest
 
 
 class _Waiting:
-    """For one connection. The order of messages about one sequence is kept; outcomes of all travel in one message."""
+    """Messages for one connection. Their order about one sequence is kept; outcomes of all travel in one message."""
 
     def __init__(self) -> None:
         self.sealed: list[Request] = []
         self.outcomes: list[speculator_pb2.Outcome] = []
         self.after: list[Request] = []
         self.named: set[str] = set()
-        """Sequences that something was said about since `sealed`."""
+        """Ids of sequences that something was said about since `sealed`."""
 
     def seal(self) -> list[Request]:
         if self.outcomes:
@@ -29,7 +29,7 @@ class _Waiting:
 
 
 class Outbox:
-    """May be used from any thread."""
+    """The messages that wait to be sent, by connection. May be used from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class Outbox:
         return not self._waiting
 
     def outcome(self, connection: Connection, sequence_id: str, outcome: speculator_pb2.Outcome) -> None:
-        """Joins the other outcomes of the step; comes after all that was said about its sequence before."""
+        """Add an outcome to the others of the step; it comes after all that was said about its sequence before."""
         with self._lock:
             waiting = self._waiting.get(connection) or self._of(connection)
             if sequence_id in waiting.named:
@@ -50,14 +50,14 @@ class Outbox:
             waiting.outcomes.append(outcome)
 
     def send(self, connection: Connection, sequence_id: str, request: Request) -> None:
-        """After all that was said about the sequence before."""
+        """Add a message; it comes after all that was said about the sequence before."""
         with self._lock:
             waiting = self._of(connection)
             waiting.after.append(request)
             waiting.named.add(sequence_id)
 
     def take(self) -> list[tuple[Connection, list[Request]]]:
-        """Everything."""
+        """Take everything out: the messages of each connection, in order."""
         with self._lock:
             taken, self._waiting = self._waiting, {}
         return [(connection, waiting.seal()) for connection, waiting in taken.items()]

@@ -35,18 +35,19 @@ _GRPC: Final = speculator_pb2.DISTRIBUTION_TRANSPORT_GRPC
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolEvents:
-    """For metrics. Called on any thread; must return at once."""
+    """What an engine is told of the pool, for metrics. Called on any thread; must return at once."""
 
     on_connections: Callable[[], None] = lambda: None
-    """A connection came or went, or draft distributions come another way; on the event loop."""
+    """Called when a connection came or went, or draft distributions come another way; on the event loop."""
     on_move: Callable[[str], None] = lambda reason: None
-    """A running sequence lost its speculator or changed it: lost, refused, going_away, unlisted, silent, crowded."""
+    """Called with the reason when a running sequence lost its speculator or changed it: lost, refused, going_away,
+    unlisted, silent, crowded."""
     on_stale: Callable[[], None] = lambda: None
-    """Something about an unknown sequence was dropped."""
+    """Called when a message about an unknown sequence was dropped."""
 
 
 class Pairing:
-    """Belongs to the pool's event loop, except for `placement.place`."""
+    """The pairing of a pool. Belongs to the pool's event loop, except for `placement.place`."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class Pairing:
         members.clear()
 
     def wait_for_place(self, sequence: PlacedSequence) -> None:
-        """It gets a speculator as soon as there is one."""
+        """Give the sequence a speculator as soon as there is one."""
         self.placement.unplaced[sequence.id] = sequence
         self._wake()
 
@@ -157,7 +158,7 @@ class Pairing:
     # ---- links and connections, see `LinkListener` ------------------------------------------------------------
 
     def connected(self, link: SpeculatorLink, connection: Connection) -> None:
-        """The handshake succeeded."""
+        """Note that a handshake succeeded."""
         member = self.placement.members.get(link.address)
         if member is not None:
             member.leaving_since_s = member.crowded_since_s = None
@@ -166,18 +167,18 @@ class Pairing:
         self._wake()
 
     def disconnected(self, link: SpeculatorLink, connection: Connection) -> None:
-        """That stream has ended."""
+        """Note that a connection has ended."""
         for sequence in connection.placed():
             self.placement.lost(sequence, connection, "lost")
         self._events.on_connections()
         self._wake()
 
     def attempt_failed(self, link: SpeculatorLink) -> None:
-        """No connection."""
+        """Note that an attempt to connect has failed."""
         self._wake()
 
     def going_away(self, connection: Connection, reason: str) -> None:
-        """The speculator drains."""
+        """Note that a speculator drains."""
         _logger.info("speculator %s is draining: %s", connection.address, reason)
         member = self.placement.members.get(connection.address)
         if member is not None and member.leaving_since_s is None:
@@ -185,7 +186,7 @@ class Pairing:
         self._wake()
 
     def refused(self, connection: Connection, refusal: speculator_pb2.SequenceRefused) -> None:
-        """The speculator does not hold a sequence (any more)."""
+        """Note that a speculator does not hold a sequence (any more)."""
         pause_s = min(max(refusal.retry_after_ms / 1e3, _SHORTEST_REFUSAL_S), _LONGEST_REFUSAL_S)
         until_s = time.monotonic() + pause_s
         member = self.placement.members.get(connection.address)
@@ -200,9 +201,9 @@ class Pairing:
         self._wake()
 
     def transport_changed(self, connection: Connection) -> None:
-        """Draft distributions come another way from now on."""
+        """Note that draft distributions come another way from now on."""
         self._events.on_connections()
 
     def stale_message(self) -> None:
-        """Something about an unknown sequence was dropped."""
+        """Note that a message about an unknown sequence was dropped."""
         self._events.on_stale()

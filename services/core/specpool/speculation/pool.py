@@ -40,7 +40,7 @@ _MAX_TOKEN: Final = 2**32
 
 
 class SpeculationPool:
-    """May be used from any thread; blocks nobody but in `close` and `wait_settled`, which have deadlines."""
+    """Speculators for an engine. Callable on any thread; only `close` and `wait_settled` block, within deadlines."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class SpeculationPool:
         events: PoolEvents | None = None,
         flushes_itself: bool = True,
     ) -> None:
-        """Nothing is connected before `start`.
+        """Make the pool; nothing is connected before `start`.
 
         Args:
             directory: names the speculators; started and closed by the pool.
@@ -94,7 +94,7 @@ class SpeculationPool:
         return started
 
     def close(self) -> None:
-        """From a thread other than the loop's: free every sequence and end all streams. May be called twice."""
+        """Free every sequence and end all streams. Call it from a thread other than the loop's. May be called twice."""
         if self._loop.is_closed() or (self._is_own_loop and self._thread is None):
             return  # it is closed already, or was never started
         try:
@@ -106,7 +106,7 @@ class SpeculationPool:
             self._thread.join(_CLOSE_S)
 
     async def aclose(self) -> None:
-        """The same, on the loop that was given."""
+        """Free every sequence and end all streams; to be awaited on the loop that was given."""
         self._is_closed = True
         for handle in list(self._handles.values()):
             handle.close()
@@ -114,7 +114,7 @@ class SpeculationPool:
         await self._pairing.close()
 
     def wait_settled(self, timeout_s: float) -> bool:
-        """From a thread other than the loop's: see `settled`."""
+        """Block as `settled` waits. Call it from a thread other than the loop's."""
         return bool(self._schedule(self.settled(timeout_s)).result(timeout_s + _CLOSE_S))
 
     async def settled(self, timeout_s: float) -> bool:
@@ -155,7 +155,7 @@ class SpeculationPool:
         events: SequenceEvents | None = None,
         is_paused: bool = False,
     ) -> SequenceHandle:
-        """A sequence begins, best when its prefill does. Never fails for want of a speculator.
+        """Begin a sequence, best when its prefill begins. Never fails for want of a speculator.
 
         Args:
             tokens: prompt and output so far.
@@ -200,7 +200,7 @@ class SpeculationPool:
         return handle
 
     def find(self, sequence_id: str) -> SequenceHandle | None:
-        """The open sequence of this name."""
+        """The open sequence of this id; None if there is none."""
         return self._handles.get(sequence_id)
 
     def flush(self) -> None:
@@ -209,7 +209,7 @@ class SpeculationPool:
             self._wake()
 
     def deliver(self) -> None:
-        """The same at once, for whoever is on the loop."""
+        """Send at once what was reported, for whoever is on the loop."""
         self._is_flushing = False
         for connection, requests in self.outbox.take():
             connection.send(requests)
@@ -224,21 +224,21 @@ class SpeculationPool:
     # ---- see `HandleOwner` ------------------------------------------------------------------------------------
 
     def reported(self) -> None:
-        """A handle has something to send."""
+        """Note that a handle has something to send."""
         if self._flushes_itself:
             self.flush()
 
     def hurry(self) -> None:
-        """A handle has something to send that nobody may flush soon."""
+        """Send soon: a handle has something that nobody may flush soon."""
         self.flush()
 
     def place(self, handle: PlacedSequence) -> None:
-        """A handle needs a speculator."""
+        """Give a handle that needs one a speculator."""
         if not self._pairing.placement.place(handle):
             self._call(lambda: self._pairing.wait_for_place(handle))
 
     def forget(self, handle: PlacedSequence) -> None:
-        """A handle is closed."""
+        """Forget a handle that is closed."""
         self._handles.pop(handle.id, None)
 
     def _wake(self) -> None:

@@ -13,14 +13,14 @@ from specpool.speculation.pairing_settings import PairingSettings
 from specpool.speculation.placement import Placement, suits
 
 _OPENINGS_PER_REVIEW: Final = 4
-"""Sequences given at once to a speculator that refused one lately."""
+"""Most sequences given at once to a speculator that refused one lately."""
 _REMEMBERED_REFUSAL_S: Final = 60.0
 _MOVED_AT_ONCE: Final = 8
-"""Of the sequences of a crowded speculator, one in so many moves per review."""
+"""Fraction of a crowded speculator's sequences that move per review: one in so many."""
 
 
 class Review:
-    """Everything here may be done at any time and as often as one likes."""
+    """A look at everything, which may be taken at any time and as often as one likes."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Review:
         disconnect: Callable[[Member], None],
         forget: Callable[[Member], None],
     ) -> None:
-        """`fingerprint`: of our tokenizer."""
+        """`fingerprint` is that of our tokenizer."""
         self._placement = placement
         self._members = placement.members
         self._settings = settings
@@ -42,7 +42,7 @@ class Review:
         self._forget = forget
 
     def run(self, now_s: float) -> None:
-        """Once."""
+        """Take one look, and do what it calls for."""
         self._connect(now_s)
         for member in list(self._members.values()):
             self._leave(member, now_s)
@@ -52,7 +52,7 @@ class Review:
         self._drop_idle(now_s)
 
     def _connect(self, now_s: float) -> None:
-        """To the best one, unless it is connected; to the next best while some sequence can use none that is."""
+        """Connect to the best speculator; to the next best while some sequence can use none that is connected."""
         placement = self._placement
         unknown = [m for m in self._members.values() if m.is_worth_connecting(now_s, self._fingerprint)]
         usable, needy = placement.usable(now_s), self._needy(now_s)
@@ -74,7 +74,7 @@ class Review:
         return next((sequence for sequence in waiting if self._placement.best_for(sequence, usable) is None), None)
 
     def _leave(self, member: Member, now_s: float) -> None:
-        """Away from a speculator that goes, has gone from the directory, or is silent."""
+        """Move sequences away from a speculator that goes, has gone from the directory, or is silent."""
         reason = member.reason_to_leave(now_s)
         if reason is None:
             return
@@ -104,7 +104,7 @@ class Review:
                     members.remove(member)
 
     def _balance(self, member: Member, now_s: float) -> None:
-        """A few sequences move to a place that has been better for long."""
+        """Move a few sequences to a place that has been better for long."""
         placement, placed = self._placement, member.placed()
         others = [other for other in placement.usable(now_s) if other is not member]
         other = placement.choose(others) if placed and member.reason_to_leave(now_s) is None else None
@@ -121,7 +121,7 @@ class Review:
             placement.move(sequence, other, "crowded")
 
     def _drop_idle(self, now_s: float) -> None:
-        """Connections and attempts that nobody needs: not the best one, nor the last."""
+        """Close connections and attempts that nobody needs: not the best one, nor the last."""
         best = self._placement.choose(self._placement.usable(now_s))
         for member in self._members.values():
             if member.link is None or member.placed() or best is None or member is best:

@@ -12,23 +12,23 @@ from specpool.v1 import speculator_pb2, types_pb2
 
 
 class Teller:
-    """Used under the lock of its handle."""
+    """Tells the speculator what it has to know. Used under the lock of its handle."""
 
     def __init__(self, outbox: Outbox, opening: speculator_pb2.OpenSequence) -> None:
-        """`opening`: all that does not change."""
+        """`opening` has all that does not change."""
         self.connection: Connection | None = None
-        """Where the sequence is placed."""
+        """Connection that the sequence is placed at."""
         self.knows = False
-        """Whether it was opened there."""
+        """Whether the sequence was opened there."""
         self.outcome: tuple[int, int] | None = None
-        """Of the round that has ended, until it is told."""
+        """Outcome (accepted length, bonus token) of the round that has ended, until it is told."""
         self._outbox = outbox
         self._opening = opening
         self._id = opening.sequence_id
         self._is_ssd = opening.mode == types_pb2.SPECULATION_MODE_SSD
 
     def attach(self, connection: Connection, sequence: PlacedSequence) -> bool:
-        """The sequence is placed there; False if that stream has ended."""
+        """Place the sequence at a connection; False if that has ended."""
         if not connection.attach(self._id, sequence):
             connection.detach(self._id)
             return False
@@ -36,7 +36,7 @@ class Teller:
         return True
 
     def leave(self) -> None:
-        """It is placed nowhere, and closed where it was."""
+        """Close the sequence where it is, and place it nowhere."""
         connection, knew = self.connection, self.knows
         self.forget()
         self.connection = None
@@ -46,7 +46,7 @@ class Teller:
                 self._outbox.send(connection, self._id, messages.close_sequence(self._id))
 
     def forget(self) -> None:
-        """The speculator does not have it (any more)."""
+        """Note that the speculator does not have the sequence (any more)."""
         self.knows, self.outcome = False, None
 
     def open(self, tokens: Sequence[int], round_: int, draft: Sequence[int]) -> None:
@@ -56,14 +56,14 @@ class Teller:
             self._send(self.connection, messages.open_sequence(self._opening, tokens, round_, draft))
 
     def start(self, round_: int, draft: Sequence[int], source: DraftSource) -> None:
-        """What `round_` verifies, with the outcome before it unless that was told already."""
+        """Tell what `round_` verifies, with the outcome before it unless that was told already."""
         if self.outcome is not None:
             self._report(round_, draft, source, False)
         elif self.connection is not None:
             self._send(self.connection, messages.start_round(self._id, round_, draft, source))
 
     def ask(self, round_: int, num_tokens: int, deadline_s: float) -> bool:
-        """Have `round_` drafted now; False if nobody can."""
+        """Ask for `num_tokens` tokens for `round_` now; False if nobody can draft them."""
         connection = self.connection
         if connection is None or not connection.is_open or self.outcome is None:
             return False

@@ -10,7 +10,7 @@ _SHARE_OF_ROUND: Final = 0.5
 
 
 def worth_waiting(handle: SequenceHandle, lookahead: int, *, round_s: float) -> int:
-    """How many tokens to request now: as many as come in half of a round, by what the speculator reports; often none.
+    """Number of tokens to request now: as many as come in half of a round, by the speculator's own reports; often 0.
 
     For one sequence by itself. In a batch, whoever waits misses the others' forward: there it seldom pays.
 
