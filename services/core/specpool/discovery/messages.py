@@ -7,7 +7,8 @@ from typing import Final
 
 from specpool.addresses import parse_address
 from specpool.discovery.discovery import Endpoint
-from specpool.errors import ConfigError, InvalidArgument
+from specpool.errors import ConfigError
+from specpool.request_limits import invalid_value
 from specpool.v1 import types_pb2
 
 MAX_ENDPOINTS: Final = 4096
@@ -28,24 +29,20 @@ def from_messages(messages: Iterable[types_pb2.SpeculatorEndpoint]) -> list[Endp
     """Endpoints from messages of the wire. Raises InvalidArgument, which names what cannot be."""
     found = [_from_message(message) for message in messages]
     if len(found) > MAX_ENDPOINTS:
-        raise _invalid("speculators", f"{len(found)} entries", f"at most {MAX_ENDPOINTS}")
+        raise invalid_value("speculators", f"{len(found)} entries", f"at most {MAX_ENDPOINTS}")
     return found
 
 
 def _from_message(message: types_pb2.SpeculatorEndpoint) -> Endpoint:
     if len(message.address) > _MAX_CHARS:
-        raise _invalid("speculators.address", f"{len(message.address)} characters", f"at most {_MAX_CHARS}")
+        raise invalid_value("speculators.address", f"{len(message.address)} characters", f"at most {_MAX_CHARS}")
     try:
         parse_address(message.address)
     except ConfigError as error:
-        raise _invalid("speculators.address", message.address, "HOST:PORT or [IPV6]:PORT") from error
+        raise invalid_value("speculators.address", message.address, "HOST:PORT or [IPV6]:PORT") from error
     labels = dict(message.labels)
     if len(labels) > _MAX_LABELS or any(len(text) > _MAX_CHARS for pair in labels.items() for text in pair):
-        raise _invalid("speculators.labels", f"{len(labels)} labels", f"{_MAX_LABELS} of {_MAX_CHARS} characters each")
+        raise invalid_value(
+            "speculators.labels", f"{len(labels)} labels", f"{_MAX_LABELS} of {_MAX_CHARS} characters each"
+        )
     return Endpoint(message.address, labels=labels, terminating=message.terminating)
-
-
-def _invalid(field: str, value: str, accepted: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{field} must be {accepted}, got {value}", metadata={"field": field, "value": value, "accepted": accepted}
-    )

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from specpool.discovery.discovery import Discovery, Endpoint
+from specpool.discovery.messages import MAX_ENDPOINTS
 
 _FORGET_AFTER_S: Final = 30.0
-_MAX_ENDPOINTS: Final = 4096
 
 
 class ToldDiscovery(Discovery):
@@ -39,7 +39,7 @@ class ToldDiscovery(Discovery):
         for endpoint in endpoints:
             self._told.pop(endpoint.address, None)  # the order of the entries is that of their times
             self._told[endpoint.address] = (endpoint, now_s)
-        while len(self._told) > _MAX_ENDPOINTS:
+        while len(self._told) > MAX_ENDPOINTS:
             del self._told[next(iter(self._told))]
         self._refresh()
 

@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Final
 
-from specpool.errors import InvalidArgument, SessionNotFound, SessionStoreUnavailable
-from specpool.request_limits import check_prompt_size, check_request
+from specpool.errors import SessionNotFound, SessionStoreUnavailable
+from specpool.request_limits import check_prompt_size, check_request, invalid_value
 from specpool.v1 import inference_pb2
 from specpool_router.auth.tenants import Tenant
 from specpool_router.generation.admission import Admission
@@ -237,17 +237,11 @@ def _original(point: ResumePoint) -> inference_pb2.GenerateRequest:
     request.CopyFrom(point.request)
     if request.request_id not in ("", point.request_id):
         accepted = f"{point.request_id!r}, the id to resume, or empty"
-        raise _bad_original("request.request_id", request.request_id, accepted)
+        raise invalid_value("request.request_id", request.request_id, accepted)
     request.request_id = point.request_id
     if point.num_tokens and request.sampling.temperature > 0 and not request.sampling.HasField("seed"):
-        raise _bad_original("request.sampling.seed", "unset", "the seed that `started` named")
+        raise invalid_value("request.sampling.seed", "unset", "the seed that `started` named")
     return request
-
-
-def _bad_original(field: str, value: str, accepted: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"{field} must be {accepted}, got {value}", metadata={"field": field, "value": value, "accepted": accepted}
-    )
 
 
 def _replay(journal: Journal, received: Received) -> Iterator[Event]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
 from specpool.errors import InvalidArgument, ResumeImpossible
+from specpool.request_limits import invalid_value
 from specpool.v1 import inference_pb2, types_pb2
 from specpool_router.generation.progress import Delta, Progress
 from specpool_router.generation.target_run import Event
@@ -125,7 +126,4 @@ async def regenerated(events: AsyncGenerator[Event, None], progress: Progress, n
 
 
 def _wrong_count(num_tokens: int, accepted: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"num_tokens_received must be {accepted}, got {num_tokens}",
-        metadata={"field": "num_tokens_received", "value": num_tokens, "accepted": accepted},
-    )
+    return invalid_value("num_tokens_received", num_tokens, accepted)
