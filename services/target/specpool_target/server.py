@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from specpool.discovery import directory
+from specpool.discovery.discovery import Discovery
 from specpool.process import freeze_loaded_objects
 from specpool.rpc.server import add_standard_services, bind, create_server, run_until_stopped
 from specpool.shutdown import CLOSE_S, close_within
@@ -20,7 +21,7 @@ from specpool_engine.distributions.transport import offered
 from specpool_engine.modeling.files import Progress, no_progress
 from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_engine.runtime.load_engine import load_engine, prepare_process
+from specpool_engine.runtime.load_engine import LoadedEngine, load_engine, prepare_process
 from specpool_engine.runtime.run_engine import running
 from specpool_target.config import TargetConfig
 from specpool_target.dense.receiving_group import DenseReceiver
@@ -55,49 +56,22 @@ async def serve(
     prepare_process(config, config.distribution_transport)
     traces = tracing.setup("specpool-target", config.id, config.otlp_endpoint, config.trace_sampling_ratio)
     loaded = await asyncio.to_thread(load_engine, config, on_progress, weights=config.weights)
-    model, tokenizer, info = loaded.model, loaded.tokenizer, loaded.info
+    info = loaded.info
     metrics = TargetMetrics(info.name)
     metrics.set_engine(attention_backend=info.attention_backend, dtype=info.dtype, device=info.device)
     peer = types_pb2.Peer(id=config.id, incarnation=secrets.randbits(_INCARNATION_BITS))
-    loop = asyncio.get_running_loop()
-    receiver = DenseReceiver(
-        transports=offered(config.distribution_transport, config.device),
-        device=model.device,
-        vocab_size=model.vocab_size,
-        on_received=metrics.dense_distributions,
-    )
     identity = PoolIdentity(peer=peer, model=info, max_lookahead=config.max_lookahead, labels=labels)
-
-    def make_pool(events: PoolEvents) -> SpeculationPool:
-        return SpeculationPool(speculators, identity, loop=loop, events=events, receiver=receiver, flushes_itself=False)
-
     engine = TargetEngine(
-        model,
+        loaded.model,
         config,
-        loop=loop,
+        loop=asyncio.get_running_loop(),
         metrics=metrics,
-        make_pool=make_pool,
+        make_pool=_pool_maker(config, loaded, speculators, identity, metrics),
         on_failed=stopping.set,
         before_start=loaded.prepare_thread,
     )
-    info.max_context = engine.max_context
-    codec = TextCodec(tokenizer)
-    info.max_prompt_chars = min(engine.max_context * codec.max_chars_per_token(), _MAX_UINT32)
     server = create_server()
-    reader = RequestReader(
-        model=info,
-        codec=codec,
-        eos_token_ids=end_token_ids(model, tokenizer),
-        max_lookahead=config.max_lookahead,
-    )
-    service = TargetService(
-        engine,
-        reader,
-        peer=lambda: peer,
-        model=info,
-        connect_deadline_s=config.connect_deadline_ms / 1e3,
-        directory=speculators,
-    )
+    service = _make_service(engine, loaded, config, peer, speculators)
     target_pb2_grpc.add_TargetServiceServicer_to_server(service, server)
     health = add_standard_services(server, target_pb2.DESCRIPTOR)
     bound = bind(server, config.listen)
@@ -105,7 +79,7 @@ async def serve(
     freeze_loaded_objects()
     try:
         await asyncio.wrap_future(engine.pool.start())
-        async with running(engine.thread, model, config.stall_timeout_s):
+        async with running(engine.thread, loaded.model, config.stall_timeout_s):
             if config.metrics_port is not None:
                 _logger.info("metrics on port %d", serve_metrics(metrics.registry, config.metrics_port))
             await server.start()
@@ -117,6 +91,45 @@ async def serve(
             await close_within(CLOSE_S, pool=engine.pool.aclose())
     finally:
         await close_within(CLOSE_S, pool=engine.pool.aclose(), traces=traces.aclose())
+
+
+def _pool_maker(
+    config: TargetConfig, loaded: LoadedEngine, speculators: Discovery, identity: PoolIdentity, metrics: TargetMetrics
+) -> Callable[[PoolEvents], SpeculationPool]:
+    """The engine makes the pool: it is the one that hears of what happens there."""
+    loop = asyncio.get_running_loop()
+    receiver = DenseReceiver(
+        transports=offered(config.distribution_transport, config.device),
+        device=loaded.model.device,
+        vocab_size=loaded.model.vocab_size,
+        on_received=metrics.dense_distributions,
+    )
+    return lambda events: SpeculationPool(
+        speculators, identity, loop=loop, events=events, receiver=receiver, flushes_itself=False
+    )
+
+
+def _make_service(
+    engine: TargetEngine, loaded: LoadedEngine, config: TargetConfig, peer: types_pb2.Peer, speculators: Discovery
+) -> TargetService:
+    """The service, and what it tells of the model: how long a context and a prompt can be."""
+    info, codec = loaded.info, TextCodec(loaded.tokenizer)
+    info.max_context = engine.max_context
+    info.max_prompt_chars = min(engine.max_context * codec.max_chars_per_token(), _MAX_UINT32)
+    reader = RequestReader(
+        model=info,
+        codec=codec,
+        eos_token_ids=end_token_ids(loaded.model, loaded.tokenizer),
+        max_lookahead=config.max_lookahead,
+    )
+    return TargetService(
+        engine,
+        reader,
+        peer=lambda: peer,
+        model=info,
+        connect_deadline_s=config.connect_deadline_ms / 1e3,
+        directory=speculators,
+    )
 
 
 def end_token_ids(model: CausalModel, tokenizer: Any) -> frozenset[int]:

@@ -79,23 +79,10 @@ class TargetEngine:
         self._config = config
         self._streams = Streams()
         self._loop = loop
-        self.pool = make_pool(
-            PoolEvents(
-                on_connections=lambda: self.speculators.connections_changed(),
-                on_move=lambda reason: self.speculators.moved(reason),
-                on_stale=metrics.stale_message,
-            )
-        )
+        self.pool = make_pool(self._pool_events())
         """The connections to speculators; started and closed by the server."""
         self._outbox = TargetOutbox(loop, self._streams, self.pool)
-        knowledge = SpeculatorKnowledge(
-            self.pool,
-            KnowledgeEvents(
-                on_answer=lambda *answer: self.speculators.answered(*answer),
-                on_distributions=lambda: self.speculators.distributions_arrived(),
-                on_paired=self._paired,
-            ),
-        )
+        knowledge = SpeculatorKnowledge(self.pool, self._knowledge_events())
         fallback = FallbackPolicy(config.fallback)
         self.lookahead = LookaheadPolicy(fallback, max_lookahead=config.max_lookahead)
         next_round = NextRound(
@@ -107,19 +94,11 @@ class TargetEngine:
         )
         self._recorder = StepRecorder(metrics, self.scheduler, next_round.take_counts)
         self._sequences = LiveSequences(self.scheduler, knowledge, self._outbox, metrics)
-        distributions = DraftDistributions(
-            knowledge,
-            deadline_s=config.distribution_deadline_ms / 1e3,
-            vocab_size=model.vocab_size,
-            device=model.device,
-            wait_for_news=lambda timeout_s: self.thread.defer_a_command(timeout_s),
-            on_late=next_round.note_late_distributions,
-        )
         self.loop = TargetLoop(
             model,
             scheduler=self.scheduler,
             sequences=self._sequences,
-            distributions=distributions,
+            distributions=self._draft_distributions(knowledge, next_round),
             observer=Observer(fallback, self.lookahead, knowledge.is_served),
             next_round=next_round,
             recorder=self._recorder,
@@ -141,6 +120,30 @@ class TargetEngine:
         self._num_submitted = 0
         self._num_added = 0
         """Submitted sequences that the loop has taken up; the others are still in the queue of commands."""
+
+    def _pool_events(self) -> PoolEvents:
+        return PoolEvents(
+            on_connections=lambda: self.speculators.connections_changed(),
+            on_move=lambda reason: self.speculators.moved(reason),
+            on_stale=self.metrics.stale_message,
+        )
+
+    def _knowledge_events(self) -> KnowledgeEvents:
+        return KnowledgeEvents(
+            on_answer=lambda *answer: self.speculators.answered(*answer),
+            on_distributions=lambda: self.speculators.distributions_arrived(),
+            on_paired=self._paired,
+        )
+
+    def _draft_distributions(self, knowledge: SpeculatorKnowledge, next_round: NextRound) -> DraftDistributions:
+        return DraftDistributions(
+            knowledge,
+            deadline_s=self._config.distribution_deadline_ms / 1e3,
+            vocab_size=self.model.vocab_size,
+            device=self.model.device,
+            wait_for_news=lambda timeout_s: self.thread.defer_a_command(timeout_s),
+            on_late=next_round.note_late_distributions,
+        )
 
     # ---- called by the wire -----------------------------------------------------------------------------------
 
