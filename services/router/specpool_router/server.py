@@ -11,7 +11,7 @@ from functools import partial
 from specpool.background import Background
 from specpool.discovery import directory
 from specpool.discovery.discovery import Discovery, StaticDiscovery
-from specpool.rpc.parsing import Authentication
+from specpool.rpc.request_parsing import Authentication
 from specpool.rpc.server import Health, add_standard_services, bind, create_server, run_until_stopped
 from specpool.shutdown import CLOSE_S, close_within
 from specpool.telemetry import tracing

@@ -17,7 +17,7 @@ from specpool.telemetry.metrics import (
     children,
     dense_bytes,
 )
-from specpool_target.engine.step_stats import StepStats
+from specpool_target.engine.statistics import StepStats
 
 LOOKUP_OUTCOMES: Final = ("hit", "partial", "late", "miss")
 ROUND_PHASES: Final = ("waiting", "forward", "verify", "other")

@@ -14,7 +14,7 @@ import pytest
 from specpool import errors
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
-from specpool.rpc.parsing import Authentication
+from specpool.rpc.request_parsing import Authentication
 from specpool.rpc.server import add_standard_services, bind, create_server
 from specpool.v1 import inference_pb2, inference_pb2_grpc, speculator_pb2, speculator_pb2_grpc
 

@@ -13,7 +13,7 @@ from specpool.v1 import inference_pb2
 from specpool_router.auth.tenants import Tenant
 from specpool_router.generation.admission import Admission
 from specpool_router.generation.generations import Generations
-from specpool_router.generation.resuming import ResumePoint
+from specpool_router.generation.resume_point import ResumePoint
 from specpool_router.metrics import RouterMetrics
 
 

@@ -12,7 +12,7 @@ from specpool.telemetry.metrics import LabelCap, serve_metrics
 from specpool_router.metrics import RouterMetrics
 from specpool_speculator.engine.step_stats import DraftStepStats
 from specpool_speculator.metrics import SpeculatorMetrics
-from specpool_target.engine.step_stats import StepStats
+from specpool_target.engine.statistics import StepStats
 from specpool_target.metrics import TargetMetrics
 
 

@@ -2,6 +2,6 @@
 
 from specpool.client.checks import valid_text
 from specpool.client.client import Client, Completion
-from specpool.client.resuming import ResumePolicy
+from specpool.client.resumable_stream import ResumePolicy
 
 __all__ = ["Client", "Completion", "ResumePolicy", "valid_text"]

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from specpool.client.checks import checked_api_key
-from specpool.client.resuming import Request, ResumableStream, ResumePolicy
+from specpool.client.resumable_stream import Request, ResumableStream, ResumePolicy
 from specpool.rpc.client import channel
 from specpool.rpc.errors import from_rpc_error
 from specpool.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc, types_pb2

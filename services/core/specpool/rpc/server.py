@@ -35,7 +35,7 @@ from specpool.errors import ConfigError
 from specpool.rpc.calls import MAX_RUNNING_CALLS, RunningCalls
 from specpool.rpc.interceptors import ErrorInterceptor
 from specpool.rpc.options import MAX_MESSAGE_BYTES, server_options
-from specpool.rpc.parsing import Parsing
+from specpool.rpc.request_parsing import Parsing
 from specpool.rpc.tracing import ServerTracing
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from specpool.speculation.pairing import PoolEvents
 from specpool.speculation.pairing_settings import PairingSettings
 from specpool.speculation.pool import SpeculationPool
 from specpool.speculation.trust import WaitTrust
-from specpool.speculation.waiting import worth_waiting
+from specpool.speculation.wait_policy import worth_waiting
 
 __all__ = [
     "Connection",

@@ -18,10 +18,10 @@ from specpool.v1 import inference_pb2
 from specpool_router.auth.tenants import Tenant
 from specpool_router.generation.admission import Admission
 from specpool_router.generation.progress import Progress, Received
-from specpool_router.generation.recording import annotate, recording
-from specpool_router.generation.resuming import Gap, Journal, ResumePoint, check_can_regenerate, regenerated
+from specpool_router.generation.resume_point import Gap, Journal, ResumePoint, check_can_regenerate, regenerated
 from specpool_router.generation.stop_signal import StopSignal
 from specpool_router.generation.stream import Patience, Stream
+from specpool_router.generation.stream_recording import annotate, recording
 from specpool_router.generation.target_run import Event
 from specpool_router.generation.target_search import wait_for_model
 from specpool_router.metrics import RouterMetrics

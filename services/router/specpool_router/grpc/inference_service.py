@@ -10,7 +10,7 @@ from specpool.request_limits import MAX_REQUEST_ID_CHARS, check_text
 from specpool.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from specpool_router.auth.tenants import Tenants
 from specpool_router.generation.generations import Generations
-from specpool_router.generation.resuming import ResumePoint
+from specpool_router.generation.resume_point import ResumePoint
 from specpool_router.generation.target_run import Event
 from specpool_router.placement.cluster import Cluster
 

@@ -1,7 +1,8 @@
-"""What a request is told about its speculation at the end."""
+"""Numbers of one sequence and of one step of the engine: plain, known to no exporter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from specpool.algorithm.speculation_cache import LookupKind
@@ -103,3 +104,43 @@ def count(histogram: list[int], index: int) -> None:
     """Add one at `index`, making room for it."""
     histogram.extend([0] * (index + 1 - len(histogram)))
     histogram[index] += 1
+
+
+@dataclass(kw_only=True, slots=True)
+class StepStats:
+    """One step of a target engine, all sequences together."""
+
+    num_running: int = 0
+    """Sequences in the batch."""
+    num_waiting: int = 0
+    """Sequences not admitted yet, or preempted."""
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+    waiting_s: float = 0.0
+    """Seconds in which nothing was computed: all of the batch waited for speculations, or rounds for distributions.
+    What one sequence waits while others are computed is no time of a step."""
+    forward_s: float = 0.0
+    """Seconds of the model's forward."""
+    verify_s: float = 0.0
+    """Seconds of sampling and verification."""
+    other_s: float = 0.0
+    """Seconds of everything else."""
+    num_drafts: int = 0
+    """Sequences verified with at least one draft token."""
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_hits: int = 0
+    """Lookups that found the full lookahead, or a draft up to a token that ends the output."""
+    num_partial: int = 0
+    """Lookups that found fewer tokens than the lookahead, at least one."""
+    num_late: int = 0
+    """Lookups that found the outcome without a single token yet."""
+    num_misses: int = 0
+    """Lookups that did not find the outcome (late ones not counted)."""
+    num_prompt_tokens: int = 0
+    """Prompt tokens prefilled."""
+    num_generation_tokens: int = 0
+    """Tokens committed."""
+    num_preemptions: int = 0
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Rounds that fell back, by reason (see `specpool_target.metrics.FALLBACK_REASONS`)."""

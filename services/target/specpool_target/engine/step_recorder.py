@@ -11,8 +11,7 @@ from specpool.speculation import DraftSource
 from specpool.v1 import types_pb2
 from specpool_target.engine.scheduler import ScheduledStep, Scheduler
 from specpool_target.engine.sequence import RoundInfo, TargetSequence
-from specpool_target.engine.statistics import Phases
-from specpool_target.engine.step_stats import StepStats
+from specpool_target.engine.statistics import Phases, StepStats
 from specpool_target.metrics import TargetMetrics
 from specpool_target.next_round.observer import EndedRound
 
