@@ -27,7 +27,7 @@ class NextDraft(NamedTuple):
     tokens: tuple[int, ...] = ()
     """Draft tokens to verify next; empty when late, missed or not looked up."""
     rank: int | None = None
-    """Of the bonus token among the guesses of its position, from 0; None: not among them."""
+    """Rank of the bonus token among the guesses of its position, from 0; None: not among them."""
 
 
 def valid_tokens(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:

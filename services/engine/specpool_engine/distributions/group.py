@@ -29,9 +29,9 @@ from specpool_engine.distributions.transport import Transport
 SPECULATOR_RANK: Final = 0
 TARGET_RANK: Final = 1
 TRANSFER_S: Final = 2.0
-"""Longest transfer of one body; then the group is given up."""
+"""Longest time in seconds for the transfer of one body; then the group is given up."""
 CREATION_S: Final = 20.0
-"""Longest wait for the other rank, for the connections, and for the first transfer, each."""
+"""Longest wait in seconds for the other rank, for the connections, and for the first transfer, each."""
 _MAX_TAG: Final = 1 << 30
 _POLL_S: Final = 0.0001
 
@@ -40,7 +40,7 @@ class PairGroup(ABC):
     """One group, used by one thread, inside `context`."""
 
     device: torch.device
-    """Where the tensors lie that it moves."""
+    """Device on which the tensors lie that the group moves."""
 
     def context(self) -> AbstractContextManager[object]:
         """The context in which everything that touches a body must happen: a CUDA stream, or nothing."""
@@ -93,7 +93,7 @@ class GroupMaker:
         return GlooGroup(store, self.rank, local_address(self.peer_host), self.creation_s)
 
     def _try(self, group: PairGroup) -> None:
-        """Connections are made by the first transfer at the latest, which takes longer than the others."""
+        """Make the first transfer: connections are made by it at the latest, so it takes longer than the others."""
         probe = torch.full((1,), float(self.rank == SPECULATOR_RANK), device=group.device)
         try:
             if self.rank == SPECULATOR_RANK:
@@ -183,7 +183,7 @@ class NcclGroup(PairGroup):
 
 @lru_cache(maxsize=8)
 def _gloo_device(address: str, interface: str) -> Any:
-    """Shared by the groups of a process: it has a thread of its own."""
+    """The gloo device that the groups of a process share: it has a thread of its own."""
     make = torch.distributed.ProcessGroupGloo.create_device
     if interface:
         return make(interface=interface.split(",")[0])

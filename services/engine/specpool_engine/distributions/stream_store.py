@@ -16,7 +16,7 @@ from datetime import timedelta
 from torch._C._distributed_c10d import Store
 
 MAX_KEYS = 64
-"""Beyond this the other side does something else than build a group."""
+"""Most keys; beyond this the other side does something else than build a group."""
 
 
 class StreamStore(Store):
@@ -37,7 +37,7 @@ class StreamStore(Store):
         self._is_closed = False
 
     def receive(self, key: str, value: bytes) -> None:
-        """The other side set a key."""
+        """Take in a key that the other side set."""
         with self._changed:
             if len(self._values) < MAX_KEYS:
                 self._values[key] = value

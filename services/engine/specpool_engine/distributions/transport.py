@@ -30,7 +30,7 @@ class Transport(IntEnum):
 
     @property
     def label(self) -> str:
-        """Its name in settings, status and metrics: grpc, gloo or nccl."""
+        """Name of the transport in settings, status and metrics: grpc, gloo or nccl."""
         return self.name.lower()
 
     @property

@@ -83,7 +83,7 @@ class PairWorker(threading.Thread):
         return True
 
     def close(self) -> None:
-        """End it; nothing more is called back but what a transfer under way brings."""
+        """End the thread; nothing more is called back but what a transfer under way brings."""
         self._closing.set()
         self._maker.cancel()
         self._go_down()

@@ -20,7 +20,8 @@ from specpool_engine.modeling.model import TransformersModel
 from specpool_engine.modeling.paged_kv import SequenceKV
 
 MIN_TOKENS = 4
-"""Shorter forwards are padded: one token would need a graph of its own, and packed products pad to four anyway."""
+"""Least tokens of a forward, to which shorter ones are padded: one token would need a graph of its own, and packed
+products pad to four anyway."""
 
 
 def compile_decoder(model: TransformersModel, on_progress: Progress) -> None:

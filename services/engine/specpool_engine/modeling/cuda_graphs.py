@@ -25,9 +25,9 @@ from specpool_engine.modeling.static_tensors import StaticTensors
 CudaGraphs = Literal["auto", "on", "off"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Numbers of tokens; a step of decoding is bound by memory, so that padding to the next power of two costs little."""
+"""Numbers of tokens of graphs; a step of decoding is bound by memory: padding to the next power of two costs little."""
 _NUM_WARM_UPS = 2
-"""Forwards before a capture, in which libraries allocate and choose kernels."""
+"""Number of forwards before a capture, in which libraries allocate and choose kernels."""
 
 
 def wants_graphs(setting: str, backend: AttentionBackend, device: torch.device) -> bool:
@@ -51,7 +51,7 @@ def wants_graphs(setting: str, backend: AttentionBackend, device: torch.device) 
 
 
 def describe_graphs(setting: str, model: CausalModel, backend: AttentionBackend) -> str:
-    """For status: on, or off and why."""
+    """Whether CUDA graphs are on, or off and why, in words, for status."""
     if getattr(model, "graphs", None) is not None:
         return f"on, for forwards of up to {BUCKETS[-1]} tokens"
     if setting == "off":
@@ -123,7 +123,7 @@ class BucketedForward:
         return logits[: len(inputs.logit_rows)].clone()  # the next replay overwrites it
 
     def replay(self, bucket: int, *, shares: bool) -> Tensor:
-        """Logits [B, V] of what was filled in."""
+        """The logits [B, V] of what was filled in."""
         return self.forward.compute(bucket, shares=shares)
 
 
@@ -153,7 +153,7 @@ class GraphedForward(BucketedForward):
         on_progress("capture graphs", len(keys), len(keys))
 
     def replay(self, bucket: int, *, shares: bool) -> Tensor:
-        """Logits [B, V] of what was filled in, by starting the bucket's graph."""
+        """The logits [B, V] of what was filled in, by starting the bucket's graph."""
         graph, logits = self._graphs[bucket, shares]
         graph.replay()
         return logits

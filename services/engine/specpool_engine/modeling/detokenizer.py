@@ -54,7 +54,7 @@ class IncrementalDetokenizer:
         return self._show(len(self._held_text) - self._stop.num_held_back)
 
     def finish(self) -> TextDelta:
-        """The rest, when the output ends for another reason than a stop string."""
+        """The rest of the text, when the output ends for another reason than a stop string."""
         stopped = self._add(self._stream.finish())
         return self._show(len(self._held_text)) if stopped is None else stopped
 

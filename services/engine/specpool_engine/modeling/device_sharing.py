@@ -24,13 +24,13 @@ StreamPriority = Literal["normal", "high"]
 MPS_DIRECTORY: Final = "CUDA_MPS_PIPE_DIRECTORY"
 """Environment variable with the folder of an MPS daemon's pipes."""
 _DEFAULT_MPS_DIRECTORY: Final = "/tmp/nvidia-mps"
-"""Where CUDA looks for them without that variable."""
+"""Folder where CUDA looks for the pipes without that variable."""
 _THREAD_PERCENTAGE: Final = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _MPS_START_S: Final = 10.0
 _POLL_S: Final = 0.05
 _HIGH_PRIORITY: Final = -1
 _SM_GRANULARITY: Final = 8
-"""Multiprocessors are handed out in groups; eight suits every generation that has green contexts."""
+"""Size of the groups in which multiprocessors are handed out; eight suits every generation with green contexts."""
 _logger = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class DeviceShare:
 
     @property
     def settings(self) -> dict[str, float | str]:
-        """What differs from having the device alone, by the name of the setting."""
+        """The settings that differ from having the device alone, by name."""
         given: dict[str, float | str] = {
             "device_memory_share": self.memory,
             "sm_share": self.multiprocessors,
@@ -120,7 +120,7 @@ def limit_memory(device: torch.device, share: float) -> None:
 
 
 def num_multiprocessors(total: int, share: float) -> int:
-    """Multiprocessors of a green context with this share: whole groups, at least one, and no more than there are."""
+    """The number of multiprocessors of a green context: whole groups, at least one, no more than there are."""
     return min(total, max(_SM_GRANULARITY, int(total * share) // _SM_GRANULARITY * _SM_GRANULARITY))
 
 
@@ -151,7 +151,7 @@ def use_stream(device: torch.device, stream: Any) -> None:
 
 
 def describe_sharing(share: DeviceShare, environment: Mapping[str, str] = os.environ) -> str:
-    """What status says behind the device's name; empty for a device that is not shared."""
+    """The words on sharing that status shows behind the device's name; empty for a device that is not shared."""
     if not share.settings:
         return ""
     how = "by MPS" if find_mps(environment) is not None else "in turns, without MPS"

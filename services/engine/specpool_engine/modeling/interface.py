@@ -21,11 +21,11 @@ class Segment:
     """Tokens that one sequence or branch adds to a forward."""
 
     kv: SequenceKV
-    """Where the keys and values go; `tokens[0]` is at position `kv.length`."""
+    """Block table that the keys and values go to; `tokens[0]` is at position `kv.length`."""
     tokens: Sequence[int]
-    """At least one token, none of them written yet."""
+    """Tokens to compute, at least one, none of them written yet."""
     num_logits: int = 1
-    """Logits are returned for this many of the last tokens; 0 for all but the last chunk of a prefill."""
+    """Number of the last tokens that logits are returned for; 0 for all but the last chunk of a prefill."""
 
 
 class CausalModel(Protocol):
@@ -71,7 +71,7 @@ def close_model(model: CausalModel) -> None:
 
 
 def check_segments(segments: Sequence[Segment], *, max_context: int, vocab_size: int) -> None:
-    """Refuse segments that no model can run."""
+    """Refuse segments that no model can run. Raises the typed error of the first."""
     if len({id(segment.kv) for segment in segments}) != len(segments):
         raise InvalidArgument("a sequence may appear only once in a forward: fork it to run branches")
     for segment in segments:

@@ -12,7 +12,7 @@ CPU_KV_CACHE_BYTES = 1 << 30
 GPU_KV_CACHE_SHARE = 0.85
 """Share of the memory that is left after the weights are loaded."""
 CUDA_CONTEXT_BYTES = 1 << 29
-"""What a process needs on the device besides tensors, roughly."""
+"""Bytes that a process needs on the device besides tensors, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,16 +20,16 @@ class KVBudget:
     """Size of one KV cache: a number of blocks, or of bytes, or what the device has."""
 
     num_blocks: int | None = None
-    """Set: the number of blocks, whatever they need."""
+    """Number of blocks, whatever they need; None: by bytes."""
     num_bytes: int | None = None
-    """Set: bytes of all blocks together."""
+    """Bytes of all blocks together; None: what the device has."""
     block_size: int = 16
-    """Tokens per block."""
+    """Number of tokens per block."""
     memory_share: float = 1.0
     """Share of a GPU's memory that this process may use, weights included."""
 
     def blocks(self, bytes_per_token: int, device: torch.device) -> int:
-        """How many blocks there may be. Without a number this reads what is free, so the weights must be there.
+        """The number of blocks there may be. Without one given this reads what is free, so the weights must be there.
 
         Raises:
             InvalidArgument: if not even one block fits.
@@ -60,7 +60,7 @@ class KVBudget:
 
 
 def bytes_left(*, total: int, free: int, used: int, share: float) -> int:
-    """Bytes for the KV cache of a process that has loaded its weights.
+    """The bytes that a process which has loaded its weights has for its KV cache.
 
     Args:
         total: of the device.

@@ -34,7 +34,7 @@ Copies = tuple[list[int], list[int]]
 """Blocks to copy, as sources and destinations: all are read before any is written."""
 
 _running = threading.local()
-"""`step`: the forward that runs in this thread. An operator takes tensors and numbers only, so it looks here."""
+"""The forward that runs in this thread, as `step`: an operator takes tensors and numbers only, so it looks here."""
 
 
 def _paged_attention(
@@ -109,10 +109,10 @@ class _Step:
     storage: KVStorage
     attention: PackedAttention
     slots: Tensor
-    """[T]: where the packed tokens' keys and values go in the flattened cache. Rows after these are padding."""
+    """Slots [T] of the flattened cache for the packed tokens' keys and values. Rows after these are padding."""
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:  # [1, Hkv, T, D]
-        """Into the blocks: attention reads them from there."""
+        """Write keys and values of a layer into the blocks: attention reads them from there."""
         expected = self.storage.keys.shape[3:]
         for states in (key, value):
             if (states.shape[1], states.shape[3]) != expected:
@@ -205,7 +205,7 @@ class TransformersModel:
         slots: Tensor,  # [T], or fewer: tokens after these are padding
         logit_rows: Tensor,  # [rows]
     ) -> Tensor:  # [rows, V] float32
-        """The forward's part on the device: nothing but tensors that are there already."""
+        """The forward's part on the device, logits [rows, V]: nothing but tensors that are there already."""
         _running.step = _Step(self.backend, self.storage, attention, slots)
         with self.around_forward():
             output = self.model(
@@ -231,7 +231,7 @@ class KVGeometry:
 
     @classmethod
     def of(cls, config: Any, num_shards: int = 1) -> KVGeometry:
-        """Read it from a `transformers` text configuration, for one of `num_shards` equal parts of the heads."""
+        """Read the sizes from a `transformers` text configuration, for one of `num_shards` equal parts of the heads."""
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
             raise unsupported(config, "its configuration names no attention heads")
@@ -242,5 +242,5 @@ class KVGeometry:
         )
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Keys and values of all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize

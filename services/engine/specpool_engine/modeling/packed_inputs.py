@@ -18,11 +18,11 @@ class PackedInputs:
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    """In the token's sequence."""
+    """Position of each token in its sequence."""
     slots: list[int] = field(default_factory=list)
-    """Where its keys and values go in the flattened cache."""
+    """Slot of each token's keys and values in the flattened cache."""
     logit_rows: list[int] = field(default_factory=list)
-    """Packed tokens whose logits are wanted."""
+    """Indices of the packed tokens whose logits are wanted."""
 
     @classmethod
     def of(cls, segments: Sequence[Segment], packed: Sequence[PackedSegment], block_size: int) -> PackedInputs:
@@ -39,12 +39,12 @@ class SmallForwards(Protocol):
     """Another way to compute forwards that are small enough, see `cuda_graphs`."""
 
     def run(self, segments: Sequence[PackedSegment], inputs: PackedInputs) -> Tensor | None:
-        """Logits [rows, V]; None for a forward that is too large."""
+        """The logits [rows, V]; None for a forward that is too large."""
         ...
 
 
 def pack(segments: Sequence[Segment]) -> list[PackedSegment]:
-    """Where each segment lies in the row."""
+    """The places of the segments in the row."""
     packed, offset = [], 0
     for segment in segments:
         packed.append(PackedSegment(kv=segment.kv, offset=offset, num_tokens=len(segment.tokens)))

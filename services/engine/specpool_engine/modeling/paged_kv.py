@@ -24,12 +24,12 @@ BlockHash = bytes
 
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
-    """How many blocks `num_tokens` tokens take."""
+    """The number of blocks that `num_tokens` tokens take."""
     return -(-num_tokens // block_size)
 
 
 def hash_block(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
-    """Name of a full block: depends on its tokens and, through `parent`, on all tokens before it and the salt."""
+    """The name of a full block: depends on its tokens and, through `parent`, on all tokens before it and the salt."""
     return hashlib.blake2b(array("q", tokens).tobytes(), key=parent, digest_size=16).digest()
 
 
@@ -55,16 +55,16 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated now, evicting cached ones."""
+        """Number of blocks that can be allocated now, evicting cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
     def num_used(self) -> int:
-        """Blocks referenced by some block table."""
+        """Number of blocks referenced by some block table."""
         return self.num_blocks - self.num_free
 
     def references(self, block: int) -> int:
-        """How many block tables hold `block`."""
+        """Number of block tables that hold `block`."""
         return self._references[block]
 
     def check_room(self, num_wanted: int) -> None:
@@ -113,7 +113,7 @@ class BlockPool:
             self._hash_of_block[block] = name
 
     def find(self, name: BlockHash) -> int | None:
-        """The block of that name, used or cached."""
+        """The block of that name, used or cached; None if there is none."""
         return self._block_of_hash.get(name)
 
     def make_writable(self, block: int) -> int:
@@ -182,7 +182,7 @@ class SequenceKV:
             self.pool.publish(self.block_ids[index], self._hashes[-1])
 
     def blocks_to_reserve(self, num_tokens: int) -> int:
-        """Blocks that `reserve(num_tokens)` would allocate now."""
+        """Number of blocks that `reserve(num_tokens)` would allocate now."""
         end = num_blocks_for(self.length + num_tokens, self.pool.block_size)
         return max(0, end - len(self.block_ids)) + (self.shared_write_block(num_tokens) is not None)
 

@@ -15,7 +15,7 @@ ACCEPTED_FORMS = (
 
 
 class ModelKind(StrEnum):
-    """Where logits come from."""
+    """How a model computes logits, and with that which loader makes it."""
 
     TRANSFORMERS = "transformers"
     RANDOM = "random"
@@ -38,11 +38,11 @@ class ModelSpec:
     text: str
     """The specification as the user wrote it."""
     kind: ModelKind
-    """Which loader is responsible."""
+    """Kind of the model, which says what loader is responsible."""
     source: str
     """Hub id or path; for `random` the model whose vocabulary and tokenizer it has."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """What followed the `#`."""
+    """Options that followed the `#`, by name."""
 
     @classmethod
     def parse(cls, text: str) -> ModelSpec:
@@ -62,7 +62,7 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int | None:
-        """Use only that many layers, if asked for."""
+        """Number of layers to use, if only some are asked for; None: all."""
         return self.integer("layers", None, minimum=1)
 
     def integer(self, name: str, default: int | None, *, minimum: int = 0) -> int | None:

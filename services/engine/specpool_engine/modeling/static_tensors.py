@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-"""Elements: kernels load several at once."""
+"""Alignment of tensors, in elements: kernels load several at once."""
 
 
 class StaticTensors:
@@ -44,13 +44,13 @@ class StaticTensors:
             self._copied.synchronize()  # type: ignore[no-untyped-call, unused-ignore]
 
     def put(self, name: str, values: Sequence[int], *, padding: int = 0) -> None:
-        """New contents of a one-dimensional tensor, on the host; the rest of it becomes `padding`."""
+        """Put new contents into a one-dimensional tensor, on the host; the rest of it becomes `padding`."""
         array = self._arrays[name]
         array[: len(values)] = values
         array[len(values) :] = padding
 
     def put_rows(self, name: str, rows: Sequence[Sequence[int]]) -> None:
-        """New beginnings of the first rows of a two-dimensional tensor, on the host; everything else stays."""
+        """Put new beginnings of the first rows into a two-dimensional tensor, on the host; everything else stays."""
         array = self._arrays[name]
         for index, row in enumerate(rows):
             array[index, : len(row)] = row

@@ -20,7 +20,7 @@ class StopStrings:
 
     @property
     def num_held_back(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
+        """Number of characters at the end of the text that may be the beginning of a stop string."""
         return max(self._matched, default=0)
 
     def push(self, piece: str) -> int | None:
@@ -52,7 +52,7 @@ class StopStrings:
 
 
 def _failures_of(stop: str) -> list[int]:
-    """For each beginning of `stop`: the length of the longest shorter one that it ends with."""
+    """The length of the longest shorter beginning of `stop` that each of its beginnings ends with."""
     failures = [0] * len(stop)
     matched = 0
     for index in range(1, len(stop)):

@@ -26,14 +26,14 @@ class TextCodec:
         self._options = {"clean_up_tokenization_spaces": False} if has_clean_up else {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text, all of them; `add_special_tokens` puts those around it that the model wants."""
+        """The tokens of a text, all of them; `add_special_tokens` puts those around it that the model wants."""
         if self._rust is not None:
             return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text that the tokens spell, without special tokens and without the clean-up of spaces.
+        """The text that the tokens spell, without special tokens and without the clean-up of spaces.
 
         The clean-up of `transformers` takes spaces away that were there a token ago: no stream could follow it.
         """
@@ -43,5 +43,5 @@ class TextCodec:
             return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, **self._options))
 
     def max_chars_per_token(self) -> int:
-        """Characters of the longest token: n tokens can stand for at most n times as many."""
+        """Number of characters of the longest token: n tokens can stand for at most n times as many."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)

@@ -17,9 +17,9 @@ from typing import Final
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _MAX_PENDING: Final = 8
-"""A character has at most 4 bytes. Tokens that still end inside one after so many begin and end within characters."""
+"""Most tokens that may end inside a character: it has at most 4 bytes, so that after so many they also begin in one."""
 _MAX_UNFINISHED: Final = 3
-"""The longest beginning of a character, in bytes and so in tokens."""
+"""Length of the longest beginning of a character, in bytes and so in tokens."""
 _MAX_PROMPT_CONTEXT: Final = 16
 
 Decode = Callable[[Sequence[int]], str]
@@ -64,7 +64,7 @@ class TextStream:
         return text
 
     def _finish_piece(self, text: str) -> str:
-        """The text ends with a whole character: the next token is decoded behind this piece."""
+        """Begin a new piece behind text that ends with a whole character."""
         piece = self._new_text(text)
         adds_nothing = text == self._context_text
         if not adds_nothing:
@@ -92,7 +92,7 @@ class TextStream:
         return sum(self._decode(part).count(REPLACEMENT) for part in parts)
 
     def _shift(self, text: str) -> str:
-        """Every token ends within a character and begins within one: keep the last, and the place in their text."""
+        """Keep the last tokens, which begin and end within characters, and the place in their text."""
         self._context, self._context_text, self._pending = [], "", self._pending[-_MAX_UNFINISHED:]
         rest = self._decode(self._pending)
         num_held = min(len(rest), len(text) - len(self._shown))

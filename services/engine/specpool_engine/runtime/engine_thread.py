@@ -25,11 +25,11 @@ class Engine(Protocol):
     """An engine as its thread sees it. Every method is called on that thread alone."""
 
     def warm_up(self) -> None:
-        """The first forwards allocate, compile and page in; nobody should wait for that."""
+        """Run the first forwards, which allocate, compile and page in: nobody should wait for that."""
         ...
 
     def step(self) -> bool:
-        """One step; False if there was nothing to compute: then the thread waits for a command or a deadline."""
+        """Run one step; False if there was nothing to compute: then the thread waits for a command or a deadline."""
         ...
 
     def seconds_to_deadline(self) -> float | None:
@@ -49,7 +49,7 @@ class EngineThread:
         on_failed: Callable[[EngineFailed], None],
         before_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """Not started yet.
+        """Make the thread; it is not started yet.
 
         Args:
             engine: what to run.
@@ -97,7 +97,7 @@ class EngineThread:
         self._commands.put(command)
 
     def submit(self, command: Command, accept: Callable[[], None]) -> None:
-        """As `call`, for what must not be lost: raises the engine's failure, or what `accept` raises.
+        """Run `command` like `call`, which must not be lost: raises the engine's failure, or what `accept` raises.
 
         `accept` is called here and now, and makes the wire ready to hear of what becomes of the command.
         """
@@ -108,7 +108,7 @@ class EngineThread:
             self._commands.put(command)
 
     def abort(self, error: SpecPoolError) -> None:
-        """The engine cannot go on; a step that runs is not waited for."""
+        """Fail with `error`: the engine cannot go on; a step that runs is not waited for."""
         self._fail(error)
         self.call(_nothing)
 
@@ -118,7 +118,7 @@ class EngineThread:
         self.call(_nothing)
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the end of the thread; whether it ended in time."""
+        """Wait for the end of the thread; returns whether it ended in time."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()

@@ -6,12 +6,12 @@ import time
 from typing import Final
 
 IDLE: Final = "waiting for work"
-"""The only thing that an engine may do for as long as it likes."""
+"""What an engine does that waits, the only thing that it may do for as long as it likes."""
 WARMING_UP: Final = "warming up"
 
 
 class Heartbeat:
-    """Written by the engine thread, read by any other."""
+    """Shows whether a thread gets on. Written by the engine thread, read by any other."""
 
     __slots__ = ("doing", "num_steps", "since_s")
 
@@ -24,7 +24,7 @@ class Heartbeat:
         """Steps that ended so far."""
 
     def begin(self, doing: str) -> None:
-        """The thread goes on to this."""
+        """Note what the thread does from now on."""
         self.since_s = time.monotonic()
         self.doing = doing
 

@@ -28,7 +28,7 @@ from specpool_engine.modeling.tokenizer import load_tokenizer, tokenizer_fingerp
 from specpool_engine.runtime.settings import EngineConfig
 
 _SWITCH_INTERVAL_S: Final = 0.0005
-"""How long one thread may keep the interpreter from the other; the default of 5 ms would show in every round."""
+"""Seconds that one thread may keep the interpreter from the other; the default of 5 ms would show in every round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +38,13 @@ class LoadedEngine:
     model: CausalModel
     tokenizer: Any
     info: types_pb2.ModelInfo
-    """What peers and users learn of it."""
+    """What peers and users learn of the model."""
     prepare_thread: Callable[[], None]
-    """To be called on the engine's thread: what torch and CUDA keep per thread."""
+    """Sets what torch and CUDA keep per thread; to be called on the engine's thread."""
 
 
 def prepare_process(config: EngineConfig, distribution_transport: str) -> None:
-    """Before anything is loaded: refuse what cannot be had, and set cores, threads and the interpreter's switching."""
+    """Refuse what cannot be had, before anything is loaded, and set cores, threads and the interpreter's switching."""
     offered(distribution_transport, config.device)
     set_cpu_affinity(config.cpu_affinity)
     set_num_threads(config.num_threads)
@@ -115,5 +115,5 @@ def load_engine(
 
 
 def default_model_name(spec: ModelSpec) -> str:
-    """Last part of the id or path."""
+    """The last part of the model's id or path."""
     return spec.kind.value if spec.kind is not ModelKind.TRANSFORMERS else spec.source.rstrip("/").rsplit("/", 1)[-1]

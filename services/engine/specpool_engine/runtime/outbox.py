@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def call_on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-    """Run on the event loop, from any thread; nothing happens where the loop is closed: nobody listens any more."""
+    """Call `callback` on the event loop, from any thread; not if the loop is closed: nobody listens any more."""
     try:
         loop.call_soon_threadsafe(callback)
     except RuntimeError:
@@ -19,7 +19,7 @@ def call_on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) 
 
 
 class Outbox(Generic[Item]):
-    """Used on the engine thread alone; `deliver` is called on the event loop with everything since the last flush."""
+    """Collects items for the event loop. Used on the engine thread alone; `deliver` gets them on the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[Item]], None]) -> None:
         self._loop = loop

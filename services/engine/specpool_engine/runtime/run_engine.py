@@ -22,12 +22,12 @@ from specpool_engine.runtime.heartbeat import IDLE, WARMING_UP
 
 _logger = logging.getLogger(__name__)
 _STOP_S: Final = 10.0
-"""How long the end waits for the step that runs."""
+"""Seconds that the end waits for the step that runs."""
 _POLLS: Final = 8
-"""How often the heartbeat is looked at within a limit."""
+"""Number of times that the heartbeat is looked at within a limit."""
 _MAX_POLL_S: Final = 5.0
 _WARM_UP_FACTOR: Final = 6
-"""So many times as long as a step a warm-up may take: it pages in, allocates and compiles."""
+"""How many times as long as a step a warm-up may take: it pages in, allocates and compiles."""
 
 
 @contextlib.asynccontextmanager

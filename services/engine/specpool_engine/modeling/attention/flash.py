@@ -28,19 +28,19 @@ from specpool_engine.modeling.static_tensors import StaticTensors
 
 NAME = "flash"
 BLOCK_SIZE_MULTIPLE = 256
-"""flash-attn 2 refuses pages of other sizes."""
+"""Pages are a multiple of this many slots: flash-attn 2 refuses other sizes."""
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
-"""flash-attn would copy the whole cache to pad heads of other sizes."""
+"""Heads are a multiple of this many numbers: flash-attn would copy the whole cache to pad others."""
 MIN_CAPABILITY = (8, 0)
-"""CUDA compute capability: Ampere."""
+"""Least CUDA compute capability: Ampere."""
 
 
 class FlashAttnKernel:
     """Attention by the kernels of flash-attn 2, on CUDA devices."""
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None) -> None:
-        """Name the first thing that is missing."""
+        """Raise `InvalidArgument`, which names the first thing that is missing."""
         if device.type != "cuda":
             raise unavailable(NAME, f"it needs a CUDA device, and the device is {device}", accepted="cuda, cuda:N")
         if dtype not in (torch.bfloat16, torch.float16):
@@ -72,7 +72,7 @@ class FlashAttnKernel:
         sliding_window: int | None,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:  # [T, H, D], [H, T] float32
-        """Entries of one size take the kernel that splits long keys among processors."""
+        """Attend by flash-attn; entries of one size take the kernel that splits long keys among processors."""
         varlen, with_kvcache = _functions()
         options = {
             "softmax_scale": scaling,
@@ -114,7 +114,7 @@ def _functions() -> tuple[Any, Any]:
 
 
 class FlashBackend:
-    """Paged kernels; another kernel than flash-attn's is for tests."""
+    """Attention by paged kernels; another kernel than flash-attn's is for tests."""
 
     name = NAME
     has_static_attention = True
@@ -128,7 +128,7 @@ class FlashBackend:
         self._kernel.check(dtype=dtype, device=device, block_size=block_size, head_dim=head_dim)
 
     def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
-        """Block tables of the segments, and of shared prefixes and tails where there are any."""
+        """Make the block tables of the segments, and of shared prefixes and tails where there are any."""
         block_size, device = storage.keys.shape[2], storage.keys.device
         whole = VarlenBatch.of(whole_entries(segments, block_size), causal=True, device=device)
         entries = shared_entries(segments, block_size)
@@ -136,7 +136,7 @@ class FlashBackend:
         return FlashAttention(self._kernel, storage, whole, shared)
 
     def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> StaticAttention:
-        """Block tables that a CUDA graph can hold, for forwards of up to `max_tokens` tokens."""
+        """Make block tables that a CUDA graph can hold, for forwards of up to `max_tokens` tokens."""
         return StaticFlashAttention(self._kernel, storage, max_tokens=max_tokens, max_context=max_context)
 
 
@@ -145,7 +145,7 @@ class _Shared:
     """Entries for attention in two parts, prefixes that segments share and their tails, and where each token went."""
 
     order: Tensor
-    """[T]: packed token of each place in the groups' order."""
+    """Packed token of each place in the groups' order, [T]."""
     prefixes: VarlenBatch
     tails: VarlenBatch
 

@@ -43,7 +43,7 @@ class FlexBackend:
     write = staticmethod(KVStorage.write)
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
-        """Any data type; on CUDA blocks and heads that tensor cores can multiply."""
+        """Raise `InvalidArgument` unless it runs here: any data type; on CUDA blocks and heads fit for tensor cores."""
         del dtype
         if device.type == "cpu":
             return
@@ -62,11 +62,11 @@ class FlexBackend:
             )
 
     def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
-        """Block tables on the device; lists of blocks follow when a layer tells its heads and its window."""
+        """Make block tables on the device; lists of blocks follow when a layer tells its heads and its window."""
         return FlexAttention(segments, storage)
 
     def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
-        """There are none: indices have a new shape in every forward."""
+        """Return None: indices have a new shape in every forward."""
 
 
 class FlexAttention:
@@ -94,7 +94,7 @@ class FlexAttention:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:  # [1, T, H, D]
-        """One call over the layer's whole cache."""
+        """Attend by one call over the layer's whole cache."""
         num_heads, num_tokens, head_dim = query.shape[1:]
         num_kv_heads = self._keys.shape[3]
         repeats = num_heads // num_kv_heads
@@ -123,13 +123,13 @@ class _Tables(NamedTuple):
     """Who may see what: a row sees a block if its segment's block table names it at the block's own place."""
 
     segment_of: Tensor
-    """[T]: segment of a token."""
+    """Segment of each token, [T]."""
     position_of: Tensor
-    """[T]: position of a token in its sequence."""
+    """Position of each token in its sequence, [T]."""
     block_table: Tensor
-    """[G, L]: block ids, -1 where there is none."""
+    """Block ids of each segment, [G, L], -1 where there is none."""
     place_of: Tensor
-    """[N]: index of a block in its sequence, the same in all that share it; 0 for blocks that nobody uses."""
+    """Index of each block in its sequence, [N], the same in all that share it; 0 for blocks that nobody uses."""
 
 
 def _tables(
@@ -162,7 +162,7 @@ class _BlockLists(NamedTuple):
 
     @classmethod
     def of(cls, tiles: Sequence[TileBlocks], device: torch.device) -> _BlockLists:
-        """Padded with block 0, beyond the counts."""
+        """The lists as tensors, padded with block 0 beyond the counts."""
         partly, wholly = [tile.partly for tile in tiles], [tile.wholly for tile in tiles]
         # Equally wide: the kernel for few rows finds its place in both by the width of the first.
         width = max(2, *map(len, partly), *map(len, wholly))
@@ -179,13 +179,13 @@ def _counted(lists: Sequence[list[int]], width: int, device: torch.device) -> tu
 
 
 def _as_row(cache: Tensor) -> Tensor:
-    """[N, S, Hkv, D] -> [1, Hkv, N*S, D], a view."""
+    """The cache [N, S, Hkv, D] as [1, Hkv, N*S, D], a view."""
     return cache.flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
 @cache
 def _factors(scaling: float, softcap: float | None, device: torch.device) -> Tensor:
-    """[2]: scores are multiplied by the first and capped by the second. A kernel reads them: it is the same for all."""
+    """A factor for scores and their cap, [2]. A kernel reads them, so that it is the same for all."""
     return torch.tensor([scaling, softcap or 0.0], device=device)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from specpool_engine.modeling.attention.interface import PackedSegment
 
 TILE_ROWS = 128
-"""Rows for which one list of blocks is made."""
+"""Number of rows for which one list of blocks is made."""
 _SMALL_TILES = (16, 32, 64)
 """Row counts below a tile that get a kernel of their own."""
 
@@ -27,7 +27,7 @@ class TileBlocks:
 
 
 def padded_rows(num_rows: int) -> int:
-    """A kernel is compiled for each small size; above, rows are padded to whole tiles."""
+    """The number of rows after padding: a kernel is compiled for each small size; above, there are whole tiles."""
     return next((size for size in _SMALL_TILES if num_rows <= size), -(-num_rows // TILE_ROWS) * TILE_ROWS)
 
 
@@ -39,7 +39,7 @@ def list_blocks(
     repeats: int,
     sliding_window: int | None,
 ) -> list[TileBlocks]:
-    """For every tile of TILE_ROWS rows, `repeats` of them per token, the blocks that they look at."""
+    """The blocks that each tile of TILE_ROWS rows looks at, `repeats` rows per token."""
     num_rows = padded_rows(sum(segment.num_tokens for segment in segments) * repeats)
     tiles = []
     for start in range(0, num_rows, TILE_ROWS):

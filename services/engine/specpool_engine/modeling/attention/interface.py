@@ -23,9 +23,9 @@ class KVStorage:
     """Keys and values of all layers."""
 
     keys: Tensor
-    """[layers, N, S, Hkv, D]"""
+    """Keys of all layers, [layers, N, S, Hkv, D]."""
     values: Tensor
-    """[layers, N, S, Hkv, D]"""
+    """Values of all layers, [layers, N, S, Hkv, D]."""
 
     @classmethod
     def allocate(
@@ -65,7 +65,7 @@ class PackedSegment:
     """Where one segment's queries lie in the packed tokens, and which sequence they attend to."""
 
     kv: SequenceKV
-    """Has room for the segment's tokens; `kv.length` does not count them yet."""
+    """Block table of the sequence, with room for the segment's tokens; `kv.length` does not count them yet."""
     offset: int
     """Index of the segment's first token among the T packed tokens."""
     num_tokens: int
@@ -101,7 +101,7 @@ class StaticAttention(Protocol):
         ...
 
     def prepare(self, num_tokens: int, *, shares: bool) -> PackedAttention:
-        """For `num_tokens` tokens, those after the segments' being padding whose results are undefined.
+        """The attention for `num_tokens` tokens, those after the segments' being padding whose results are undefined.
 
         With `shares`, for segments of which `fill` returned true.
         """
@@ -120,7 +120,7 @@ class AttentionBackend(Protocol):
         ...
 
     def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
-        """Everything about this forward that does not depend on the layer."""
+        """Make everything about this forward that does not depend on the layer."""
         ...
 
     def write(self, storage: KVStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:

@@ -31,7 +31,7 @@ class NativeBackend:
     has_static_attention = False
 
     def check(self, *, dtype: torch.dtype, device: torch.device, block_size: int, head_dim: int | None = None) -> None:
-        """A CPU, a data type that the kernel knows, and a compiler for it."""
+        """Raise `InvalidArgument` unless it runs here: a CPU, a data type that the kernel knows, and a compiler."""
         if device.type != "cpu":
             raise unavailable(NAME, f"it is for the CPU only, and the device is {device}", accepted="cpu")
         if dtype not in DTYPES:
@@ -40,11 +40,11 @@ class NativeBackend:
         _write_kernel()
 
     def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
-        """Block tables of the segments, in the layout that the kernel reads."""
+        """Make the block tables of the segments, in the layout that the kernel reads."""
         return NativeAttention(segments, storage)
 
     def write(self, storage: KVStorage, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """A copy per token and head: in a small forward torch's indexed copies take about as long as attention."""
+        """Copy token by token, head by head: in a small forward torch's indexed copies take as long as attention."""
         write = _write_kernel()
         for cache, states in ((storage.keys, key), (storage.values, value)):
             rows = states.to(cache.dtype)
@@ -63,7 +63,7 @@ class NativeBackend:
             )
 
     def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
-        """There are none: CPUs have no CUDA graphs."""
+        """Return None: CPUs have no CUDA graphs."""
 
 
 class _Forward(ctypes.Structure):

@@ -15,7 +15,7 @@ from specpool_engine.modeling.attention.varlen import Entry
 from specpool_engine.modeling.paged_kv import num_blocks_for
 
 MIN_KEPT_FRACTION = 0.5
-"""A segment joins a group only if the prefix that all share stays at least this part of what it was."""
+"""Part of its own prefix that a segment must keep in the prefix that all share, to join a group."""
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class PrefixGroup:
     """Segments whose block tables begin with the same blocks, all of them full before this forward."""
 
     prefix: list[int]
-    """The shared blocks; none in a group of one."""
+    """Blocks that are shared; none in a group of one."""
     segments: list[PackedSegment]
 
 
@@ -32,11 +32,11 @@ class SharedEntries:
     """Attention in two parts, over tokens put in the order of the groups."""
 
     order: list[int]
-    """[T]: packed token of each place."""
+    """Packed token of each place, [T]."""
     prefixes: list[Entry]
-    """One per group, of all its queries, not causal; without keys in a group of one."""
+    """One entry per group, of all its queries, not causal; without keys in a group of one."""
     tails: list[Entry]
-    """One per segment: the blocks after the prefix, causal."""
+    """One entry per segment: the blocks after the prefix, causal."""
 
     @property
     def shares(self) -> bool:
@@ -45,12 +45,12 @@ class SharedEntries:
 
 
 def whole_entries(segments: Sequence[PackedSegment], block_size: int) -> list[Entry]:
-    """Attention in one part: each segment over its own table, causal."""
+    """The entries of attention in one part: each segment over its own table, causal."""
     return [_tail(segment, 0, block_size) for segment in segments]
 
 
 def shared_entries(segments: Sequence[PackedSegment], block_size: int) -> SharedEntries:
-    """Attention in two parts, the first over shared prefixes."""
+    """The entries of attention in two parts, the first over shared prefixes."""
     groups = group_by_prefix(segments, block_size)
     ordered = [segment for group in groups for segment in group.segments]
     return SharedEntries(

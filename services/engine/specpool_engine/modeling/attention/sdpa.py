@@ -39,7 +39,7 @@ class SdpaBackend:
         """Accept everything: torch's attention runs everywhere."""
 
     def prepare(self, segments: Sequence[PackedSegment], storage: KVStorage) -> PackedAttention:
-        """Group, bucket, and build indices and masks."""
+        """Group the segments, put groups into buckets, and build indices and masks."""
         block_size = storage.keys.shape[2]
         buckets: dict[tuple[int, int], list[_Group]] = defaultdict(list)
         for group in _group_segments(segments, block_size):
@@ -48,7 +48,7 @@ class SdpaBackend:
         return SdpaAttention([_Batch(groups, storage, num_tokens) for groups in buckets.values()], storage)
 
     def static_attention(self, storage: KVStorage, *, max_tokens: int, max_context: int) -> None:
-        """There are none: indices have a new shape in every forward."""
+        """Return None: indices have a new shape in every forward."""
 
 
 class SdpaAttention:
@@ -68,7 +68,7 @@ class SdpaAttention:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:  # [1, T, H, D]
-        """One batched attention per bucket of groups."""
+        """Attend with one batched call per bucket of groups."""
         keys, values = self._keys[layer], self._values[layer]
         if len(self._batches) == 1 and self._batches[0].is_whole:
             return self._batches[0].attend(query, keys, values, scaling, sliding_window, softcap)
@@ -114,7 +114,7 @@ class _Group:
 
     @property
     def bucket(self) -> tuple[int, int]:
-        """Groups are batched if padding them to the largest at most doubles either size."""
+        """The sizes that groups are batched by: padding them to the largest at most doubles either size."""
         return self.num_queries.bit_length(), len(self.columns).bit_length()
 
 
@@ -145,7 +145,7 @@ class _Batch:
         self.is_whole = self.tokens.tolist() == list(range(num_tokens)) == self._query_index.tolist()
 
     def _place_keys(self, groups: Sequence[_Group], block_size: int, device: torch.device) -> None:
-        """Slots to gather; a slot of padding repeats slot 0 and is seen by nobody."""
+        """Place the slots to gather; a slot of padding repeats slot 0 and is seen by nobody."""
         slots, positions, columns = [], [], []
         offsets = torch.arange(block_size)
         for group in groups:
@@ -177,7 +177,7 @@ class _Batch:
         self.tokens = self._query_index[self._valid]  # packed tokens this batch answers for
 
     def _mask(self, sliding_window: int | None, repeats: int) -> Tensor:
-        """Additive mask [G, 1, R*Q, K], made once per window."""
+        """The additive mask [G, 1, R*Q, K], made once per window."""
         if sliding_window not in self._masks:
             query, key = self._query_positions.unsqueeze(-1), self._key_positions.unsqueeze(1)
             columns = self._key_columns.unsqueeze(1).expand(-1, self._num_queries, -1)
@@ -218,7 +218,7 @@ class _Batch:
         return output if self.is_whole else output.index_select(1, self._valid)
 
     def _gather(self, cache: Tensor) -> Tensor:
-        """[N, S, Hkv, D] -> [G, Hkv, K, D] (a strided view of the gathered slots)."""
+        """The gathered slots of the cache [N, S, Hkv, D], [G, Hkv, K, D], as a strided view."""
         gathered = cache.flatten(0, 1).index_select(0, self._slots)
         return gathered.view(self._num_groups, -1, *cache.shape[2:]).transpose(1, 2)
 

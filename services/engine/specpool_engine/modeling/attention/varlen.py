@@ -23,11 +23,11 @@ class Entry:
     """A run of packed queries and the keys that it attends to."""
 
     num_queries: int
-    """At least 1; the runs of all entries lie one after the other."""
+    """Number of queries, at least 1; the runs of all entries lie one after the other."""
     blocks: Sequence[int]
-    """Where the keys are."""
+    """Blocks that hold the keys."""
     num_keys: int
-    """How many of the blocks' slots are keys; 0 to see nothing."""
+    """Number of the blocks' slots that are keys; 0 to see nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,17 +35,17 @@ class VarlenBatch:
     """Entries as tensors (int32). Queries after those of the last entry have undefined results."""
 
     query_starts: Tensor
-    """[E+1]: where an entry's queries start; the last one is where they end."""
+    """Place where each entry's queries start, [E+1]; the last one is where they end."""
     key_starts: Tensor
-    """[E+1]: where an entry's keys would start, were they packed."""
+    """Place where each entry's keys would start, were they packed, [E+1]."""
     key_lengths: Tensor
-    """[E]"""
+    """Number of keys of each entry, [E]."""
     block_table: Tensor
-    """[E, W]"""
+    """Block ids of each entry, [E, W]."""
     max_queries: int
-    """No entry has more queries."""
+    """Most queries of an entry."""
     max_keys: int
-    """No entry has more keys."""
+    """Most keys of an entry."""
     causal: bool
     """Whether an entry's last query is at its last key, and each sees the keys up to its own. Else all see all."""
     same_queries: int | None = None
@@ -53,7 +53,7 @@ class VarlenBatch:
 
     @classmethod
     def of(cls, entries: Sequence[Entry], *, causal: bool, device: torch.device) -> VarlenBatch:
-        """Tensors that are just large enough for `entries`."""
+        """Make tensors that are just large enough for `entries`."""
         counts = [entry.num_queries for entry in entries]
         lengths = [entry.num_keys for entry in entries]
         width = max(1, *(len(entry.blocks) for entry in entries), 1)
@@ -71,7 +71,7 @@ class VarlenBatch:
 
 
 def starts(counts: Sequence[int]) -> list[int]:
-    """Running sums of `counts` [E], from 0 on: [E+1]."""
+    """The running sums of `counts` [E], from 0 on: [E+1]."""
     return list(accumulate(counts, initial=0))
 
 

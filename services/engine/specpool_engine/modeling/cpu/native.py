@@ -23,7 +23,7 @@ _SETTINGS = {
     "kv_write": ("attention_backend", "native", "another attention backend"),
     "paged_attention": ("attention_backend", "native", "another attention backend"),
 }
-"""For each kernel: the setting and the value that ask for it, and what would do instead."""
+"""The setting and the value that ask for each kernel, and what would do instead."""
 
 
 def has_compiler() -> bool:

@@ -20,11 +20,11 @@ from specpool.errors import SpecPoolError
 from specpool_engine.modeling.tensor_parallel.messages import Failure, Imported, Ready, ShardSetup, decode_step
 
 _GRACE_S: Final = 2.0
-"""How long a step may go on that runs when rank 0 ends: it waits for rank 0, perhaps for ever."""
+"""Seconds that a step which runs when rank 0 ends may go on: it waits for rank 0, perhaps for ever."""
 
 
 def main() -> None:
-    """Entry point. Ctrl-C reaches the whole process group; what it means is rank 0's decision."""
+    """Run a follower. Ctrl-C reaches the whole process group; what it means is rank 0's decision."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     file_descriptor = int(sys.argv[1])
     connection: Connection[Any, Any] = Connection(file_descriptor)
@@ -57,7 +57,7 @@ def follow(connection: Connection[Any, Any]) -> None:
 
 
 def _end_with_leader(file_descriptor: int) -> None:
-    """Ends this process when the other end of the connection is closed."""
+    """End this process when the other end of the connection is closed."""
     poller = select.poll()
     poller.register(file_descriptor, 0)  # a hang-up is reported whatever is asked for
     poller.poll()

@@ -15,7 +15,7 @@ from specpool_engine.modeling.tensor_parallel.messages import Failure
 
 _FOLLOWER: Final = "specpool_engine.modeling.tensor_parallel.follower"
 STOP_S: Final = 5.0
-"""How long a follower that was told to end may take; then it is killed."""
+"""Seconds that a follower which was told to end may take; then it is killed."""
 Message = TypeVar("Message")
 
 
@@ -69,7 +69,7 @@ class FollowerProcess:
         return FollowerLost(message, metadata={"rank": self.rank})
 
     def wait(self) -> None:
-        """It ends when it sees that the connection is closed; kill it if it does not."""
+        """Wait for the end of the process, which sees that the connection is closed; kill it if it does not."""
         try:
             self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -31,9 +31,9 @@ from specpool_engine.modeling.tensor_parallel.shard import Shard, open_store
 _logger = logging.getLogger(__name__)
 _POLL_S: Final = 0.2
 _BLAME_S: Final = 2.0
-"""An exchange that fails is felt before the end of the process at its other end is seen."""
+"""Seconds to wait for who is to blame: an exchange fails before the end of the process at its other end is seen."""
 _STUCK_S: Final = 10.0
-"""For a step of ours to end after a follower was lost; then this process ends itself, so that it is restarted."""
+"""Seconds for a step of ours to end after a follower was lost; then this process ends itself, to be restarted."""
 Listener = Callable[[SpecPoolError], None]
 
 
@@ -62,7 +62,7 @@ class Watch(threading.Thread):
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around a forward: what goes wrong in it because of a follower, now or before, is a `FollowerLost`."""
+        """A context for a forward: what goes wrong in it because of a follower, now or before, is a `FollowerLost`."""
         self._check()
         self._step_began_s = time.monotonic()
         try:
@@ -156,7 +156,7 @@ class TensorParallelModel:
         _close(self._followers, self._watch)
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """Exchanges take the device that is current in the thread, which an engine's thread never chose."""
+        """A context with our device as the current one: exchanges take that, and an engine's thread never chose one."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -27,7 +27,7 @@ class ShardSetup:
 
     spec: ModelSpec
     directory: str
-    """Where the model is, downloaded and converted."""
+    """Folder of the model, downloaded and converted."""
     rank: int
     size: int
     store_port: int
@@ -43,24 +43,24 @@ class ShardSetup:
 
 
 class Imported:
-    """Sent once the follower's libraries are loaded."""
+    """Message of a follower whose libraries are loaded."""
 
 
 class Ready:
-    """Sent once the follower waits for steps."""
+    """Message of a follower that waits for steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Sent by a follower that ends: the reason."""
+    """Message of a follower that ends: the reason."""
 
     reason: str
-    """The reason of a `SpecPoolError`; empty for any other error."""
+    """Reason of a `SpecPoolError`; empty for any other error."""
     message: str
 
 
 def encode_step(segments: Sequence[Segment], copies: Copies) -> bytes:
-    """A forward over segments that have room, with the copies that come before it."""
+    """A forward over segments that have room, as bytes, with the copies that come before it."""
     sources, destinations = copies
     numbers = array("q", (len(sources), *sources, *destinations))
     for segment in segments:
@@ -73,7 +73,7 @@ def encode_step(segments: Sequence[Segment], copies: Copies) -> bytes:
 
 
 def decode_step(message: bytes, pool: BlockPool) -> tuple[list[Segment], Copies]:
-    """The inverse. The block tables own nothing in `pool`, which only gives them the size of a block."""
+    """What `encode_step` was given. The tables own nothing in `pool`, which only gives the size of a block."""
     numbers = array("q")
     numbers.frombytes(message)
     num_copies = numbers[0]

@@ -11,7 +11,8 @@ from specpool.errors import InvalidArgument
 from specpool_engine.modeling.spec import ModelKind, ModelSpec
 
 _HEAD_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
-"""Layers that a plan must split by columns: only then has each rank its own heads, and a cache of its own for them."""
+"""Names of layers that the model's split must be by columns: only then has each rank its own heads, and a cache of its
+own for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,11 +20,11 @@ class TensorParallelism:
     """Over how many devices a model is split, and how long the processes may take."""
 
     size: int = 1
-    """Devices, and processes: 1 is no split."""
+    """Number of devices, and of processes: 1 is no split."""
     start_timeout_s: float = 1800.0
-    """Longest that followers may take to load their part."""
+    """Longest time in seconds that followers may take to load their part."""
     step_timeout_s: float = 120.0
-    """Longest that one forward may take."""
+    """Longest time in seconds that one forward may take."""
 
     def devices(self, first: torch.device) -> list[torch.device]:
         """The devices of all ranks: `first` and those after it; a CPU is shared by all."""

@@ -18,11 +18,11 @@ from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.tensor_parallel.messages import ShardSetup
 
 _WATCHDOG_SLACK_S: Final = 60.0
-"""NCCL's own watchdog ends the process without a word, so it comes after ours."""
+"""Seconds by which NCCL's own watchdog, which ends the process without a word, comes after ours."""
 
 
 class Shard:
-    """Weights of one rank, and then its model."""
+    """One rank's weights, and then its model."""
 
     def __init__(self, setup: ShardSetup, store: Any) -> None:
         """Join the group through `open_store`'s store and load; all ranks do so at the same time."""
@@ -42,12 +42,12 @@ class Shard:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks this rank's KV cache could have."""
+        """Number of blocks that this rank's KV cache could have."""
         geometry = KVGeometry.of(self._model.config.get_text_config(), self._setup.size)
         return self._setup.budget.blocks(geometry.bytes_per_token(self._setup.dtype), self._setup.device)
 
     def allocate(self, num_blocks: int) -> TransformersModel:
-        """The model over a KV cache of so many blocks."""
+        """Make the model over a KV cache of so many blocks."""
         return TransformersModel(
             self._model,
             pool=BlockPool(num_blocks, self._setup.budget.block_size),
@@ -65,7 +65,7 @@ class Shard:
 
 
 def open_store(size: int, port: int | None = None) -> Any:
-    """Where `size` ranks meet on this machine: a new store on a free port, or the one on `port`."""
+    """The store where `size` ranks meet on this machine: a new one on a free port, or the one on `port`."""
     stores: Any = dist
     return stores.TCPStore("127.0.0.1", port or 0, size, is_master=port is None, wait_for_workers=False)
 

@@ -13,7 +13,7 @@ _SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class FusedLinear:
-    """The first of the layers to be called runs the product for all."""
+    """Layers that share an input: the first of them to be called runs the product for all."""
 
     def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
         self._product = product
@@ -47,7 +47,7 @@ class LinearPart(nn.Module):
 
 
 def linear_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-    """Every linear layer once: parent, and the names of those that share an input."""
+    """Every linear layer once: its parent, and the names of those that share an input."""
     for parent in model.modules():
         names = [name for name, child in parent.named_children() if type(child) is nn.Linear]
         for group in _SHARE_INPUT:
@@ -58,7 +58,7 @@ def linear_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]
 
 
 def concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer with the outputs of all."""
+    """One layer with the outputs of all `layers`."""
     size = sum(layer.out_features for layer in layers)
     joined = nn.Linear(layers[0].in_features, size, bias=any(layer.bias is not None for layer in layers), device="meta")
     joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)

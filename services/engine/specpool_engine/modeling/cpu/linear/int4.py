@@ -16,9 +16,9 @@ from specpool_engine.modeling.cpu.linear.packed import PackedLinear
 from specpool_engine.modeling.cpu.native import load_library
 
 _GROUP = 32
-"""Inputs that share a scale."""
+"""Number of inputs that share a scale."""
 _BLOCK = 32
-"""Outputs whose weights lie together."""
+"""Number of outputs whose weights lie together."""
 _SCALE_BYTES = 2 * _BLOCK
 _GROUP_BYTES = _SCALE_BYTES + _BLOCK * _GROUP // 2
 _TRIED_SCALES = (1.0, 0.96, 0.92, 0.88, 0.84, 1.04, -1.0, -1.07, -1.14)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from specpool_engine.modeling.cpu.linear.packed import PackedLinear
 
 _PACKING_ROWS = 8
-"""Rows that oneDNN chooses the blocked layout for; the layout then serves any number of rows."""
+"""Number of rows that oneDNN chooses the blocked layout for; the layout then serves any number of rows."""
 _MIN_ROWS = 4
-"""oneDNN is slower for one to three rows than for four: fewer rows are padded. It also makes one token and the few
-tokens of a verification go through one kernel, so that they round alike."""
+"""Least rows of a product, to which fewer are padded: oneDNN is slower for one to three rows than for four. Padding
+also makes one token and the few tokens of a verification go through one kernel, so that they round alike."""
 
 
 class PrepackedLinear(PackedLinear):

@@ -13,7 +13,7 @@ from specpool_engine.modeling.cpu.linear.packed import PackedLinear
 from specpool_engine.modeling.cpu.native import load_library
 
 _BLOCK = 32
-"""Outputs whose weights lie together."""
+"""Number of outputs whose weights lie together."""
 
 
 class StreamedLinear(PackedLinear):
