@@ -12,10 +12,10 @@ import torch
 from specpool.algorithm.draft_ranks import draft_ranks
 from specpool.algorithm.sampling import SamplingParams, process_logits
 from specpool.algorithm.verification import VerificationMode
-from specpool.rpc.convert import sampling_to_proto
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.toy import ToyModel, ToyTable
+from specpool_engine.runtime.sampling_messages import sampling_to_proto
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.engine.drafter import Drafter
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from specpool.algorithm.verification import VerificationMode
-from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import speculator_pb2, types_pb2
+from specpool_engine.runtime.sampling_messages import sampling_from_proto
 from specpool_speculator.tree.sequence import SequenceOptions
 
 

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Final
 
 from specpool.algorithm.verification import VerificationMode, VerificationOutcome
-from specpool.rpc.convert import sampling_to_proto
 from specpool.speculation import Connection, Measurements, NextDraft, SequenceEvents, SpeculationPool, WaitTrust
 from specpool.v1 import types_pb2
+from specpool_engine.runtime.sampling_messages import sampling_to_proto
 from specpool_target.engine.sequence import SpeculationMode, TargetSequence
 
 _MODES: Final = {

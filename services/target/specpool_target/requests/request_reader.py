@@ -16,9 +16,9 @@ from specpool.request_limits import (
     invalid_value,
 )
 from specpool.rpc.checks import MAX_SALT_BYTES, check_size, check_weight
-from specpool.rpc.convert import sampling_from_proto
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_engine.modeling.text_codec import TextCodec
+from specpool_engine.runtime.sampling_messages import sampling_from_proto
 from specpool_target.engine.sequence import SequenceRequest, SpeculationMode, draw_seed
 from specpool_target.requests.prompt_reader import PromptReader
 

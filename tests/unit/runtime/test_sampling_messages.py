@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from specpool.algorithm.sampling import SamplingParams
-from specpool.rpc.convert import sampling_from_proto, sampling_to_proto
 from specpool.v1 import types_pb2
+from specpool_engine.runtime.sampling_messages import sampling_from_proto, sampling_to_proto
 
 
 def test_unset_fields_take_the_documented_defaults() -> None:

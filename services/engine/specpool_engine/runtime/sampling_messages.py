@@ -1,7 +1,4 @@
-"""Sampling parameters between the protocol and the engines.
-
-Not for the router, which hands these messages through: `specpool.algorithm` needs torch.
-"""
+"""Sampling parameters between the protocol and the engines. The router hands these messages through."""
 
 from __future__ import annotations
 
