@@ -7,9 +7,10 @@ import time
 from collections import Counter
 
 import pytest
-from speculation_engine import FAST, Engine, Known, Named, eventually, running
+from speculation_engine import FAST, GREEDY, Engine, Known, Named, eventually, running
 
 from specpool.discovery.discovery import Endpoint
+from specpool.speculation.review import Review
 from specpool.v1 import speculator_pb2, types_pb2
 
 RECOVERY_S = 2.0
@@ -109,3 +110,21 @@ async def test_a_speculator_that_is_full_is_not_asked(speculator_for, pool_for):
             await engine.until_hits(name)
         assert len(small.live) <= 1
         assert small.seen["open_sequence"] <= 1
+
+
+async def test_many_refusals_at_once_are_looked_at_together(speculator_for, pool_for, monkeypatch):
+    num_reviews, run = Counter(), Review.run
+
+    def counted(review, now_s):
+        num_reviews.update(["all"])
+        run(review, now_s)
+
+    monkeypatch.setattr(Review, "run", counted)
+    moves = Counter()
+    refusing = await speculator_for(refuses=speculator_pb2.SequenceRefused(reason=FULL, retry_after_ms=60_000))
+    pool = await pool_for(Named([Endpoint(refusing.address)]), moves=moves)
+    num_before, started_s = num_reviews["all"], time.monotonic()
+    for _ in range(300):
+        pool.open([7], GREEDY)
+    await eventually(lambda: moves["refused"] == 300)
+    assert num_reviews["all"] - num_before <= (time.monotonic() - started_s) / 0.01 + 5

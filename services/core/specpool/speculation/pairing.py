@@ -27,6 +27,8 @@ from specpool.speculation.review import Review
 from specpool.v1 import speculator_pb2
 
 _logger = logging.getLogger(__name__)
+_SHORTEST_PAUSE_S: Final = 0.01
+"""Between two reviews: each goes over all that wait, and much may happen at once."""
 _SHORTEST_REFUSAL_S: Final = 1.0
 _LONGEST_REFUSAL_S: Final = 60.0
 _OF_ONE_SEQUENCE: Final = (speculator_pb2.REFUSAL_REASON_INVALID, speculator_pb2.REFUSAL_REASON_INTERNAL)
@@ -109,6 +111,7 @@ class Pairing:
         while True:
             self._changed.clear()
             self._review.run(time.monotonic())
+            await asyncio.sleep(_SHORTEST_PAUSE_S)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._settings.review_interval_s)
 

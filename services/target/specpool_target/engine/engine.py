@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from specpool.algorithm.verification import VerificationOutcome
 from specpool.errors import EngineFailed, SpecPoolError
 from specpool.speculation import Connection, PoolEvents, SpeculationPool
 from specpool.v1 import types_pb2
@@ -35,9 +34,6 @@ from specpool_target.next_round.knowledge import KnowledgeEvents, SpeculatorKnow
 from specpool_target.next_round.lookahead_policy import LookaheadPolicy
 from specpool_target.next_round.next_round import NextRound
 from specpool_target.next_round.observer import Observer
-from specpool_target.verify.verify_step import VerifyItem
-
-Verified = tuple[TargetSequence, VerifyItem, VerificationOutcome]
 
 
 class TargetEngine:
