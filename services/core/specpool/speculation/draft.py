@@ -31,7 +31,7 @@ class NextDraft(NamedTuple):
 
 
 def valid_tokens(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """Up to the first token that a model of so many does not have."""
+    """The tokens up to the first that a model with `vocab_size` tokens does not have."""
     if not tokens or max(tokens) < vocab_size:
         return tokens
     return tokens[: next(index for index, token in enumerate(tokens) if token >= vocab_size)]

@@ -63,7 +63,7 @@ class SpeculationInbox:
             self._distributions[round_] = distributions
 
     def expect_distributions(self, round_: int) -> None:
-        """The speculator is told that `round_` verifies what it drafted."""
+        """Note that the speculator is told that `round_` verifies what it drafted."""
         self._expected_round = round_
 
     def awaits_distributions(self, round_: int) -> bool:

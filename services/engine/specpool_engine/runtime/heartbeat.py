@@ -19,7 +19,7 @@ class Heartbeat:
         self.doing = WARMING_UP
         """What the thread does now."""
         self.since_s = time.monotonic()
-        """When it began that (`time.monotonic`)."""
+        """Time (`monotonic`) at which it began that."""
         self.num_steps = 0
         """Steps that ended so far."""
 

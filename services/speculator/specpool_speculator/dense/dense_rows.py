@@ -12,7 +12,7 @@ class RowMemory:
         """Allow `limit` bytes at most."""
         self.limit = limit
         self.used = 0
-        """Bytes held now."""
+        """Bytes that are held now."""
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether `num_bytes` more may be held."""

@@ -95,11 +95,11 @@ class Ranker:
         bonus = drafted if same else [_possible(row) for row in ranks.bonus_ids.tolist()]
         distributions = self._distributions(ranks, drafted, with_distribution)
         if ranks.scores is None:
-            return [NodeRanks(d, b, q) for d, b, q in zip(drafted, bonus, distributions, strict=True)]
+            return [NodeRanks(d, b, distribution) for d, b, distribution in zip(drafted, bonus, distributions, strict=True)]
         scores = [tuple(row[: len(d)]) for row, d in zip(ranks.scores.tolist(), drafted, strict=True)]
         return [
-            NodeRanks(d, b, q, s, calibration.probabilities(s))
-            for d, b, q, s in zip(drafted, bonus, distributions, scores, strict=True)
+            NodeRanks(d, b, distribution, s, calibration.probabilities(s))
+            for d, b, distribution, s in zip(drafted, bonus, distributions, scores, strict=True)
         ]
 
     def _distributions(

@@ -61,7 +61,7 @@ class DraftDistributions:
             self._wait_for_news(self._deadline_s - waited_s)
 
     def _may_wait(self, sequence: TargetSequence) -> bool:
-        """They are missing, and likely to come."""
+        """Whether the sequence's distributions are missing and likely to come."""
         if sequence.handle is None or not sequence.handle.awaits_distributions():
             return False
         trust = self._knowledge.trust(sequence)
