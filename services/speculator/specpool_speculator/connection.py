@@ -61,5 +61,5 @@ class Connection:
         return self._waiting.popleft()
 
     async def wait_for_room(self) -> None:
-        """Until what waits for the target is not too much; whoever reads its stream waits here no longer than that."""
+        """Wait until not too much waits for the target; whoever reads its stream waits here no longer than that."""
         await self._has_room.wait()

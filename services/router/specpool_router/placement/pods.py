@@ -38,7 +38,7 @@ Status = TypeVar("Status", target_pb2.GetTargetStatusResponse, speculator_pb2.Ge
 Fetch = Callable[[grpc.aio.Channel], Awaitable[tuple[Status, bool]]]
 """Asks a pod for its status, and for whether the standard health service says SERVING."""
 SignOfLife = Callable[[Status | None, Status], float]
-"""From a status and the one before: seconds since the pod got on for sure, infinite if that does not tell."""
+"""Seconds since a pod got on for sure, by its last status but one and its last; infinite if they do not tell."""
 
 
 @dataclass(slots=True)

@@ -95,7 +95,7 @@ class Ranker:
         bonus = drafted if same else [_possible(row) for row in ranks.bonus_ids.tolist()]
         distributions = self._distributions(ranks, drafted, with_distribution)
         if ranks.scores is None:
-            return [NodeRanks(d, b, distribution) for d, b, distribution in zip(drafted, bonus, distributions, strict=True)]
+            return [NodeRanks(*of_node) for of_node in zip(drafted, bonus, distributions, strict=True)]
         scores = [tuple(row[: len(d)]) for row, d in zip(ranks.scores.tolist(), drafted, strict=True)]
         return [
             NodeRanks(d, b, distribution, s, calibration.probabilities(s))
