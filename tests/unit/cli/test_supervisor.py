@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,13 +108,18 @@ async def test_children_of_a_crashed_child_are_killed(tmp_path: Path, guardian: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signal")
-async def test_sigkill_of_the_supervisor_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_guardian_lost", [False, True])
+async def test_sigkill_of_the_supervisor_leaves_no_process(tmp_path: Path, is_guardian_lost: bool) -> None:
     program = f"""
-import asyncio, pathlib, sys
+import asyncio, os, pathlib, sys
 from specpool_tools.local.guardian import Guardian
 from specpool_tools.local.supervisor import Child, ChildSpec
 async def main():
-    child = Child(ChildSpec(name="parent", command={WITH_GRANDCHILD!r}), pathlib.Path({str(tmp_path)!r}), Guardian())
+    guardian = Guardian()
+    if {is_guardian_lost}:
+        os.kill(guardian.pid, 9)
+        os.waitid(os.P_PID, guardian.pid, os.WEXITED | os.WNOWAIT)
+    child = Child(ChildSpec(name="parent", command={WITH_GRANDCHILD!r}), pathlib.Path({str(tmp_path)!r}), guardian)
     child.start(lambda *_: True)
     while not child.last_line.isdigit():
         await asyncio.sleep(0.02)
@@ -124,6 +130,51 @@ asyncio.run(main())
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as supervisor:
         assert supervisor.stdout is not None
         pids = [int(text) for text in supervisor.stdout.readline().split()]
+        assert len(pids) == 2
         assert all(is_running(pid) for pid in pids)
         supervisor.kill()
         await eventually(lambda: not any(is_running(pid) for pid in pids))
+
+
+async def test_a_killed_guardian_is_replaced(tmp_path: Path, guardian: Guardian) -> None:
+    child = Child(ChildSpec(name="sleeper", command=SLEEP), tmp_path, guardian)
+    child.start(lambda *_: True)
+    await eventually(lambda: child.last_line == "hello")
+    first, first_guardian = child.pid, guardian.pid
+    assert first is not None
+    os.kill(first_guardian, signal.SIGKILL)
+    os.kill(first, signal.SIGKILL)
+    await eventually(lambda: child.num_starts == 2 and child.pid not in (None, first))
+    assert guardian.pid != first_guardian
+    await child.stop(5.0)
+
+
+async def test_a_log_that_cannot_be_written_ends_no_child(
+    tmp_path: Path, guardian: Guardian, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(tmp_path / "sleeper.log").symlink_to("/dev/full")
+    child = Child(ChildSpec(name="sleeper", command=SLEEP), tmp_path, guardian)
+    child.start(lambda *_: True)
+    await eventually(lambda: child.last_line == "hello")
+    await child.stop(5.0)
+    assert child.num_starts == 1
+    assert capsys.readouterr().err.count("sleeper.log are lost: No space left on device") == 1
+
+
+async def test_a_child_that_cannot_be_started_is_tried_again(
+    tmp_path: Path, guardian: Guardian, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries = asyncio.create_subprocess_exec, []
+
+    async def without_memory_once(*args: Any, **kwargs: Any) -> asyncio.subprocess.Process:
+        tries.append(args)
+        if len(tries) == 1:
+            raise OSError(12, "Cannot allocate memory")
+        return await real(*args, **kwargs)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", without_memory_once)
+    child = Child(ChildSpec(name="sleeper", command=SLEEP), tmp_path, guardian)
+    child.start(lambda *_: True)
+    await eventually(lambda: child.last_line == "hello")
+    await child.stop(5.0)
+    assert "error: cannot be started: [Errno 12] Cannot allocate memory" in child.log_path.read_text()

@@ -16,31 +16,57 @@ from typing import IO
 
 
 class Guardian:
-    """The supervisor's handle on the guardian process."""
+    """The supervisor's handle on the guardian process; one that was lost is replaced when there is news for it."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "specpool_tools.local.guardian"], stdin=subprocess.PIPE, start_new_session=True
-        )
+        self._groups: set[int] = set()
+        self._process = _start()
+
+    @property
+    def pid(self) -> int:
+        """Id of the guardian process."""
+        return self._process.pid
 
     def watch(self, process_group: int) -> None:
         """Have this process group killed when the supervisor ends."""
+        self._groups.add(process_group)
         self._send(f"+{process_group}")
 
     def forget(self, process_group: int) -> None:
         """Watch a process group no more: it is gone, and its number may be reused."""
+        self._groups.discard(process_group)
         self._send(f"-{process_group}")
 
     def close(self) -> None:
-        """End the guardian; it kills what is still watched."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """End the guardian; what is still watched is killed."""
+        _end(self._process)
+        for group in self._groups:  # the guardian may have been lost
+            kill_group(group)
 
     def _send(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line.encode() + b"\n")
-        self._process.stdin.flush()
+        try:
+            _write(self._process, line)
+        except BrokenPipeError:
+            _end(self._process)
+            self._process = _start()
+            for group in self._groups:
+                _write(self._process, f"+{group}")
+
+
+def _start() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "specpool_tools.local.guardian"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+
+
+def _write(process: subprocess.Popen[bytes], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line.encode() + b"\n")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
 
 
 def kill_group(process_group: int) -> None:

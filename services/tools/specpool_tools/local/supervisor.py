@@ -14,6 +14,7 @@ from pathlib import Path
 
 from specpool.backoff import Backoff
 from specpool_tools.local.guardian import Guardian, kill_group
+from specpool_tools.local.log_file import LogFile
 
 _FIRST_BACKOFF_S = 0.5
 _POLL_S = 0.05
@@ -42,6 +43,7 @@ class Child:
     def __init__(self, spec: ChildSpec, log_directory: Path, guardian: Guardian) -> None:
         self.spec = spec
         self.log_path = log_directory / f"{spec.name}.log"
+        self._log = LogFile(self.log_path)
         self.num_starts = 0
         self.last_line = ""
         self.last_exit: int | None = None
@@ -79,7 +81,11 @@ class Child:
         backoff = Backoff(first_s=_FIRST_BACKOFF_S, longest_s=_LONGEST_BACKOFF_S)
         while not self._stopping:
             started = time.monotonic()
-            status = await self._run_once()
+            try:
+                status = await self._run_once()
+            except OSError as error:  # no memory or descriptors for a process: as if it had ended at once
+                status, self.last_line = 1, f"error: cannot be started: {error}"
+                self._log.write(self.last_line)
             if self._stopping or not on_exit(self, status):
                 return
             if time.monotonic() - started > _STABLE_AFTER_S:
@@ -112,14 +118,12 @@ class Child:
     async def _copy_log(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         exited = asyncio.create_task(_exit_status(process))
-        with self.log_path.open("a", encoding="utf-8") as log:
-            log.write(f"{_now()} {self.spec.name} started, pid {process.pid}\n")
-            while line := await self._next_line(process.stdout, exited):
-                text = line.decode(errors="replace").rstrip()
-                if text:
-                    self.last_line = text
-                log.write(f"{_now()} {self.spec.name}[{process.pid}] {text}\n")
-                log.flush()
+        self._log.write(f"{self.spec.name} started, pid {process.pid}")
+        while line := await self._next_line(process.stdout, exited):
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self.last_line = text
+            self._log.write(f"{self.spec.name}[{process.pid}] {text}")
 
     async def _next_line(self, stream: asyncio.StreamReader, exited: asyncio.Task[int]) -> bytes:
         """The next line; empty once the process is gone, though its own children may hold the pipe open."""
@@ -146,7 +150,3 @@ async def _exit_status(process: asyncio.subprocess.Process) -> int:
     while process.returncode is None:
         await asyncio.sleep(_POLL_S)
     return process.returncode
-
-
-def _now() -> str:
-    return time.strftime("%H:%M:%S")
