@@ -60,7 +60,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         self.opened_at_s: dict[str, list[float]] = {}
         self.refuses: speculator_pb2.SequenceRefused | None = None
         self.max_sequences = 0
-        self.max_context = 0
+        self.max_context = self.num_asked = 0
         self.is_silent = False
         self.answers = True
         self.guesses = True
@@ -91,6 +91,7 @@ class ScriptedSpeculator(speculator_pb2_grpc.SpeculatorServiceServicer):
         return len(self._streams)
 
     async def GetSpeculatorStatus(self, request: Any, context: Any) -> speculator_pb2.GetSpeculatorStatusResponse:
+        self.num_asked += 1
         return speculator_pb2.GetSpeculatorStatusResponse(
             state=self.state,
             model=types_pb2.ModelInfo(tokenizer_fingerprint=self.fingerprint, max_context=self.max_context),

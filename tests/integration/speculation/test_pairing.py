@@ -231,3 +231,21 @@ async def test_sequences_are_opened_with_the_lookahead_that_was_asked_for(specul
     found = handle.next(0, 10)
     assert len(found.tokens) <= 2
     handle.close()
+
+
+async def test_a_speculator_that_went_away_and_comes_back_at_its_address_has_hits_again(speculator_for, pool_for):
+    first = await speculator_for()
+    engine = Engine(await pool_for(Named([Endpoint(first.address)]), settings={"longest_leave_s": 0.1}))
+    async with running(engine, "a"):
+        await engine.until_hits("a")
+        first.state = types_pb2.SERVING_STATE_DRAINING
+        await first.say(go_away=speculator_pb2.GoAway(reason="rollout"))
+        await eventually(lambda: first.num_streams == 0)
+        await first.kill()
+        await asyncio.sleep(2.5)
+        num_before = first.seen["hello"]
+        second = await speculator_for(int(first.address.rpartition(":")[2]))
+        started_s = time.monotonic()
+        assert await engine.until_hits("a") - started_s < RECOVERY_S + 1
+    assert first.seen["hello"] == num_before
+    assert second.seen["open_sequence"] == 1

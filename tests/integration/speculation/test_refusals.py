@@ -128,3 +128,16 @@ async def test_many_refusals_at_once_are_looked_at_together(speculator_for, pool
         pool.open([7], GREEDY)
     await eventually(lambda: moves["refused"] == 300)
     assert num_reviews["all"] - num_before <= (time.monotonic() - started_s) / 0.01 + 5
+
+
+async def test_many_speculators_are_asked_no_more_often_than_the_engine_can_spare(speculator_for, pool_for):
+    full = [await speculator_for(max_sequences=1) for _ in range(10)]
+    for speculator in full:
+        speculator.live["of another engine"] = Known([1], 0, [])
+    settings = {"urgent_status_interval_s": 0.01, "shortest_status_pause_s": 0.2}
+    engine = Engine(await pool_for(Named(Endpoint(s.address) for s in full), settings=settings))
+    async with running(engine, "a"):
+        num_before, started_s = sum(s.num_asked for s in full), time.monotonic()
+        await asyncio.sleep(4.0)
+        num_asked = sum(s.num_asked for s in full) - num_before
+        assert 0 < num_asked <= 1.5 * (time.monotonic() - started_s) / 0.2 + len(full)

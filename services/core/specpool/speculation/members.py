@@ -17,10 +17,11 @@ from specpool.rpc.client import channel
 from specpool.speculation.choice import Candidate
 from specpool.speculation.connection import Connection, PlacedSequence
 from specpool.speculation.link import SpeculatorLink
-from specpool.speculation.pairing_settings import PairingSettings
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 
 _STATUS_TIMEOUT_S: Final = 2.0
+_LOOK_S: Final = 1.0
+"""How often it is looked whether to ask sooner than was thought."""
 _HOPEFUL_S: Final = 1.0
 _ROUND_TRIPS: Final = 12
 _UNKNOWN_ROW_BUDGET: Final = 64
@@ -111,6 +112,8 @@ class Member:
         stays = self.is_named and not self.is_terminating
         if self.link is not None or not stays or not self.was_asked or now_s < self.refused_until_s:
             return False
+        if self.leaving_since_s is not None:  # until it says that it serves, perhaps as another process
+            return False
         status = self.status
         return status is None or (
             status.state == types_pb2.SERVING_STATE_SERVING and status.model.tokenizer_fingerprint == fingerprint
@@ -143,19 +146,17 @@ class Member:
             has_free_kv=load.num_free_kv_blocks >= _FREE_KV_SHARE * load.num_kv_blocks,
         )
 
-    async def ask_forever(
-        self, settings: PairingSettings, is_urgent: Callable[[], bool], on_answer: Callable[[], None]
-    ) -> None:
-        """Ask for its status now and then, over a connection that is closed again; soon where it becomes urgent."""
+    async def ask_forever(self, interval_s: Callable[[], float], on_answer: Callable[[], None]) -> None:
+        """Ask for its status now and then, over a connection that is closed again; soon where that becomes urgent."""
         task = asyncio.current_task()
         # An answer that fails while this is being cancelled hides the cancellation.
         while task is not None and not task.cancelling():
             await self._ask()
             self.was_asked = True
             on_answer()
-            urgent_s, asked_s = settings.urgent_status_interval_s, time.monotonic()
-            while time.monotonic() - asked_s < (urgent_s if is_urgent() else settings.status_interval_s):
-                await asyncio.sleep(urgent_s * random.uniform(0.8, 1.2))
+            asked_s = time.monotonic()
+            while (left_s := asked_s + interval_s() - time.monotonic()) > 0:
+                await asyncio.sleep(min(left_s, _LOOK_S) * random.uniform(0.8, 1.2))
 
     async def _ask(self) -> None:
         try:
@@ -172,9 +173,12 @@ class Member:
         try:
             self.status = await stub.GetSpeculatorStatus(speculator_pb2.GetSpeculatorStatusRequest())
         except grpc.aio.AioRpcError as error:
-            return error.code() is grpc.StatusCode.UNIMPLEMENTED
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                return False
         self._round_trips_s.append(time.perf_counter() - asked_s)
         self.round_trip_s = min(self._round_trips_s)
+        if self.link is None and (self.status is None or self.status.state == types_pb2.SERVING_STATE_SERVING):
+            self.leaving_since_s = None
         return True
 
 

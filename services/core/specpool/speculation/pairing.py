@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from specpool.background import Background
 from specpool.discovery.discovery import Discovery, Endpoints
@@ -134,10 +134,13 @@ class Pairing:
         self._wake()
 
     def _ask(self, member: Member) -> None:
-        def ask() -> Coroutine[Any, Any, None]:
-            return member.ask_forever(self._settings, lambda: self.placement.is_wanted(member), self._wake)
+        def interval_s() -> float:
+            settings, placement = self._settings, self.placement
+            own_s = settings.urgent_status_interval_s if placement.is_wanted(member) else settings.status_interval_s
+            return max(own_s, len(placement.members) * settings.shortest_status_pause_s)
 
-        member.task = self._background.keep_running(ask, name=f"status of speculator {member.address}")
+        name = f"status of speculator {member.address}"
+        member.task = self._background.keep_running(lambda: member.ask_forever(interval_s, self._wake), name=name)
 
     def _connect(self, member: Member) -> None:
         transports = (_GRPC,) if self._receiver is None else tuple(self._receiver.transports)

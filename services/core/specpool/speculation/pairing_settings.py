@@ -15,6 +15,8 @@ class PairingSettings:
     """Seconds between two status calls to a speculator."""
     urgent_status_interval_s: float = 1.0
     """Seconds between two status calls while some sequence has no speculator."""
+    shortest_status_pause_s: float = 0.1
+    """The mean time between two status calls to any speculators is no shorter; a call takes 2 ms of a core."""
     crowded_for_s: float = 10.0
     """Seconds for which there must have been a better place before sequences move to it."""
     shortest_stay_s: float = 30.0
