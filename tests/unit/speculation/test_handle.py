@@ -212,7 +212,7 @@ def test_whoever_waits_hears_at_once_when_the_speculator_is_gone(handle, owner, 
             getattr(handle, loss)()
     assert answers == [()]
     handle.started((3,), DraftSource.BACKUP)
-    assert owner.kinds() == {"reopen": ["open_sequence"]}.get(loss, ["close_sequence"])
+    assert owner.kinds() == ["close_sequence", *["open_sequence"] * (loss == "reopen")]
 
 
 def test_waiting_is_bounded_and_costs_trust(handle, first):
@@ -266,12 +266,20 @@ def test_a_speculator_that_lost_it_is_told_everything_again_once_per_round(handl
     handle.started((8,))
     handle.reopen(first)
     handle.reopen(first)
-    assert owner.kinds() == ["open_sequence", "outcomes", "open_sequence"]
+    assert owner.kinds() == ["open_sequence", "outcomes", "close_sequence", "open_sequence"]
     handle.next(1, 9)
     handle.reopen(first)  # before it is known what the round verifies
+    assert owner.kinds() == ["close_sequence"]
     handle.started((3,))
     (_, opened), *rest = owner.told()
     assert (list(opened.token_ids), list(opened.draft_tokens), rest) == ([1, 2, 7, 8, 9], [3], [])
+
+
+def test_what_ends_before_it_could_be_opened_again_is_not_left_behind(handle, owner, first):
+    handle.next(0, 7)
+    handle.reopen(first)
+    handle.close()
+    assert owner.kinds() == ["open_sequence", "close_sequence"]
 
 
 def test_no_speculator_holds_it_while_it_is_paused(handle, owner, first):

@@ -254,7 +254,7 @@ class SequenceHandle:
                 return
             self._reopened_round = self._round
             self._inbox.clear()
-            teller.forget()
+            teller.withdraw()
             answer = self._answer.take()
             self._open_if_started()
         self._left(answer)

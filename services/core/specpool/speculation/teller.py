@@ -37,17 +37,20 @@ class Teller:
 
     def leave(self) -> None:
         """Close the sequence where it is, and place it nowhere."""
-        connection, knew = self.connection, self.knows
-        self.forget()
-        self.connection = None
+        self.withdraw()
+        connection, self.connection = self.connection, None
         if connection is not None:
             connection.detach(self._id)
-            if knew and connection.is_open:  # also after a refusal: it may have been of an earlier opening
-                self._outbox.send(connection, self._id, messages.close_sequence(self._id))
 
-    def forget(self) -> None:
-        """Note that the speculator does not have the sequence (any more)."""
+    def withdraw(self) -> None:
+        """Close the sequence where it is, which stays its place.
+
+        Also where the speculator said that it does not have it: that may have been of an earlier opening.
+        """
+        connection, knew = self.connection, self.knows
         self.knows, self.outcome = False, None
+        if knew and connection is not None and connection.is_open:
+            self._send(connection, messages.close_sequence(self._id))
 
     def open(self, tokens: Sequence[int], round_: int, draft: Sequence[int]) -> None:
         """Hand over every token, and what the running round verifies."""
