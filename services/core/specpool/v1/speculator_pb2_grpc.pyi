@@ -35,7 +35,7 @@ class SpeculatorServiceStub:
 
      1. The target opens the stream and sends `hello`. The speculator answers `hello_ack`, or ends the call:
         FAILED_PRECONDITION with reason PROTOCOL_MISMATCH or TOKENIZER_MISMATCH, metadata naming both sides' values.
-        Nothing else may be sent before the acknowledgement.
+        Nothing else may be sent before the acknowledgement, and hello within ten seconds.
      2. `open_sequence` hands over a sequence with every token it has: prompt, then committed output. `round` is the round
         now running at the target: 0 while the prompt is being prefilled, when the outcome will be (0, first token).
         `draft_tokens` are the tokens the target is verifying in that round. The speculator starts at once.
@@ -55,7 +55,7 @@ class SpeculatorServiceStub:
         forward. If they are late, or empty because the speculator has none, the target verifies by sample-and-match.
      7. `close_sequence` frees a sequence at once. It has no reply. Unknown ids are ignored.
      8. `resync` (speculator to target): the speculator does not hold this sequence as the target thinks; the target
-        answers with `open_sequence`.
+        answers with `close_sequence`, since that may have been said of an earlier opening, and `open_sequence`.
      9. With a transport other than GRPC the target sends `open_group` right after the acknowledgement, and both sides build
         a process group beside everything else (rank 0 is the speculator); `group_key` carries what they tell each other
         for that. Once it is there, dense rows travel through it, each announced by `transfer` in `draft_distributions`
@@ -65,19 +65,21 @@ class SpeculatorServiceStub:
     10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
         another speculator or goes on without one, and half-closes the stream.
     11. `sequence_refused`: the speculator does not hold this sequence, or holds it no longer, and speculates for it no
-        more: it has as many as it takes, no memory for it, or cannot make sense of it. Nothing else about the sequence
-        follows, and what the target still says of it is ignored. The target may give the sequence to another speculator,
-        or here again with `open_sequence`, not before `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A
-        refusal costs the sequences that are served nothing. What a chooser needs to avoid one is in `hello_ack`, in
-        `load` and in GetSpeculatorStatus.
+        more: it has as many as it takes, no memory for it, cannot make sense of it, or its model's context is too short.
+        Nothing else about the sequence follows, and what the target still says of it is ignored. The target closes it,
+        as after `resync`, and may give it to another speculator, or here again with `open_sequence`, not before
+        `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A refusal costs the sequences that are served
+        nothing. What a chooser needs to avoid one is in `hello_ack`, in `load` and in GetSpeculatorStatus.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
     counted. Every number is checked where it enters. A message about a sequence with a value outside its range ends that
     sequence, with `sequence_refused` and REFUSAL_REASON_INVALID; any other ends the stream with INVALID_ARGUMENT, metadata
     naming the field. No order of messages can bring a closed sequence back: `open_sequence` after `close_sequence` is a
-    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
-    stream cleanly; any other end is a failure: the speculator frees all of the target's sequences, the target goes on
-    alone, reconnects with exponential backoff and opens its sequences again.
+    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides'
+    incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the stream cleanly; any
+    other end is a failure: the speculator frees all of the target's sequences, the target goes on alone, reconnects with
+    exponential backoff, and opens its sequences there or elsewhere. Whoever does not read what it is sent is not listened
+    to, and in the end given up.
     """
 
     @_typing.overload
@@ -99,7 +101,7 @@ class SpeculatorServiceAsyncStub(SpeculatorServiceStub):
 
      1. The target opens the stream and sends `hello`. The speculator answers `hello_ack`, or ends the call:
         FAILED_PRECONDITION with reason PROTOCOL_MISMATCH or TOKENIZER_MISMATCH, metadata naming both sides' values.
-        Nothing else may be sent before the acknowledgement.
+        Nothing else may be sent before the acknowledgement, and hello within ten seconds.
      2. `open_sequence` hands over a sequence with every token it has: prompt, then committed output. `round` is the round
         now running at the target: 0 while the prompt is being prefilled, when the outcome will be (0, first token).
         `draft_tokens` are the tokens the target is verifying in that round. The speculator starts at once.
@@ -119,7 +121,7 @@ class SpeculatorServiceAsyncStub(SpeculatorServiceStub):
         forward. If they are late, or empty because the speculator has none, the target verifies by sample-and-match.
      7. `close_sequence` frees a sequence at once. It has no reply. Unknown ids are ignored.
      8. `resync` (speculator to target): the speculator does not hold this sequence as the target thinks; the target
-        answers with `open_sequence`.
+        answers with `close_sequence`, since that may have been said of an earlier opening, and `open_sequence`.
      9. With a transport other than GRPC the target sends `open_group` right after the acknowledgement, and both sides build
         a process group beside everything else (rank 0 is the speculator); `group_key` carries what they tell each other
         for that. Once it is there, dense rows travel through it, each announced by `transfer` in `draft_distributions`
@@ -129,19 +131,21 @@ class SpeculatorServiceAsyncStub(SpeculatorServiceStub):
     10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
         another speculator or goes on without one, and half-closes the stream.
     11. `sequence_refused`: the speculator does not hold this sequence, or holds it no longer, and speculates for it no
-        more: it has as many as it takes, no memory for it, or cannot make sense of it. Nothing else about the sequence
-        follows, and what the target still says of it is ignored. The target may give the sequence to another speculator,
-        or here again with `open_sequence`, not before `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A
-        refusal costs the sequences that are served nothing. What a chooser needs to avoid one is in `hello_ack`, in
-        `load` and in GetSpeculatorStatus.
+        more: it has as many as it takes, no memory for it, cannot make sense of it, or its model's context is too short.
+        Nothing else about the sequence follows, and what the target still says of it is ignored. The target closes it,
+        as after `resync`, and may give it to another speculator, or here again with `open_sequence`, not before
+        `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A refusal costs the sequences that are served
+        nothing. What a chooser needs to avoid one is in `hello_ack`, in `load` and in GetSpeculatorStatus.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
     counted. Every number is checked where it enters. A message about a sequence with a value outside its range ends that
     sequence, with `sequence_refused` and REFUSAL_REASON_INVALID; any other ends the stream with INVALID_ARGUMENT, metadata
     naming the field. No order of messages can bring a closed sequence back: `open_sequence` after `close_sequence` is a
-    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
-    stream cleanly; any other end is a failure: the speculator frees all of the target's sequences, the target goes on
-    alone, reconnects with exponential backoff and opens its sequences again.
+    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides'
+    incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the stream cleanly; any
+    other end is a failure: the speculator frees all of the target's sequences, the target goes on alone, reconnects with
+    exponential backoff, and opens its sequences there or elsewhere. Whoever does not read what it is sent is not listened
+    to, and in the end given up.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -159,7 +163,7 @@ class SpeculatorServiceServicer(metaclass=_abc_1.ABCMeta):
 
      1. The target opens the stream and sends `hello`. The speculator answers `hello_ack`, or ends the call:
         FAILED_PRECONDITION with reason PROTOCOL_MISMATCH or TOKENIZER_MISMATCH, metadata naming both sides' values.
-        Nothing else may be sent before the acknowledgement.
+        Nothing else may be sent before the acknowledgement, and hello within ten seconds.
      2. `open_sequence` hands over a sequence with every token it has: prompt, then committed output. `round` is the round
         now running at the target: 0 while the prompt is being prefilled, when the outcome will be (0, first token).
         `draft_tokens` are the tokens the target is verifying in that round. The speculator starts at once.
@@ -179,7 +183,7 @@ class SpeculatorServiceServicer(metaclass=_abc_1.ABCMeta):
         forward. If they are late, or empty because the speculator has none, the target verifies by sample-and-match.
      7. `close_sequence` frees a sequence at once. It has no reply. Unknown ids are ignored.
      8. `resync` (speculator to target): the speculator does not hold this sequence as the target thinks; the target
-        answers with `open_sequence`.
+        answers with `close_sequence`, since that may have been said of an earlier opening, and `open_sequence`.
      9. With a transport other than GRPC the target sends `open_group` right after the acknowledgement, and both sides build
         a process group beside everything else (rank 0 is the speculator); `group_key` carries what they tell each other
         for that. Once it is there, dense rows travel through it, each announced by `transfer` in `draft_distributions`
@@ -189,19 +193,21 @@ class SpeculatorServiceServicer(metaclass=_abc_1.ABCMeta):
     10. `load` is sent by the speculator about once a second. `go_away`: it drains; the target moves its sequences to
         another speculator or goes on without one, and half-closes the stream.
     11. `sequence_refused`: the speculator does not hold this sequence, or holds it no longer, and speculates for it no
-        more: it has as many as it takes, no memory for it, or cannot make sense of it. Nothing else about the sequence
-        follows, and what the target still says of it is ignored. The target may give the sequence to another speculator,
-        or here again with `open_sequence`, not before `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A
-        refusal costs the sequences that are served nothing. What a chooser needs to avoid one is in `hello_ack`, in
-        `load` and in GetSpeculatorStatus.
+        more: it has as many as it takes, no memory for it, cannot make sense of it, or its model's context is too short.
+        Nothing else about the sequence follows, and what the target still says of it is ignored. The target closes it,
+        as after `resync`, and may give it to another speculator, or here again with `open_sequence`, not before
+        `retry_after_ms` have passed; after REFUSAL_REASON_INVALID never. A refusal costs the sequences that are served
+        nothing. What a chooser needs to avoid one is in `hello_ack`, in `load` and in GetSpeculatorStatus.
 
     Every message about a sequence carries its id and round; what does not fit the receiver's state is dropped and
     counted. Every number is checked where it enters. A message about a sequence with a value outside its range ends that
     sequence, with `sequence_refused` and REFUSAL_REASON_INVALID; any other ends the stream with INVALID_ARGUMENT, metadata
     naming the field. No order of messages can bring a closed sequence back: `open_sequence` after `close_sequence` is a
-    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides' incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the
-    stream cleanly; any other end is a failure: the speculator frees all of the target's sequences, the target goes on
-    alone, reconnects with exponential backoff and opens its sequences again.
+    new one, and whoever sends sees to it that a close never overtakes the open that it is meant for. Both sides'
+    incarnations are bound to the stream by hello and hello_ack. A half-close by the target ends the stream cleanly; any
+    other end is a failure: the speculator frees all of the target's sequences, the target goes on alone, reconnects with
+    exponential backoff, and opens its sequences there or elsewhere. Whoever does not read what it is sent is not listened
+    to, and in the end given up.
     """
 
     @_abc_1.abstractmethod
