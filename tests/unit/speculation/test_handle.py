@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 
+import numpy as np
 import pytest
 
 from specpool.algorithm.speculation_cache import LookupKind
@@ -226,6 +228,26 @@ def test_waiting_is_bounded_and_costs_trust(handle, first):
     assert handle.request(4, 60.0)
     threading.Timer(0.05, lambda: handle.take_speculation(first, reply(1, [8]))).start()
     assert handle.wait(60.0) == (8,)
+
+
+def test_nobody_waits_for_what_was_not_requested(handle, first):
+    handle.next(0, 7)
+    handle.request(4, 0.01)
+    handle.wait(0.02)
+    handle.started()
+    handle.next(0, 7)
+    started_s = time.monotonic()
+    assert handle.wait(60.0) == ()
+    assert time.monotonic() - started_s < 30
+
+
+def test_tokens_may_come_in_arrays(handle, owner, first):
+    handle.committed(np.array([7]))
+    handle.started(np.array([8, 9]))
+    handle.committed(np.array([8, 4]))
+    handle.started(np.array([3]))
+    _, (_, told), (_, last) = owner.told()
+    assert [list(m.outcomes[0].draft_tokens) for m in (told, last)] == [[8, 9], [3]]
 
 
 def test_a_wait_is_worth_it_if_its_draft_comes_in_half_a_round(handle, first):

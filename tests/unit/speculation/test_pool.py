@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+import pytest
+
 from specpool.discovery.discovery import StaticDiscovery
+from specpool.errors import InvalidArgument
 from specpool.speculation import PoolIdentity, SpeculationPool
 from specpool.v1 import types_pb2
 
@@ -26,3 +30,12 @@ def test_a_pool_may_be_closed_twice() -> None:
     pool.close()
     pool.close()
     assert pool.open([1], types_pb2.SamplingParams()).next(0, 2).kind is None
+
+
+def test_a_sequence_may_be_opened_with_an_array() -> None:
+    pool = make_pool()
+    pool.start()
+    assert pool.open(np.array([1, 2]), types_pb2.SamplingParams()).num_tokens == 2
+    with pytest.raises(InvalidArgument):
+        pool.open(np.array([], dtype=int), types_pb2.SamplingParams())
+    pool.close()

@@ -28,13 +28,19 @@ class Answer:
     def ask(self, on_answer: OnAnswer | None) -> None:
         """Note that a draft is on its way; without `on_answer` it is for whoever waits."""
         self._tokens = ()
-        self._arrived.clear()
+        if on_answer is None:
+            self._arrived.clear()
         self._on_answer = on_answer or self._keep
 
     def take(self) -> OnAnswer | None:
         """The callback for the tokens, given out once; None if nothing is due."""
         on_answer, self._on_answer = self._on_answer, None
         return on_answer
+
+    def drop(self) -> None:
+        """Nobody wants it any more."""
+        self._on_answer = None
+        self._arrived.set()
 
     def _keep(self, tokens: tuple[int, ...]) -> None:
         self._tokens = tokens

@@ -113,7 +113,7 @@ class SequenceHandle:
 
     def committed(self, tokens: Sequence[int], *, lookahead: int | None = None) -> NextDraft:
         """Report the tokens that the round committed, some of the draft and one more; otherwise like `next`."""
-        if not tokens:
+        if len(tokens) == 0:
             raise InvalidArgument("a round commits at least one token")
         if list(self._draft[: len(tokens) - 1]) != list(tokens[:-1]):
             raise InvalidArgument(f"committed {list(tokens)}, which does not begin with a part of {list(self._draft)}")
@@ -271,7 +271,7 @@ class SequenceHandle:
             raise InvalidArgument(f"round {self._round} has started already")
         if source is None:
             source = DraftSource.SPECULATOR if tokens else DraftSource.NONE
-        self._answer.take()
+        self._answer.drop()
         self._draft, self._is_started = tokens, True
         if self._teller.knows:
             if tokens and source is DraftSource.SPECULATOR:

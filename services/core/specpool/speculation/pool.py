@@ -189,7 +189,7 @@ class SpeculationPool:
             raise InvalidArgument(
                 f"sequence {opening.sequence_id!r} is open already", metadata={"sequence_id": opening.sequence_id}
             )
-        if not tokens or not 0 <= min(tokens) <= max(tokens) < _MAX_TOKEN:
+        if len(tokens) == 0 or not 0 <= min(tokens) <= max(tokens) < _MAX_TOKEN:
             raise InvalidArgument("a sequence has at least one token, and no token below 0 or from 2^32 on")
         handle = SequenceHandle(self, opening, tokens, events or SequenceEvents(), is_paused=is_paused)
         self._handles[handle.id] = handle
