@@ -275,6 +275,14 @@ def test_a_move_closes_here_and_opens_there_and_tables_from_here_are_not_used(ha
     assert (first.num_placed, second.num_placed) == (0, 0)
 
 
+def test_the_last_that_is_told_of_a_place_is_true(handle, owner, paired):
+    first = connection()
+    owner.hurry = lambda: handle.lost(first)  # the loop is faster than the engine's thread
+    handle.move(first)
+    assert not handle.is_placed
+    assert paired[-1] is None
+
+
 def test_a_stream_that_ended_in_this_moment_is_no_place(handle, owner):
     gone = connection()
     gone.is_open = False

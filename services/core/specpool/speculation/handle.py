@@ -208,7 +208,7 @@ class SequenceHandle:
         self._left(answer)
         if not has_place and connection is not None:
             return self._owner.place(self)  # it was lost in this moment
-        return self._events.on_paired(connection)
+        return self._tell_place()
 
     def lost(self, connection: Connection) -> bool:
         """Leave a connection that has ended, or does not have the sequence; False if it had moved already."""
@@ -217,8 +217,12 @@ class SequenceHandle:
                 return False
             answer = self._leave()
         self._left(answer)
-        self._events.on_paired(None)
+        self._tell_place()
         return True
+
+    def _tell_place(self) -> None:
+        """Tell the engine where it is now: two threads may tell it, and the later word must be the newer."""
+        self._events.on_paired(self._teller.connection)
 
     # ---- from the connection, on the event loop ---------------------------------------------------------------
 
