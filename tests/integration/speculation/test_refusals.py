@@ -77,9 +77,10 @@ async def test_a_refusal_costs_those_that_are_served_nothing_and_is_tried_again(
     assert len(only.opened_at_s["served"]) == 1
 
 
-async def test_a_sequence_that_is_never_acceptable_is_not_tried_again(speculator_for, pool_for):
-    invalid = speculator_pb2.SequenceRefused(reason=speculator_pb2.REFUSAL_REASON_INVALID)
-    refusing, other, directory = await speculator_for(refuses=invalid), await speculator_for(), Named()
+@pytest.mark.parametrize("reason", [speculator_pb2.REFUSAL_REASON_INVALID, speculator_pb2.REFUSAL_REASON_INTERNAL])
+async def test_a_sequence_that_failed_or_is_never_acceptable_is_not_tried_again(speculator_for, pool_for, reason):
+    refusal = speculator_pb2.SequenceRefused(reason=reason)
+    refusing, other, directory = await speculator_for(refuses=refusal), await speculator_for(), Named()
     directory.name(refusing.address)
     engine = Engine(await pool_for(directory, settings=FAST))
     async with running(engine, "a"):

@@ -194,6 +194,8 @@ class Pairing:
     def refused(self, connection: Connection, refusal: speculator_pb2.SequenceRefused) -> None:
         """Note that a speculator does not hold a sequence (any more)."""
         pause_s = min(max(refusal.retry_after_ms / 1e3, _SHORTEST_REFUSAL_S), _LONGEST_REFUSAL_S)
+        if refusal.reason == speculator_pb2.REFUSAL_REASON_INTERNAL:
+            pause_s = _LONGEST_REFUSAL_S  # it is likely to fail there again
         until_s = time.monotonic() + pause_s
         member = self.placement.members.get(connection.address)
         if member is not None and refusal.reason not in _OF_ONE_SEQUENCE:
