@@ -12,6 +12,8 @@ MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
 """Largest message between services in bytes: a client's request, the tokens committed so far, and room to spare."""
 KEEPALIVE_MS: Final = 10_000
 _KEEPALIVE_TIMEOUT_MS: Final = 5_000
+_PING_TIMEOUT_MS: Final = 15_000
+"""Longer than the other: only a ping's own answer ends this one, which on a slow line comes behind what was sent."""
 _SHORTEST_PING_INTERVAL_MS: Final = 500
 _MAX_WAITING_CALLS: Final = 100_000
 _LONGEST_WAIT_S: Final = 600
@@ -69,6 +71,9 @@ def _common_options(max_receive_bytes: int, keepalive_ms: int = KEEPALIVE_MS) ->
         # A peer whose machine is gone is noticed after these two, not after TCP's quarter of an hour.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        # Only one ping at a time is on its way. On a busy connection it may be one by which gRPC measures bandwidth:
+        # keepalive waits for its end, for a minute by default.
+        ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]
