@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Final, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -11,6 +11,8 @@ from specpool_engine.distributions.choices import BodyType, TransportChoice
 from specpool_engine.runtime.settings import EngineConfig
 
 FanOutPolicy = Literal["best_first", "geometric", "uniform"]
+_LARGEST_COUNT: Final = 2**31 - 1
+"""What is told to others has 32 bits there."""
 
 
 class SpeculatorConfig(EngineConfig):
@@ -26,7 +28,7 @@ class SpeculatorConfig(EngineConfig):
     draft_vocab_size: NonNegativeInt = 0
     """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.
     A smaller head makes draft steps faster; what is generated stays the same."""
-    row_budget: PositiveInt = 16
+    row_budget: int = Field(default=16, ge=1, le=_LARGEST_COUNT)
     """Branch rows per draft step, shared by all sequences; at most so many with `skip_costly_rows`."""
     skip_costly_rows: bool = True
     """Leave out rows that would bring less than they delay the others, by measured step times."""
@@ -50,7 +52,7 @@ class SpeculatorConfig(EngineConfig):
     """Most that dense distributions of all branches may take; beyond it branches have sparse ones."""
     max_prefill_tokens: PositiveInt = 512
     """Prompt and catch-up tokens per draft step."""
-    max_sequences: PositiveInt = 256
+    max_sequences: int = Field(default=256, ge=1, le=_LARGEST_COUNT)
     """Sequences held at once; more are refused, so that their targets take them elsewhere."""
 
     @model_validator(mode="after")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from specpool.config import ServiceSettings, Share, invalid
+from specpool.rpc.checks import MAX_DRAFT_TOKENS
 
 CudaGraphs = Literal["auto", "on", "off"]
 StreamPriority = Literal["normal", "high"]
@@ -47,7 +48,7 @@ class EngineConfig(ServiceSettings):
     """Size of the KV cache in blocks; 0 computes it from the bytes."""
     block_size: PositiveInt = 16
     """Tokens per KV block."""
-    max_lookahead: PositiveInt = 8
+    max_lookahead: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     """Largest K: draft tokens per round."""
     stall_timeout_s: PositiveFloat = 300.0
     """Longest that one step of the engine may take, a forward and what belongs to it; then the engine hangs, and this
