@@ -112,6 +112,18 @@ class SessionStoreUnavailable(SpecPoolError):
     default_reason = "SESSION_STORE_UNAVAILABLE"
 
 
+class SessionStoreRefused(SessionStoreUnavailable):
+    """The session store answers, but refuses this one operation; others may go well."""
+
+    default_reason = "SESSION_STORE_REFUSED"
+
+
+class SessionStoreMisconfigured(SessionStoreUnavailable):
+    """What answers can never be the session store: another kind of server, or one that refuses the credentials."""
+
+    default_reason = "SESSION_STORE_MISCONFIGURED"
+
+
 class SpeculatorUnavailable(SpecPoolError):
     """The speculator cannot be reached or is lost."""
 
@@ -217,6 +229,8 @@ STATUS_CODE_NAMES: Final[Mapping[type[SpecPoolError], str]] = {
     ProtocolMismatch: "FAILED_PRECONDITION",
     TransportUnavailable: "FAILED_PRECONDITION",
     SessionStoreUnavailable: "UNAVAILABLE",
+    SessionStoreRefused: "UNAVAILABLE",
+    SessionStoreMisconfigured: "UNAVAILABLE",
     SpeculatorUnavailable: "UNAVAILABLE",
     TargetUnavailable: "UNAVAILABLE",
     Draining: "UNAVAILABLE",

@@ -6,10 +6,9 @@ import logging
 
 import pytest
 
-from specpool.errors import ConfigError, SessionStoreUnavailable
+from specpool.errors import ConfigError, SessionStoreMisconfigured, SessionStoreRefused, SessionStoreUnavailable
 from specpool_router.metrics import RouterMetrics
 from specpool_router.sessions.memory_store import MemorySessionStore
-from specpool_router.sessions.session_store import OperationRefused, StoreMisconfigured
 from specpool_router.sessions.store_state import StoreState
 
 GONE = SessionStoreUnavailable("gone")
@@ -92,7 +91,7 @@ async def test_a_store_that_was_well_for_long_is_trusted_again() -> None:
 async def test_one_refused_operation_is_not_the_stores_end(caplog: pytest.LogCaptureFixture) -> None:
     _, clock, state, _ = make()
     for _ in range(100):
-        state.failed(OperationRefused("WRONGTYPE"))
+        state.failed(SessionStoreRefused("WRONGTYPE"))
         clock.now += 0.1
     assert state.up
     assert warnings(caplog) == 1
@@ -120,7 +119,7 @@ async def test_a_start_without_the_store_is_a_start(caplog: pytest.LogCaptureFix
 
 async def test_what_can_never_be_the_store_is_refused_at_the_start_and_survived_later() -> None:
     store, _, state, _ = make()
-    store.error = StoreMisconfigured("it is a replica")
+    store.error = SessionStoreMisconfigured("it is a replica")
     with pytest.raises(ConfigError, match="it is a replica"):
         await state.start()
     await state.look()
@@ -132,7 +131,7 @@ async def test_an_outage_that_waiting_cannot_end_is_told_once(caplog: pytest.Log
     store, clock, state, _ = make()
     store.error = GONE
     await state.start()
-    store.error = StoreMisconfigured("it is a replica")
+    store.error = SessionStoreMisconfigured("it is a replica")
     for _ in range(5):
         clock.now += 1
         await state.look()

@@ -11,10 +11,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from specpool.errors import SessionStoreUnavailable
+from specpool.errors import SessionStoreRefused, SessionStoreUnavailable
 from specpool_router.metrics import RouterMetrics
 from specpool_router.sessions.lease import Lease
-from specpool_router.sessions.session_store import LeaseState, OperationRefused, SessionStore
+from specpool_router.sessions.session_store import LeaseState, SessionStore
 from specpool_router.sessions.store_state import StoreState
 
 _GATHER_S: Final = 0.05
@@ -106,7 +106,7 @@ class JournalWriter:
                 state = await self._send(lease)
             if state is LeaseState.LOST and lease.is_adopted and await self._take_over(lease):
                 state = await self._send(lease)
-        except OperationRefused as error:  # it would be refused again
+        except SessionStoreRefused as error:  # it would be refused again
             self._state.failed(error)
             self._forget(lease)
             return

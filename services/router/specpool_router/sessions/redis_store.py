@@ -10,7 +10,7 @@ from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from specpool.errors import SessionStoreUnavailable
+from specpool.errors import SessionStoreMisconfigured, SessionStoreRefused, SessionStoreUnavailable
 from specpool_router.sessions import redis_scripts as scripts
 from specpool_router.sessions.redis_lane import RedisLane
 from specpool_router.sessions.redis_scripts import Script
@@ -18,13 +18,11 @@ from specpool_router.sessions.session_store import (
     LEASE_S,
     WINDOW_S,
     LeaseState,
-    OperationRefused,
     QuotaLimits,
     QuotaRefusal,
     Session,
     SessionState,
     SessionStore,
-    StoreMisconfigured,
     concurrency_refusal,
     token_refusal,
 )
@@ -181,7 +179,9 @@ class RedisSessionStore(SessionStore):
             return self._misconfigured(text)
         if isinstance(said, _UNUSABLE) or text.startswith(_UNUSABLE_WORDS):
             return self._unavailable(text)
-        return OperationRefused(f"session store {self._url} refuses an operation: {text}", metadata={"url": self._url})
+        return SessionStoreRefused(
+            f"session store {self._url} refuses an operation: {text}", metadata={"url": self._url}
+        )
 
     def _unavailable(self, why: str) -> SessionStoreUnavailable:
         return SessionStoreUnavailable(
@@ -190,8 +190,8 @@ class RedisSessionStore(SessionStore):
             metadata={"url": self._url},
         )
 
-    def _misconfigured(self, why: str) -> StoreMisconfigured:
-        return StoreMisconfigured(
+    def _misconfigured(self, why: str) -> SessionStoreMisconfigured:
+        return SessionStoreMisconfigured(
             f"session_store is {self._url!r}: {why}", metadata={"field": "session_store", "value": self._url}
         )
 

@@ -12,9 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
 
-from specpool.errors import SessionStoreUnavailable
 from specpool.v1 import inference_pb2
 
 LEASE_S = 15.0
@@ -84,16 +82,6 @@ class QuotaRefusal:
     limit: int
     used: int
     retry_after_s: float
-
-
-class OperationRefused(SessionStoreUnavailable):
-    """The store answers, but refuses this one operation; others may go well."""
-
-    default_reason: ClassVar[str] = "SESSION_STORE_REFUSED"
-
-
-class StoreMisconfigured(SessionStoreUnavailable):
-    """Raised where what answers can never be the store: another kind of server, or one that refuses the credentials."""
 
 
 class SessionStore(ABC):

@@ -14,13 +14,19 @@ from dataclasses import replace
 from typing import Final
 
 from specpool.background import Background
-from specpool.errors import InvalidArgument, SessionNotFound, SessionStoreUnavailable, TargetUnavailable
+from specpool.errors import (
+    InvalidArgument,
+    SessionNotFound,
+    SessionStoreRefused,
+    SessionStoreUnavailable,
+    TargetUnavailable,
+)
 from specpool_router.auth.tenants import Tenant
 from specpool_router.metrics import RouterMetrics
 from specpool_router.sessions.journal import JournalWriter
 from specpool_router.sessions.lease import Lease
 from specpool_router.sessions.quotas import Quotas
-from specpool_router.sessions.session_store import LeaseState, OperationRefused, Session, SessionState, SessionStore
+from specpool_router.sessions.session_store import LeaseState, Session, SessionState, SessionStore
 from specpool_router.sessions.store_state import StoreState
 
 _RENEW_S: Final = 1.0
@@ -255,7 +261,7 @@ class Sessions:
             return  # it ended while others were renewed
         try:
             state = await self.store.renew(session.request_id, session.owner)
-        except OperationRefused as error:
+        except SessionStoreRefused as error:
             self._state.failed(error)
         else:
             self._react(lease, state)

@@ -13,9 +13,9 @@ import uuid
 from collections.abc import Callable
 from typing import Final
 
-from specpool.errors import ConfigError, SessionStoreUnavailable
+from specpool.errors import ConfigError, SessionStoreMisconfigured, SessionStoreRefused, SessionStoreUnavailable
 from specpool_router.metrics import RouterMetrics
-from specpool_router.sessions.session_store import OperationRefused, SessionStore, StoreMisconfigured
+from specpool_router.sessions.session_store import SessionStore
 
 _logger = logging.getLogger(__name__)
 _PROBE_S: Final = 1.0
@@ -64,7 +64,7 @@ class StoreState:
         self._metrics.set_session_store_up(True)
         try:
             await self._store.probe(self._writer)
-        except (StoreMisconfigured, OperationRefused) as error:
+        except (SessionStoreMisconfigured, SessionStoreRefused) as error:
             raise ConfigError(error.message, metadata={"field": "session_store", **error.metadata}) from error
         except SessionStoreUnavailable as error:
             self.failed(error)
@@ -87,7 +87,7 @@ class StoreState:
 
     def failed(self, error: SessionStoreUnavailable) -> None:
         """Note that an operation failed, after a retry."""
-        if not isinstance(error, OperationRefused):
+        if not isinstance(error, SessionStoreRefused):
             self._set_down(error)
         elif self._clock() >= self._next_warning:
             self._next_warning = self._clock() + _REFUSAL_WARNING_S
@@ -95,7 +95,7 @@ class StoreState:
 
     def _set_down(self, error: SessionStoreUnavailable) -> None:
         now = self._clock()
-        if isinstance(error, StoreMisconfigured) and not self._is_misconfigured:
+        if isinstance(error, SessionStoreMisconfigured) and not self._is_misconfigured:
             self._is_misconfigured = True
             _logger.error("the session store will not come back by itself: %s", error)
         if not self._up:
