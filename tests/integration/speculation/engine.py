@@ -227,7 +227,7 @@ class Engine:
     """Decodes on the thread that calls `run`; a round takes `round_s`."""
 
     pool: SpeculationPool
-    round_s: float = 0.002
+    round_s: float = 0.01
     waits_s: float = 0.0
     """Longest wait for a just-in-time draft after a miss."""
     rounds: dict[str, list[tuple[float, LookupKind | None]]] = field(default_factory=dict)
