@@ -10,14 +10,15 @@ from specpool.v1 import speculator_pb2, speculator_pb2_grpc
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.server import serve
 
-MODEL = "toy#vocab=24,seed=3,step_ms=5,context=2048"
-NUM_TOKENS = 150
+MODEL = "toy#vocab=24,seed=3,step_ms=25,context=2048"
+DRAFT = "toy#vocab=24,seed=3,step_ms=2,context=2048"
+NUM_TOKENS = 60
 
 
 async def test_those_that_find_no_place_go_on_without(target_for) -> None:
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
-    config = SpeculatorConfig(model=MODEL, max_sequences=2, max_lookahead=4, num_kv_blocks=1024, drain_grace_s=0.0)
+    config = SpeculatorConfig(model=DRAFT, max_sequences=2, max_lookahead=4, num_kv_blocks=1024, drain_grace_s=0.0)
     speculator = asyncio.create_task(serve(config, on_ready=ready.set_result, stop=stop))
     try:
         address = await asyncio.wait_for(ready, 60)
