@@ -53,9 +53,9 @@ REAL_DEFAULTS = {"temperature": 0.0, "stretch": 1.0, "max_tokens": 48, "warm_up_
 
 
 def model(step_ms: float, row_ms: float, stretch: float, **options: object) -> str:
-    """A toy model of these times."""
+    """A timed model: the logits of a toy, these times."""
     fields = {"vocab": 64, "seed": 1, "step_ms": step_ms * stretch, "row_ms": row_ms * stretch, **options}
-    return "toy#" + ",".join(f"{name}={value}" for name, value in fields.items())
+    return "timed#" + ",".join(f"{name}={value}" for name, value in fields.items())
 
 
 def up_arguments(arguments: argparse.Namespace) -> tuple[str, ...]:

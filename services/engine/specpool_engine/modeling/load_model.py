@@ -22,6 +22,7 @@ from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.spec import ModelKind, ModelSpec
 from specpool_engine.modeling.tensor_parallel.leader import load_tensor_parallel
 from specpool_engine.modeling.tensor_parallel.settings import SINGLE, TensorParallelism, check_tensor_parallel
+from specpool_engine.modeling.timed import TimedModel
 from specpool_engine.modeling.toy import DraftTable, RandomModel, ToyModel, ToyTable
 from specpool_engine.modeling.vocabulary import keep_frequent_tokens
 
@@ -86,7 +87,7 @@ def load_model(
             budget=budget,
             on_progress=on_progress,
         )
-    if spec.kind is ModelKind.TOY:
+    if spec.kind in (ModelKind.TOY, ModelKind.TIMED):
         return _toy(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size))
     if spec.kind is ModelKind.RANDOM:
         return _random(spec, BlockPool(num_blocks or TOY_NUM_BLOCKS, block_size), on_progress)
@@ -133,7 +134,7 @@ def parse_device(name: str) -> torch.device:
     return torch.device("cuda", 0) if device == torch.device("cuda") else device
 
 
-def _toy(spec: ModelSpec, pool: BlockPool) -> ToyModel:
+def _toy(spec: ModelSpec, pool: BlockPool) -> CausalModel:
     table = ToyTable(
         spec.integer("vocab", 64, minimum=2) or 64,
         spec.integer("seed", 1) or 0,
@@ -144,7 +145,7 @@ def _toy(spec: ModelSpec, pool: BlockPool) -> ToyModel:
     if agreement < 1.0 or noise:
         draft_seed = spec.integer("draft_seed", table.seed + 1) or 0
         table = DraftTable(table, agreement=agreement, draft_seed=draft_seed, noise=noise)
-    return ToyModel(
+    return (TimedModel if spec.kind is ModelKind.TIMED else ToyModel)(
         table,
         pool,
         max_context=spec.integer("context", 4096, minimum=2) or 4096,

@@ -10,7 +10,8 @@ from specpool.errors import InvalidArgument
 
 ACCEPTED_FORMS = (
     "a Hugging Face hub id (ORG/NAME), a directory with config.json and *.safetensors, or a .gguf file, "
-    "each optionally followed by #layers=N; random#like=MODEL; toy#vocab=V,seed=S[,agreement=A][,noise=D][,step_ms=M]"
+    "each optionally followed by #layers=N; random#like=MODEL; "
+    "toy#vocab=V,seed=S[,agreement=A][,noise=D][,step_ms=M][,row_ms=R]; timed#... with the same options"
 )
 
 
@@ -20,14 +21,17 @@ class ModelKind(StrEnum):
     TRANSFORMERS = "transformers"
     RANDOM = "random"
     TOY = "toy"
+    TIMED = "timed"
 
 
+_TOY_OPTIONS = frozenset(
+    {"vocab", "seed", "agreement", "draft_seed", "noise", "step_ms", "row_ms", "context", "sharpness"}
+)
 _OPTIONS: Mapping[ModelKind, frozenset[str]] = {
     ModelKind.TRANSFORMERS: frozenset({"layers"}),
     ModelKind.RANDOM: frozenset({"like"}),
-    ModelKind.TOY: frozenset(
-        {"vocab", "seed", "agreement", "draft_seed", "noise", "step_ms", "row_ms", "context", "sharpness"}
-    ),
+    ModelKind.TOY: _TOY_OPTIONS,
+    ModelKind.TIMED: _TOY_OPTIONS,
 }
 
 
@@ -50,7 +54,7 @@ class ModelSpec:
         source, _, rest = text.partition("#")
         if not source:
             raise InvalidArgument(f"empty model specification {text!r}; accepted: {ACCEPTED_FORMS}")
-        kind = ModelKind(source) if source in ("random", "toy") else ModelKind.TRANSFORMERS
+        kind = ModelKind(source) if source in ("random", "toy", "timed") else ModelKind.TRANSFORMERS
         options = _parse_options(text, rest, kind)
         if kind is ModelKind.RANDOM:
             if "like" not in options:

@@ -15,7 +15,7 @@ __all__ = ["load_tokenizer", "tokenizer_fingerprint"]
 def load_tokenizer(spec: ModelSpec | str, *, on_progress: Progress = no_progress) -> Any:
     """The tokenizer of a model: a `transformers` one, or a `ToyTokenizer` with the same methods."""
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
-    if spec.kind is ModelKind.TOY:
+    if spec.kind in (ModelKind.TOY, ModelKind.TIMED):
         return ToyTokenizer(spec.integer("vocab", 64, minimum=2) or 64)
     if spec.kind is ModelKind.RANDOM:
         return load_tokenizer(spec.source, on_progress=on_progress)
