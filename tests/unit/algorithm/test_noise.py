@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specpool.algorithm import noise
 from specpool.algorithm.noise import Stream, gumbel, gumbel_argmax, gumbel_topk, uniform
+from specpool.native import has_compiler
 
 MASK = (1 << 64) - 1
 
@@ -134,6 +135,7 @@ def test_uniform_is_uniform() -> None:
     assert chisquare(counts.numpy()).pvalue > 1e-3
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("spread", [0.01, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("k", [1, 3, 16])
 def test_fast_selection_equals_the_exact_one(spread: float, k: int) -> None:
@@ -173,6 +175,17 @@ def one_peak_per_block(scores: Tensor) -> Tensor:
     return torch.where(torch.arange(scores.shape[1], device=scores.device) % 64 == 5, 0, scores - 1000)
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which implementation finds the best tokens of float32 scores on a CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(noise, "_kernel", lambda: None)
+    elif not has_compiler():
+        pytest.skip("no C++ compiler")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
@@ -193,18 +206,21 @@ def test_tokens_and_sums_are_those_of_brute_force(
         assert sums.equal(expected_sums), (vocab_size, temperature, k)
 
 
+@pytest.mark.usefixtures("way")
 def test_equal_scores_and_no_rows() -> None:
     scores, positions = torch.zeros(5, 40_000), torch.arange(5)
     assert gumbel_topk(scores, 1, positions, 3)[0].equal(exact_topk(scores, 1, positions, 3)[0])
     assert gumbel_topk(scores[:0], 1, positions[:0], 3)[0].shape == (0, 3)
 
 
+@pytest.mark.usefixtures("way")
 def test_rows_that_are_not_contiguous() -> None:
     scores = torch.randn(40_000, 6, generator=torch.Generator().manual_seed(5)).t()[::2]
     positions = torch.arange(3)
     assert gumbel_topk(scores, 1, positions, 3)[0].equal(exact_topk(scores, 1, positions, 3)[0])
 
 
+@pytest.mark.usefixtures("way")
 def test_fast_selection_equals_the_exact_one_on_a_large_vocabulary() -> None:
     scores = torch.randn(3, 151_936, generator=torch.Generator().manual_seed(2)) * 4
     seeds, positions = torch.tensor([5, 5, -9]), torch.tensor([0, 1, 1])
@@ -228,6 +244,7 @@ def test_ranks_of_any_row(scores: list[float], seed: int, k: int) -> None:
     assert gumbel_topk(row, seed, positions, k)[0][0].tolist() == expected
 
 
+@pytest.mark.usefixtures("way")
 def test_reach_leaves_out_only_unlikely_tokens() -> None:
     generator = torch.Generator().manual_seed(3)
     scores = 2 * torch.randn(64, 5000, generator=generator)
@@ -239,6 +256,7 @@ def test_reach_leaves_out_only_unlikely_tokens() -> None:
     assert gumbel_topk(scores, 7, positions, 2, reach=0.0)[0].equal(torch.cat([best, torch.full_like(best, -1)], dim=1))
 
 
+@pytest.mark.usefixtures("way")
 def test_a_row_does_not_depend_on_its_batch() -> None:
     scores = torch.randn(9, 1_000, generator=torch.Generator().manual_seed(3))
     seeds, positions = torch.arange(9) * 1_000_003, torch.arange(9) + 40
@@ -258,3 +276,12 @@ def test_samples_follow_softmax() -> None:
     scores = probabilities.float().log().expand(100_000, 4)
     counts: Tensor = torch.bincount(gumbel_argmax(scores, 2, torch.arange(100_000)), minlength=4)
     assert chisquare(counts.numpy(), (probabilities * 100_000).numpy()).pvalue > 1e-3
+
+
+def test_not_a_number_is_never_chosen() -> None:
+    scores = torch.randn(2, 1000, generator=torch.Generator().manual_seed(6))
+    scores[0, 500] = torch.nan
+    tokens, sums = gumbel_topk(scores, 1, torch.arange(2), 3)
+    assert 500 not in tokens[0]
+    assert not sums.isnan().any()
+    assert gumbel_topk(scores, 1, torch.arange(2), 3, reach=12.0)[0][0].tolist() == [-1, -1, -1]

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from specpool.errors import InvalidArgument, ModelNotFound
+from specpool.native import has_compiler
 from specpool_engine.modeling import ModelSpec, Segment, SequenceKV, load_model
-from specpool_engine.modeling.cpu import native
 from specpool_engine.modeling.cpu.linear import (
     can_stream,
     can_use_int4,
@@ -21,10 +21,10 @@ from specpool_engine.modeling.spec import ModelKind
 VOCAB_SIZE = 61
 
 needs_streaming = pytest.mark.skipif(
-    not can_stream(torch.bfloat16) or not native.has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
+    not can_stream(torch.bfloat16) or not has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
 )
 needs_int4 = pytest.mark.skipif(
-    not can_use_int4() or not native.has_compiler(), reason="needs AVX-512 VNNI and a C++ compiler"
+    not can_use_int4() or not has_compiler(), reason="needs AVX-512 VNNI and a C++ compiler"
 )
 
 

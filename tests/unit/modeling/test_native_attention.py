@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from specpool import native as compiling
 from specpool.errors import ConfigError, InvalidArgument
+from specpool.native import has_compiler
 from specpool_engine.modeling.attention import KVStorage, PackedSegment, get_backend
 from specpool_engine.modeling.attention import native as native_attention
 from specpool_engine.modeling.cpu import native
@@ -35,7 +37,7 @@ SPECIALS: list[dict[str, Any]] = [
     {"sliding_window": 40, "softcap": 2.0},
 ]
 
-needs_compiler = pytest.mark.skipif(not native.has_compiler(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -287,7 +289,7 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "_compiler", lambda: None)
     monkeypatch.setattr(native_attention, "load_library", native.load_library.__wrapped__)
     with pytest.raises(ConfigError, match=r"attention_backend 'native' .* install g\+\+, or use another") as caught:
         get_backend("native").check(dtype=torch.float32, device=CPU, block_size=16)

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from specpool.errors import InvalidArgument, KVCacheFull
+from specpool.native import has_compiler
 from specpool_engine.modeling.attention import AttentionBackend, get_backend
 from specpool_engine.modeling.attention.flash import FlashBackend
 from specpool_engine.modeling.attention.varlen import TorchVarlenKernel
-from specpool_engine.modeling.cpu.native import has_compiler
 from specpool_engine.modeling.cuda_graphs import BucketedForward
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.model import TransformersModel

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from specpool import native as compiling
 from specpool.errors import ConfigError, InvalidArgument
+from specpool.native import has_compiler
 from specpool_engine.modeling import Segment, SequenceKV, load_model
 from specpool_engine.modeling.cpu import native
 from specpool_engine.modeling.cpu.linear import (
@@ -30,10 +32,10 @@ from specpool_engine.modeling.vocabulary import keep_frequent_tokens
 VOCAB_SIZE = 61
 
 needs_streaming = pytest.mark.skipif(
-    not can_stream(torch.bfloat16) or not native.has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
+    not can_stream(torch.bfloat16) or not has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
 )
 needs_int4 = pytest.mark.skipif(
-    not can_use_int4() or not native.has_compiler(), reason="needs AVX-512 VNNI and a C++ compiler"
+    not can_use_int4() or not has_compiler(), reason="needs AVX-512 VNNI and a C++ compiler"
 )
 
 
@@ -123,7 +125,7 @@ def test_streamed_weights_need_bfloat16(directory: Path) -> None:
 
 @needs_streaming
 def test_without_a_compiler_streamed_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "_compiler", lambda: None)
     monkeypatch.setattr(streamed, "load_library", native.load_library.__wrapped__)
     with pytest.raises(ConfigError, match=r"install g\+\+, or use another weights format"):
         StreamedLinear(torch.nn.Linear(4, 4, dtype=torch.bfloat16))

@@ -16,11 +16,20 @@ Shape legend: N rows (one sampled token each), V vocabulary, C candidates, B blo
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import logging
 from enum import IntEnum
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from specpool.errors import ConfigError
+from specpool.native import load_library
+
+_logger = logging.getLogger(__name__)
 
 
 class Stream(IntEnum):
@@ -118,6 +127,8 @@ def gumbel_topk(
         reach: leave out tokens whose score is further below the row's best than this, for a draft: it costs no noise
             over the vocabulary, and misses only what would be sampled with a probability under exp(-reach) each.
     """
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and (kernel := _kernel()) is not None:
+        return _topk_by_kernel(kernel, scores, seed, positions, k, stream, reach)
     keys = _row_keys(seed, positions, stream).to(scores.device).expand(len(scores))
     blocks = _blocks(scores)
     best = blocks.amax(dim=2).double()
@@ -129,6 +140,47 @@ def gumbel_topk(
         return _topk_by_bounds(scores, blocks, best, keys, k)
     rows, tokens = _at_least(blocks, best >= lowest.clamp_(min=_LEAST_FINITE), lowest)
     return _topk_of_candidates(scores, keys, rows, tokens, k)
+
+
+@functools.cache
+def _kernel() -> ctypes.CDLL | None:
+    """The same in C++, several times as fast on a CPU and equal bit for bit; None where it cannot be compiled."""
+    try:
+        library = load_library(Path(__file__).parent / "gumbel.cpp")
+    except (ConfigError, OSError) as error:
+        _logger.info("noise is computed by torch, which is slower: %s", error)
+        return None
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    numbers = (number,) * 4
+    library.specpool_gumbel_topk.argtypes = (pointer, number, pointer, pointer, *numbers, real, pointer, pointer)
+    library.specpool_gumbel_topk.restype = None
+    return library
+
+
+def _topk_by_kernel(
+    kernel: ctypes.CDLL,
+    scores: Tensor,
+    seed: int | Tensor,
+    positions: Tensor,
+    k: int,
+    stream: Stream,
+    reach: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`gumbel_topk` of scores [N, V] in float32 on a CPU."""
+    num_rows, vocab_size = scores.shape
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    if isinstance(seed, int):
+        seed = torch.full((num_rows,), _int64(seed))
+    seeds = seed.to(torch.int64).expand(num_rows).contiguous()
+    positions = positions.to("cpu", torch.int64).expand(num_rows).contiguous()
+    tokens = torch.empty(num_rows, k, dtype=torch.int64)
+    sums = torch.empty(num_rows, k, dtype=torch.float64)
+    kernel.specpool_gumbel_topk(
+        scores.data_ptr(), scores.stride(0), seeds.data_ptr(), positions.data_ptr(), num_rows, vocab_size, k,
+        int(stream), float("inf") if reach is None else reach, tokens.data_ptr(), sums.data_ptr(),
+    )  # fmt: skip
+    return tokens, sums
 
 
 def _blocks(scores: Tensor) -> Tensor:

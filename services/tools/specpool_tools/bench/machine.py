@@ -18,8 +18,8 @@ def recommended_arguments() -> tuple[str, ...]:
     """
     import torch
 
+    from specpool.native import has_compiler
     from specpool_engine.modeling.cpu.linear import can_stream, can_use_int4
-    from specpool_engine.modeling.cpu.native import has_compiler
 
     if torch.cuda.is_available():
         return ("--dtype", "bfloat16")
