@@ -197,6 +197,8 @@ class Drafter:
             work.cancel()  # it has ended meanwhile
             return
         work.finish(found)
+        if scheduled.is_branch:
+            sequence.extend(work.nodes)
         if not scheduled.is_branch and sequence.tree.round == 0 and sequence.tree.root.is_computed:
             self._try(sequence, lambda one: one.tree.publish())
 
@@ -244,11 +246,11 @@ class Drafter:
 
     def _push(self, sequence: SequenceState) -> None:
         entries = {}
-        for guess in sequence.guesses():
-            tokens, _ = guess.node.chain(sequence.options.lookahead)
-            if len(tokens) > sequence.pushed.get(guess.outcome, -1):
-                entries[guess.outcome] = tokens
-                sequence.pushed[guess.outcome] = len(tokens)
+        for branch in sequence.take_grown():
+            outcome, tokens = branch.guess.outcome, branch.tokens[: sequence.options.lookahead]
+            if len(tokens) > sequence.pushed.get(outcome, -1):
+                entries[outcome] = tokens
+                sequence.pushed[outcome] = len(tokens)
         if entries:
             self.held.counters.num_table_entries += len(entries)
             self.held.outbox.table(sequence, entries)

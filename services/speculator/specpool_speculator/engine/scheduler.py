@@ -14,19 +14,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from specpool.algorithm.fan_out import round_to_sum
 from specpool.algorithm.row_times import rows_worth_running
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_speculator.engine.room import blocks_for
+from specpool_speculator.tree.branch import Candidate
 from specpool_speculator.tree.draft_tree import DraftTree, Work
 from specpool_speculator.tree.node import Node
 from specpool_speculator.tree.sequence import SequenceKey, SequenceState
 
+_VALUE = attrgetter("value")
 _ONE_BLOCK = 1
 """A row of one token takes a fresh block or the copy of a shared one, never both."""
-_FIRST_TOKEN = 4.0
-"""Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,6 @@ class ScheduledStep:
     """Work of the forward; empty when there is nothing worth a step."""
     roomless: list[SequenceKey]
     """Sequences whose path could not be scheduled because the others fill the memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A branch row that could be run."""
-
-    value: float
-    """Probability that what it drafts is used; the first token after a guess counts more."""
-    sequence: SequenceState
-    """The sequence that the branch belongs to."""
-    node: Node
-    """The uncomputed node at the branch's tip."""
-    is_worth_a_step: bool
-    """Whether the row is worth a step of its own; else it only runs together with others that are."""
 
 
 class _Step:
@@ -121,9 +108,12 @@ def schedule_step(
         _take_paths(step, sequences, max_prefill_tokens)
         candidates = [c for sequence in sequences for c in branch_candidates(sequence)]
         if step.scheduled or any(c.is_worth_a_step for c in candidates):
-            values = sorted((c.value for c in candidates), reverse=True)
+            candidates.sort(key=_VALUE, reverse=True)
             num_branches = rows_worth_running(
-                values, step_s, num_rows=row_budget - num_rows, num_fixed=num_rows + step.num_path_tokens
+                [c.value for c in candidates[: max(row_budget, 0)]],
+                step_s,
+                num_rows=row_budget - num_rows,
+                num_fixed=num_rows + step.num_path_tokens,
             )
             for candidate in share_rows(candidates, num_branches):
                 step.add_row(candidate.sequence, candidate.node)
@@ -219,24 +209,13 @@ def branch_candidates(sequence: SequenceState) -> list[Candidate]:
             if is_open
             else []
         )
-    found = []
-    last, best = len(sequence.tree.path) - 1, True
-    for guess in sequence.guesses():
-        if guess.probability == 0 or sequence.is_end(guess.node):
-            continue
-        is_best, best = best and guess.outcome[0] == last, best and guess.outcome[0] != last
-        tokens, tip = guess.node.chain(lookahead + 1)
-        if len(tokens) > lookahead or sequence.is_end(tip):
-            continue
-        value = guess.probability * (sequence.chain_probability(guess.node, len(tokens)) if tokens else _FIRST_TOKEN)
-        found.append(Candidate(value, sequence, tip, len(tokens) < lookahead or is_best))
-    return found
+    return [branch.candidate for branch in sequence.branches() if branch.candidate is not None]
 
 
 def share_rows(candidates: Iterable[Candidate], num_rows: int) -> list[Candidate]:
     """At most `num_rows` candidates: each tenant's most valuable ones by its weight, then the best of the rest."""
     of_tenant: dict[str, list[Candidate]] = defaultdict(list)
-    for candidate in sorted(candidates, key=lambda c: -c.value):
+    for candidate in sorted(candidates, key=_VALUE, reverse=True):
         of_tenant[candidate.sequence.options.tenant].append(candidate)
     num_rows = max(num_rows, 0)
     if not of_tenant or sum(map(len, of_tenant.values())) <= num_rows:
@@ -245,5 +224,5 @@ def share_rows(candidates: Iterable[Candidate], num_rows: int) -> list[Candidate
     shares = round_to_sum(weights, num_rows)
     chosen = [c for group, share in zip(of_tenant.values(), shares, strict=True) for c in group[:share]]
     rest = [c for group, share in zip(of_tenant.values(), shares, strict=True) for c in group[share:]]
-    rest.sort(key=lambda c: -c.value)
+    rest.sort(key=_VALUE, reverse=True)
     return chosen + rest[: num_rows - len(chosen)]

@@ -34,6 +34,8 @@ class Work:
     """The last of these tokens, as nodes: each needs logits."""
     is_fork: bool
     """Whether `kv` was forked for this and is to be freed if the forward does not happen."""
+    is_on_path: bool
+    """Whether the nodes are of the in-flight path, so that other outcomes can be guessed once they are computed."""
 
     def finish(self, ranks: Sequence[NodeRanks]) -> None:
         """Take in the ranks of a forward that was done: the nodes are computed."""
@@ -41,6 +43,8 @@ class Work:
             node.kv, node.ranks = self.kv, node_ranks
             if isinstance(node_ranks.distribution, DenseRow):
                 self.tree.rows.append(node_ranks.distribution)
+        if self.is_on_path:
+            self.tree.version += 1
         if self.tree.root.is_computed:
             self.tree.base = None
 
@@ -63,6 +67,8 @@ class DraftTree:
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
         self.path: list[Node] = [self.root]
         """Nodes v0 .. vd of the in-flight path, the root first."""
+        self.version = 0
+        """Goes up with whatever changes what can be guessed; branches that merely grow do not."""
         self.rows: list[DenseRow] = []
         """Dense distributions that the nodes hold."""
         self._pool = pool
@@ -85,12 +91,14 @@ class DraftTree:
 
     def set_path(self, draft_tokens: Iterable[int]) -> None:
         """Set the draft tokens that the target verifies in the running round; unknown ones become uncomputed nodes."""
+        self.version += 1
         self.path = [self.root]
         for token in draft_tokens:
             self.path.append(self.path[-1].child(token))
 
     def commit(self, num_accepted: int, bonus_token: int) -> None:
         """Apply the running round's outcome: move the root, keep what is below it, free the rest."""
+        self.version += 1
         held = self._all_kv()
         last = self.path[num_accepted]
         root = last.child(bonus_token)
@@ -120,13 +128,13 @@ class DraftTree:
             kv, is_fork = self._extend(nodes[0], taken)
         nodes = nodes[: limit - len(context)] if kv.length + len(context) == nodes[0].position else []
         taken.add(id(kv))
-        return Work(self, kv, [*context, *(node.token for node in nodes)], nodes, is_fork)
+        return Work(self, kv, [*context, *(node.token for node in nodes)], nodes, is_fork, is_on_path=True)
 
     def work_on(self, node: Node, taken: set[int]) -> Work:
         """The run of one uncomputed node whose parent is computed."""
         kv, is_fork = self._extend(node, taken)
         taken.add(id(kv))
-        return Work(self, kv, [node.token], [node], is_fork)
+        return Work(self, kv, [node.token], [node], is_fork, is_on_path=False)
 
     def distributions(self) -> list[TokenDistribution | DenseRow] | None:
         """What each draft token in flight was sampled from; None unless all of them were drafted here."""
@@ -146,6 +154,7 @@ class DraftTree:
 
     def prune(self) -> None:
         """Give up every branch; only the in-flight path stays."""
+        self.version += 1
         held = self._all_kv()
         base_length = 0 if self.base is None else self.base.length
         for node, following in zip(self.path, [*self.path[1:], None], strict=True):
@@ -162,6 +171,7 @@ class DraftTree:
 
     def free(self) -> None:
         """Give every block back; the tree is not used afterwards."""
+        self.version += 1
         for kv in self._all_kv():
             kv.free()
         self.base = None

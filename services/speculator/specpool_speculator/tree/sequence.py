@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
 from specpool_speculator.engine.estimates import GuessSpread
+from specpool_speculator.tree.branch import Branch, Branches, extend_branches, find_branches
 from specpool_speculator.tree.draft_tree import DraftTree
 from specpool_speculator.tree.node import Node
 
@@ -94,11 +95,32 @@ class SequenceState:
     """Whether draft tokens are sampled from distributions over all tokens, which a process group can carry."""
     pushed: dict[Outcome, int] = field(default_factory=dict)
     """Entries of the running round's table that were pushed, with their number of tokens."""
+    _branches: Branches | None = None
 
     def is_end(self, node: Node) -> bool:
         """Whether nothing is to be drafted after `node`."""
         stops = self.options.stop_tokens
         return node.position + 1 >= self.options.max_length or (node.token in stops and node.parent is not None)
+
+    def branches(self) -> list[Branch]:
+        """What is drafted for each guessed outcome of the running round, in the order of `guesses`."""
+        return self._current_branches().all
+
+    def take_grown(self) -> list[Branch]:
+        """The branches that are new or longer since the last call."""
+        branches = self._current_branches()
+        grown, branches.grown = branches.grown, []
+        return grown
+
+    def extend(self, nodes: Iterable[Node]) -> None:
+        """Note that `nodes`, tips of branches or not, were computed."""
+        if self._branches is not None and not extend_branches(self._branches, self, nodes):
+            self._branches = None
+
+    def _current_branches(self) -> Branches:
+        if self._branches is None or self._branches.version != self.tree.version:
+            self._branches = find_branches(self)
+        return self._branches
 
     def guesses(self) -> Iterator[Guess]:
         """Guessed outcomes of the running round, in order of accepted length, then rank."""
@@ -147,14 +169,17 @@ class SequenceState:
 
     def chain_probability(self, node: Node, num_tokens: int) -> float:
         """Probability that the first `num_tokens` tokens drafted after `node` are accepted, given that `node` was."""
-        if not self._is_best_first:
-            return self.spread.acceptance**num_tokens
         probability = 1.0
         for _ in range(num_tokens):
             assert node.ranks is not None, "it has drafted tokens"
-            probability *= node.ranks.probabilities[0]
+            probability *= self.acceptance_after(node)
             node = node.child(node.ranks.drafted[0])
         return probability
+
+    def acceptance_after(self, node: Node) -> float:
+        """Probability that the token drafted after a computed node is accepted, given that the node's was."""
+        assert node.ranks is not None, "only computed nodes have a token drafted after them"
+        return node.ranks.probabilities[0] if self._is_best_first else self.spread.acceptance
 
     def drafted_now(self, limit: int) -> tuple[list[int], bool]:
         """Tokens drafted right after the last committed one, and whether there can be no more."""
