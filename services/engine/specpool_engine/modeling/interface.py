@@ -46,6 +46,28 @@ class CausalModel(Protocol):
 
 
 @runtime_checkable
+class LaunchingModel(CausalModel, Protocol):
+    """A model that computes beside the interpreter: while its forward runs, its engine's thread is free."""
+
+    def launch(self, segments: Sequence[Segment]) -> Callable[[], Tensor]:
+        """Start a forward; what is returned waits for its end and gives the logits.
+
+        Until then no other forward may start. Raises what `forward` raises, before anything changed.
+        """
+        ...
+
+
+def launch(model: CausalModel, segments: Sequence[Segment], meanwhile: Callable[[], None]) -> Tensor:
+    """The logits of a forward; `meanwhile` is called while it runs, or before it if the model needs the thread."""
+    if isinstance(model, LaunchingModel):
+        logits = model.launch(segments)
+        meanwhile()
+        return logits()
+    meanwhile()
+    return model.forward(segments)
+
+
+@runtime_checkable
 class DistributedModel(CausalModel, Protocol):
     """A model whose forward needs other processes too."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -55,6 +55,10 @@ class TimedModel:
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Logits [R, V] after the time of T tokens."""
+        return self.launch(segments)()
+
+    def launch(self, segments: Sequence[Segment]) -> Callable[[], Tensor]:
+        """Start a forward; what is returned sleeps until its end, and gives the logits [R, V]."""
         started_s = time.perf_counter()
         check_segments(segments, max_context=self.max_context, vocab_size=self.vocab_size)
         reserve_all(self.pool, [(segment.kv, len(segment.tokens)) for segment in segments])
@@ -66,8 +70,13 @@ class TimedModel:
             segment.kv.advance(len(segment.tokens))
             num_tokens += len(segment.tokens)
         logits = self._logits[torch.tensor(pairs, dtype=torch.int64)]
-        self._sleep_until(started_s + (self.step_ms + self.row_ms * num_tokens) / 1e3)
-        return logits
+        end_s = started_s + (self.step_ms + self.row_ms * num_tokens) / 1e3
+
+        def wait() -> Tensor:
+            self._sleep_until(end_s)
+            return logits
+
+        return wait
 
     def _copy(self) -> None:
         sources, destinations = self.pool.take_copies()

@@ -17,7 +17,7 @@ from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import KVCacheFull, SpecPoolError
 from specpool_engine.distributions.transport import BODY_TYPES
-from specpool_engine.modeling.interface import CausalModel, Segment, check_segments
+from specpool_engine.modeling.interface import CausalModel, Segment, check_segments, launch
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.dense.dense_rows import RowMemory
 from specpool_speculator.engine.estimates import Estimates
@@ -100,19 +100,22 @@ class Drafter:
 
     # ---- the step -------------------------------------------------------------------------------------------
 
-    def step(self) -> bool:
-        """Run one forward, if any row is worth it; returns whether there was one."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Run one forward, if any row is worth it; returns whether there was one.
+
+        `meanwhile` is called once in that case, while the forward runs or before it. It may answer, and push tables.
+        """
         started_s = time.monotonic()
         for row_budget in (self._config.row_budget, 0):
             scheduled = self._schedule(row_budget)
             if not scheduled:
                 break
             try:
-                forward_s = self._run(scheduled)
+                forward_s = self._run(scheduled, meanwhile)
             except KVCacheFull:  # fewer blocks were free than the schedule thought: then without branches
                 continue
             except _OthersCanRun:
-                return self.step()
+                return self.step(meanwhile)
             self._account(scheduled, forward_s, time.monotonic() - started_s)
             return True
         return False
@@ -156,11 +159,11 @@ class Drafter:
                 found.append((p.sequence, error))
         return found
 
-    def _run(self, scheduled: Sequence[ScheduledWork]) -> float:
+    def _run(self, scheduled: Sequence[ScheduledWork], meanwhile: Callable[[], None]) -> float:
         """Run the forward, rank its logits, and extend the trees; returns the forward's seconds."""
         started_s = time.monotonic()
         try:
-            logits = self._model.forward([_segment(p) for p in scheduled])
+            logits = launch(self._model, [_segment(p) for p in scheduled], meanwhile)
         except BaseException as error:
             refused = self._refused(scheduled) if isinstance(error, SpecPoolError) else []
             cancel(scheduled)
@@ -228,17 +231,26 @@ class Drafter:
 
     def answer(self, now_s: float) -> None:
         """Answer waiting targets whose tokens are there or whose deadline passed, then push what tables gained."""
-        self.held.refuse_roomless(self._roomless, now_s)
-        for sequence in list(self.held):
-            try:
-                if sequence.request is not None:
-                    self._answer_request(sequence, sequence.request, now_s)
-                elif sequence.options.speculates_ahead and not sequence.awaits_start:
-                    self._push(sequence)
-            except Exception as error:
-                self.held.fail(sequence.key, error)
+        self.answer_requests(now_s)
+        self.push_tables()
 
-    def _answer_request(self, sequence: SequenceState, request: Request, now_s: float) -> None:
+    def answer_requests(self, now_s: float) -> None:
+        """Answer waiting targets whose tokens are there or whose deadline passed, and refuse what has no memory."""
+        self.held.refuse_roomless(self._roomless, now_s)
+        for sequence in [one for one in self.held if one.request is not None]:
+            self._try(sequence, lambda one: self._answer_request(one, one.request, now_s))
+
+    def push_tables(self) -> None:
+        """Push what the tables of running rounds gained."""
+        for sequence in list(self.held):
+            if sequence.request is None and sequence.options.speculates_ahead and not sequence.awaits_start:
+                try:
+                    self._push(sequence)
+                except Exception as error:
+                    self.held.fail(sequence.key, error)
+
+    def _answer_request(self, sequence: SequenceState, request: Request | None, now_s: float) -> None:
+        assert request is not None, "only targets that wait are answered"
         tokens, is_complete = sequence.drafted_now(request.num_tokens)
         if is_complete or now_s >= request.deadline_s:
             self.held.outbox.speculation(*sequence.key, request.round, tokens)

@@ -95,6 +95,8 @@ class SpeculatorEngine:
         self._pool = pool
         self._warm_up = warm_up
         self._averages = (0.0, 0.0)
+        self._has_news = False
+        """Whether the last step is still to be reported."""
         self._seen_counters = (0, 0, 0, 0)
         self._seen_refusals = Counter[Reason]()
 
@@ -137,16 +139,28 @@ class SpeculatorEngine:
         self._update_snapshot()
 
     def step(self) -> bool:
-        """Answer what commands asked for, draft, and answer with what that brought."""
+        """Answer who waits, draft, and answer again with what that brought.
+
+        While a forward runs, tables are pushed and the step before is reported: nothing of it is waited for.
+        """
         self._answer()
-        worked = self._drafter.step()
+        worked = self._drafter.step(self._tell)
         if worked:
             self._answer()
-            self._report_step()
-        self._update_snapshot()
-        if not worked:
+            self._has_news = True
+        else:
+            self._tell()
             self._report_idle()
         return worked
+
+    def _tell(self) -> None:
+        """Push what the last step brought, and report it."""
+        self._drafter.push_tables()
+        self._flush()
+        if self._has_news:
+            self._has_news = False
+            self._report_step()
+        self._update_snapshot()
 
     def seconds_to_deadline(self) -> float | None:
         """Seconds until a waiting target must have its answer; None if nobody waits."""
@@ -154,7 +168,10 @@ class SpeculatorEngine:
         return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
 
     def _answer(self) -> None:
-        self._drafter.answer(time.monotonic())
+        self._drafter.answer_requests(time.monotonic())
+        self._flush()
+
+    def _flush(self) -> None:
         for item in self._drafter.held.outbox.take().items():
             self._to_loop.put(item)
         self._to_loop.flush()
