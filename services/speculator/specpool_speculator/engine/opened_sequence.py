@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from specpool.algorithm.verification import VerificationMode
 from specpool.v1 import speculator_pb2, types_pb2
 from specpool_engine.runtime.sampling_messages import sampling_from_proto
-from specpool_speculator.tree.sequence import SequenceOptions
+from specpool_speculator.tree.options import SequenceOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

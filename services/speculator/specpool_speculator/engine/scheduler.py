@@ -20,10 +20,9 @@ from specpool.algorithm.fan_out import round_to_sum
 from specpool.algorithm.row_times import rows_worth_running
 from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_speculator.engine.room import blocks_for
-from specpool_speculator.tree.branch import Candidate
 from specpool_speculator.tree.draft_tree import DraftTree, Work
 from specpool_speculator.tree.node import Node
-from specpool_speculator.tree.sequence import SequenceKey, SequenceState
+from specpool_speculator.tree.sequence import Candidate, SequenceKey, SequenceState
 
 _VALUE = attrgetter("value")
 _ONE_BLOCK = 1

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from opentelemetry.trace import Span
 
 from specpool.telemetry import tracing
-from specpool_speculator.tree.sequence import SequenceKey, SequenceOptions, SequenceState
+from specpool_speculator.tree.options import SequenceOptions
+from specpool_speculator.tree.sequence import SequenceKey, SequenceState
 
 
 @dataclass(slots=True)

@@ -5,48 +5,20 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
-from specpool.algorithm.sampling import SamplingParams
 from specpool.algorithm.verification import VerificationMode
 from specpool_speculator.engine.estimates import GuessSpread
-from specpool_speculator.tree.branch import Branch, Branches, extend_branches, find_branches
 from specpool_speculator.tree.draft_tree import DraftTree
 from specpool_speculator.tree.node import Node
+from specpool_speculator.tree.options import SequenceOptions
 
 SequenceKey = tuple[int, str]
 """A sequence's key (connection, sequence id): two targets may use the same id."""
 Outcome = tuple[int, int]
 """A verification outcome (accepted length k, bonus token t*)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SequenceOptions:
-    """What a target said of a sequence when it opened it."""
-
-    tenant: str
-    """Name of the tenant, for sharing rows."""
-    weight: float
-    """Weight of the tenant, for sharing rows."""
-    sampling: SamplingParams
-    """Sampling parameters of the request."""
-    verification: VerificationMode
-    """How the target verifies."""
-    seed: int
-    """Seed of the request's noise."""
-    num_prompt_tokens: int
-    """Number of tokens at the beginning that are the prompt."""
-    lookahead: int
-    """Lookahead K: most draft tokens of a round."""
-    speculates_ahead: bool
-    """Whether it is drafted for ahead (mode SSD); the synchronous baseline (SD) drafts only when asked."""
-    sends_distributions: bool
-    """Whether the target needs the distributions of draft tokens."""
-    vocab_size: int
-    """Number of tokens that the target knows; the draft's vocabulary may be larger."""
-    stop_tokens: frozenset[int]
-    """Tokens that end the output: nothing is drafted after them."""
-    max_length: int
-    """Longest length in tokens; what is beyond it is never needed or cannot be computed."""
+_FIRST_TOKEN: Final = 4.0
+"""Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
 
 
 @dataclass(slots=True)
@@ -71,6 +43,50 @@ class Guess:
     """The bonus token's node; the drafted tokens are the chain below."""
     probability: float
     """Probability that this is the outcome; 0 for branches left over from earlier rounds, which are not extended."""
+
+
+@dataclass(eq=False, slots=True)
+class Candidate:
+    """A branch row that could be run."""
+
+    value: float
+    """Probability that what it drafts is used; the first token after a guess counts more."""
+    sequence: SequenceState
+    """The sequence that the branch belongs to."""
+    node: Node
+    """The uncomputed node at the branch's tip."""
+    is_worth_a_step: bool
+    """Whether the row is worth a step of its own; else it only runs together with others that are."""
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """A guess and the chain of tokens drafted for it so far, one more than the lookahead at most."""
+
+    guess: Guess
+    """The outcome that is guessed."""
+    is_best: bool
+    """Whether it is the likeliest outcome of all tokens accepted: one token more than the lookahead is of use there."""
+    tokens: list[int]
+    """Tokens drafted after the guessed bonus token."""
+    tip: Node
+    """The node after the last of them, which is not computed unless the chain is as long as it gets."""
+    chain_probability: float = 1.0
+    """Probability that all `tokens` are accepted, if the guess is right."""
+    candidate: Candidate | None = None
+    """The row that would make it longer; None if nothing is to be drafted after it."""
+
+
+@dataclass(eq=False, slots=True)
+class Branches:
+    """The branches of a sequence's running round, as of one version of its tree."""
+
+    version: int
+    """The tree's version that they were found in."""
+    all: list[Branch]
+    """All branches, by accepted length, then rank."""
+    grown: list[Branch] = field(default_factory=list)
+    """Those that are new or longer since this list was last emptied."""
 
 
 @dataclass(slots=True)
@@ -113,14 +129,46 @@ class SequenceState:
         return grown
 
     def extend(self, nodes: Iterable[Node]) -> None:
-        """Note that `nodes`, tips of branches or not, were computed."""
-        if self._branches is not None and not extend_branches(self._branches, self, nodes):
-            self._branches = None
+        """Lengthen the branches whose tips are among `nodes`, computed just now."""
+        branches = self._branches
+        if branches is None:
+            return
+        for node in nodes:
+            branch = next((one for one in branches.all if one.tip is node), None)
+            if branch is None:  # drafted for a target that waits: what it is a guess of is found anew
+                self._branches = None
+                return
+            self._follow(branch)
+            branches.grown.append(branch)
 
     def _current_branches(self) -> Branches:
         if self._branches is None or self._branches.version != self.tree.version:
-            self._branches = find_branches(self)
+            found = self._find_branches()
+            self._branches = Branches(self.tree.version, found, list(found))
         return self._branches
+
+    def _find_branches(self) -> list[Branch]:
+        found, last, best = list[Branch](), len(self.tree.path) - 1, True
+        for guess in self.guesses():
+            is_best = best and guess.outcome[0] == last and guess.probability > 0 and not self.is_end(guess.node)
+            best = best and not is_best
+            branch = Branch(guess, is_best, [], guess.node)
+            self._follow(branch)
+            found.append(branch)
+        return found
+
+    def _follow(self, branch: Branch) -> None:
+        """Follow a branch's chain as far as it is computed, and see what could be drafted next."""
+        lookahead, tip, guess = self.options.lookahead, branch.tip, branch.guess
+        while tip.ranks is not None and len(branch.tokens) <= lookahead:
+            branch.chain_probability *= self.acceptance_after(tip)
+            branch.tokens.append(tip.ranks.drafted[0])
+            tip = tip.child(branch.tokens[-1])
+        branch.tip = tip
+        branch.candidate, num_tokens = None, len(branch.tokens)
+        if guess.probability > 0 and num_tokens <= lookahead and not self.is_end(guess.node) and not self.is_end(tip):
+            value = guess.probability * (branch.chain_probability if num_tokens else _FIRST_TOKEN)
+            branch.candidate = Candidate(value, self, tip, num_tokens < lookahead or branch.is_best)
 
     def guesses(self) -> Iterator[Guess]:
         """Guessed outcomes of the running round, in order of accepted length, then rank."""
