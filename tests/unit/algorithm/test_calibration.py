@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +67,13 @@ def test_follows_a_draft_that_changes() -> None:
     sure = calibration.probabilities([3.0, 2.0, 1.0])[0]
     _learn(calibration, slope=0.3, lift=-1.0, outside=0.2, num=1500)
     assert calibration.probabilities([3.0, 2.0, 1.0])[0] < sure - 0.3
+
+
+def test_many_rows_at_once_have_the_probabilities_of_each() -> None:
+    calibration, draw = RankCalibration(), random.Random(3)
+    for _ in range(40):
+        calibration.observe(sorted((draw.gauss(0, 3) for _ in range(5)), reverse=True), draw.choice([0, 0, 1, None]))
+    rows = [sorted((draw.gauss(0, 3) for _ in range(length)), reverse=True) for length in (5, 3, 1, 5, 0)]
+    padded = np.array([row + [-math.inf] * (5 - len(row)) for row in rows])
+    for row, found in zip(rows, calibration.of_rows(padded), strict=True):
+        assert found.tolist() == pytest.approx([*calibration.probabilities(row), *[0.0] * (5 - len(row))])

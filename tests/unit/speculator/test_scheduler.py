@@ -141,7 +141,7 @@ def test_a_first_token_goes_before_a_further_one_that_is_somewhat_likelier(promp
     firsts, further = [], []
     for candidate in branch_candidates(sequence):
         is_first = candidate.node.parent in sequence.tree.path
-        used = next(g.probability for g in sequence.guesses() if candidate.node in g.node.subtree())
+        used = candidate.probability
         (firsts if is_first else further).append((candidate.value, used))
     assert firsts
     assert further
@@ -177,7 +177,7 @@ def test_best_first_guesses_where_the_draft_is_unsure(prompt) -> None:
     for node, certainty in zip(path, (0.98, 0.3, 0.98, 0.98), strict=True):
         rest = (1 - certainty) / (len(node.ranks.drafted) - 1)
         node.ranks = replace(node.ranks, probabilities=(certainty, *[rest] * (len(node.ranks.drafted) - 1)))
-    guesses = [guess for guess in sequence.guesses() if guess.probability]
+    guesses = [branch for branch in sequence.find_branches() if branch.probability]
     assert len(guesses) == 8
     at = Counter(guess.outcome[0] for guess in guesses)
     assert at[1] >= 6
@@ -193,12 +193,11 @@ def test_the_value_of_a_row_is_that_all_before_it_is_used(prompt) -> None:
     target = ScriptedTarget(drafter, prompt)
     exchange(drafter, [target], num_steps=2)
     (sequence,) = drafter.held
-    guesses = {guess.node: guess.probability for guess in sequence.guesses()}
-    deeper = [c for c in branch_candidates(sequence) if c.node not in guesses]
+    deeper = [branch for branch in branch_candidates(sequence) if len(branch.tokens) == 1]
     assert deeper
-    for candidate in deeper:
-        guess = candidate.node.parent
-        assert candidate.value == pytest.approx(guesses[guess] * guess.ranks.probabilities[0])
+    for branch in deeper:
+        assert branch.node.parent.token == branch.outcome[1]
+        assert branch.value == pytest.approx(branch.probability * branch.parent.ranks.probabilities[0])
 
 
 def test_outcomes_teach_the_calibration(prompt) -> None:

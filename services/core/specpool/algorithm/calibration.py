@@ -15,6 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 _SLOPE_RANGE: Final = (0.05, 3.0)
 _LIFT_RANGE: Final = (-3.0, 3.0)
 _PRIOR_OUTSIDE: Final = 0.02
@@ -65,6 +67,16 @@ class RankCalibration:
         """Probabilities of the ranks from their finite scores, best first; they sum to 1 - `outside`."""
         inside = 1 - self.outside
         return tuple(inside * share for share in self._shares(scores))
+
+    def of_rows(self, scores: np.ndarray) -> np.ndarray:
+        """`probabilities` of many rows of scores [N, F] at once, float64 [N, F]; 0 for ranks with a score of -inf."""
+        if not scores.shape[1]:
+            return np.zeros(scores.shape)
+        best = scores[:, :1]
+        weights = np.exp(self._slope * (scores - np.where(np.isfinite(best), best, 0.0)))
+        weights[:, 0] *= math.exp(self._lift)
+        totals = weights.sum(axis=1, keepdims=True)
+        return (1 - self.outside) * weights / np.where(totals > 0, totals, 1.0)
 
     def observe(self, scores: Sequence[float], rank: int | None) -> None:
         """Take in that the target's token was the one at `rank`, or None of them."""

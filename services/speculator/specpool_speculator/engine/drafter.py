@@ -55,7 +55,10 @@ class Drafter:
         self.last_step = DraftStepStats()
         self._model = model
         self._config = config
-        self._estimates = {mode: Estimates(config.fan_out_policy, config.fan_out_budget) for mode in VerificationMode}
+        self._estimates = {
+            mode: Estimates(config.fan_out_policy, config.fan_out_budget, mode is not VerificationMode.REJECTION)
+            for mode in VerificationMode
+        }
         self.row_memory = RowMemory(config.distribution_memory_bytes)
         """Bounds the dense distributions of all branches."""
         self._ranker = ranker or Ranker(
@@ -259,7 +262,7 @@ class Drafter:
     def _push(self, sequence: SequenceState) -> None:
         entries = {}
         for branch in sequence.take_grown():
-            outcome, tokens = branch.guess.outcome, branch.tokens[: sequence.options.lookahead]
+            outcome, tokens = branch.outcome, branch.tokens[: sequence.options.lookahead]
             if len(tokens) > sequence.pushed.get(outcome, -1):
                 entries[outcome] = tokens
                 sequence.pushed[outcome] = len(tokens)

@@ -26,7 +26,7 @@ class GuessSpread:
     """How one round's outcome is guessed, for a lookahead of d tokens."""
 
     fan_out: tuple[int, ...]
-    """Number of guesses for each accepted length 0 .. d."""
+    """Number of guesses for each accepted length 0 .. d; empty with a `budget`."""
     probabilities: tuple[tuple[float, ...], ...]
     """[d + 1][fan_out[k]]: how likely guess i after k accepted tokens is the outcome."""
     acceptance: float
@@ -43,6 +43,8 @@ class Estimates:
     """How guesses are spread over accepted lengths."""
     budget: int
     """Number of guesses per sequence and round (B)."""
+    has_probabilities: bool = True
+    """Whether ranks have probabilities of their own, so that `best_first` can go by them."""
     calibration: RankCalibration = field(default_factory=RankCalibration)
     """How scores of the draft's ranks become probabilities."""
     _acceptance: AcceptanceEstimator = field(default_factory=AcceptanceEstimator)
@@ -100,6 +102,8 @@ class Estimates:
 
     def _fit(self, lookahead: int) -> GuessSpread:
         acceptance, laws = self.acceptance, self.miss_laws
+        if self.policy == "best_first" and self.has_probabilities:
+            return GuessSpread((), (), acceptance, self.budget)
         if self.policy == "uniform":
             fan_out = uniform_fan_out(self.budget, lookahead)
         else:
@@ -112,5 +116,4 @@ class Estimates:
                 for p, law, count in zip(outcome_probabilities(lookahead, acceptance), law_of, fan_out, strict=True)
             ),
             acceptance,
-            self.budget if self.policy == "best_first" else 0,
         )

@@ -22,7 +22,7 @@ from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_speculator.engine.room import blocks_for
 from specpool_speculator.tree.draft_tree import DraftTree, Work
 from specpool_speculator.tree.node import Node
-from specpool_speculator.tree.sequence import Candidate, SequenceKey, SequenceState
+from specpool_speculator.tree.sequence import Branch, SequenceKey, SequenceState
 
 _VALUE = attrgetter("value")
 _ONE_BLOCK = 1
@@ -194,26 +194,29 @@ def _evictable(trees: Iterable[DraftTree], sequence: SequenceState) -> Iterator[
         yield from (tree for tree in trees if tree.num_blocks)
 
 
-def branch_candidates(sequence: SequenceState) -> list[Candidate]:
-    """The tips of the running round's branches, with the value of running each."""
+def branch_candidates(sequence: SequenceState) -> list[Branch]:
+    """The running round's branches that a row would make longer, each with its value."""
     if not sequence.options.speculates_ahead:
         return []
-    lookahead = sequence.options.lookahead
     if sequence.awaits_start:
-        # What was just drafted will most likely be verified next: know what follows it early.
-        tokens, tip = sequence.tree.root.chain(lookahead + 1)
-        is_open = 0 < len(tokens) <= lookahead and not sequence.is_end(tip)
-        return (
-            [Candidate(sequence.chain_probability(sequence.tree.root, len(tokens)), sequence, tip, False)]
-            if is_open
-            else []
-        )
-    return [branch.candidate for branch in sequence.branches() if branch.candidate is not None]
+        return _next_after_draft(sequence)
+    return [branch for branch in sequence.branches() if branch.is_open]
 
 
-def share_rows(candidates: Iterable[Candidate], num_rows: int) -> list[Candidate]:
+def _next_after_draft(sequence: SequenceState) -> list[Branch]:
+    """What was just drafted will most likely be verified next: know what follows it early."""
+    lookahead = sequence.options.lookahead
+    tokens, tip = sequence.tree.root.chain(lookahead + 1)
+    if not 0 < len(tokens) <= lookahead or sequence.is_end(tip):
+        return []
+    assert tip.parent is not None, "the chain has tokens"
+    value = sequence.chain_probability(sequence.tree.root, len(tokens))
+    return [Branch(sequence, (0, tokens[0]), value, tip.parent, tip.token, False, False, value=value, is_open=True)]
+
+
+def share_rows(candidates: Iterable[Branch], num_rows: int) -> list[Branch]:
     """At most `num_rows` candidates: each tenant's most valuable ones by its weight, then the best of the rest."""
-    of_tenant: dict[str, list[Candidate]] = defaultdict(list)
+    of_tenant: dict[str, list[Branch]] = defaultdict(list)
     for candidate in sorted(candidates, key=_VALUE, reverse=True):
         of_tenant[candidate.sequence.options.tenant].append(candidate)
     num_rows = max(num_rows, 0)

@@ -96,11 +96,9 @@ class Ranker:
         distributions = self._distributions(ranks, drafted, with_distribution)
         if ranks.scores is None:
             return [NodeRanks(*of_node) for of_node in zip(drafted, bonus, distributions, strict=True)]
-        scores = [tuple(row[: len(d)]) for row, d in zip(ranks.scores.tolist(), drafted, strict=True)]
-        return [
-            NodeRanks(d, b, distribution, s, calibration.probabilities(s))
-            for d, b, distribution, s in zip(drafted, bonus, distributions, scores, strict=True)
-        ]
+        scores = ranks.scores.cpu().numpy()
+        rows = zip(drafted, bonus, distributions, scores.tolist(), calibration.of_rows(scores).tolist(), strict=True)
+        return [NodeRanks(d, b, of, tuple(s[: len(d)]), tuple(p[: len(d)])) for d, b, of, s, p in rows]
 
     def _distributions(
         self, ranks: DraftRanks, drafted: Sequence[Sequence[int]], with_distribution: Sequence[bool]
@@ -151,4 +149,5 @@ def _tokens_below_root(node: Node) -> list[int]:
 
 
 def _possible(row: Sequence[int]) -> tuple[int, ...]:
-    return tuple(token for token in row if token >= 0)
+    """The tokens of a row without the -1 at its end."""
+    return tuple(row) if not row or row[-1] >= 0 else tuple(token for token in row if token >= 0)

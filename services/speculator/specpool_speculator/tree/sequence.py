@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Final
 
-from specpool.algorithm.verification import VerificationMode
 from specpool_speculator.engine.estimates import GuessSpread
 from specpool_speculator.tree.draft_tree import DraftTree
 from specpool_speculator.tree.node import Node
@@ -17,6 +16,7 @@ SequenceKey = tuple[int, str]
 """A sequence's key (connection, sequence id): two targets may use the same id."""
 Outcome = tuple[int, int]
 """A verification outcome (accepted length k, bonus token t*)."""
+_PLACE: Final = itemgetter(1, 2)
 _FIRST_TOKEN: Final = 4.0
 """Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
 
@@ -33,48 +33,43 @@ class Request:
     """Time (monotonic) at which the target is answered with what there is then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """A guessed outcome of the running round."""
-
-    outcome: Outcome
-    """The outcome that is guessed."""
-    node: Node
-    """The bonus token's node; the drafted tokens are the chain below."""
-    probability: float
-    """Probability that this is the outcome; 0 for branches left over from earlier rounds, which are not extended."""
-
-
-@dataclass(eq=False, slots=True)
-class Candidate:
-    """A branch row that could be run."""
-
-    value: float
-    """Probability that what it drafts is used; the first token after a guess counts more."""
-    sequence: SequenceState
-    """The sequence that the branch belongs to."""
-    node: Node
-    """The uncomputed node at the branch's tip."""
-    is_worth_a_step: bool
-    """Whether the row is worth a step of its own; else it only runs together with others that are."""
-
-
 @dataclass(eq=False, slots=True)
 class Branch:
-    """A guess and the chain of tokens drafted for it so far, one more than the lookahead at most."""
+    """A guessed outcome of the running round, and the chain of tokens drafted for it so far.
 
-    guess: Guess
+    The chain is at most one token longer than the lookahead. Its tip is the node `token` after `parent`, which is made
+    when it is scheduled: most tips never are.
+    """
+
+    sequence: SequenceState
+    """The sequence that the branch belongs to."""
+    outcome: Outcome
     """The outcome that is guessed."""
+    probability: float
+    """Probability that this is the outcome; 0 for branches left over from earlier rounds, which are not extended."""
+    parent: Node
+    """The computed node before the tip."""
+    token: int
+    """Token of the tip."""
+    is_closed: bool
+    """Whether nothing is to be drafted after the guessed token."""
     is_best: bool
     """Whether it is the likeliest outcome of all tokens accepted: one token more than the lookahead is of use there."""
-    tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
     """Tokens drafted after the guessed bonus token."""
-    tip: Node
-    """The node after the last of them, which is not computed unless the chain is as long as it gets."""
     chain_probability: float = 1.0
     """Probability that all `tokens` are accepted, if the guess is right."""
-    candidate: Candidate | None = None
-    """The row that would make it longer; None if nothing is to be drafted after it."""
+    value: float = 0.0
+    """Probability that what a row at the tip drafts is used; the first token after a guess counts more."""
+    is_open: bool = False
+    """Whether a row at the tip would make the branch longer."""
+    is_worth_a_step: bool = False
+    """Whether that row is worth a step of its own; else it only runs together with others that are."""
+
+    @property
+    def node(self) -> Node:
+        """The tip, which is not computed unless the chain is as long as it gets."""
+        return self.parent.child(self.token)
 
 
 @dataclass(eq=False, slots=True)
@@ -119,7 +114,7 @@ class SequenceState:
         return node.position + 1 >= self.options.max_length or (node.token in stops and node.parent is not None)
 
     def branches(self) -> list[Branch]:
-        """What is drafted for each guessed outcome of the running round, in the order of `guesses`."""
+        """Guessed outcomes of the running round and what is drafted for each, by accepted length, then rank."""
         return self._current_branches().all
 
     def take_grown(self) -> list[Branch]:
@@ -134,7 +129,8 @@ class SequenceState:
         if branches is None:
             return
         for node in nodes:
-            branch = next((one for one in branches.all if one.tip is node), None)
+            parent, token = node.parent, node.token
+            branch = next((one for one in branches.all if one.token == token and one.parent is parent), None)
             if branch is None:  # drafted for a target that waits: what it is a guess of is found anew
                 self._branches = None
                 return
@@ -143,49 +139,53 @@ class SequenceState:
 
     def _current_branches(self) -> Branches:
         if self._branches is None or self._branches.version != self.tree.version:
-            found = self._find_branches()
+            found = self.find_branches()
             self._branches = Branches(self.tree.version, found, list(found))
         return self._branches
 
-    def _find_branches(self) -> list[Branch]:
-        found, last, best = list[Branch](), len(self.tree.path) - 1, True
-        for guess in self.guesses():
-            is_best = best and guess.outcome[0] == last and guess.probability > 0 and not self.is_end(guess.node)
-            best = best and not is_best
-            branch = Branch(guess, is_best, [], guess.node)
+    def find_branches(self) -> list[Branch]:
+        """What `branches` gives, found in the tree anew."""
+        path, found, has_best = self.tree.path, list[Branch](), False
+        stops, max_length = self.options.stop_tokens, self.options.max_length
+        chosen = self._best_first() if self._is_best_first else self._by_fan_out()
+        for k, (node, ranked) in enumerate(zip(path, chosen, strict=False)):
+            is_last = k + 1 == len(path)
+            is_too_long = node.position + 2 >= max_length
+            for token, probability in ranked:
+                is_closed = probability == 0 or is_too_long or token in stops
+                is_best = is_last and not is_closed and not has_best
+                has_best = has_best or is_best
+                found.append(Branch(self, (k, token), probability, node, token, is_closed, is_best))
+            if node.children:
+                expected = {token for token, _ in ranked}
+                if not is_last:
+                    expected.add(path[k + 1].token)
+                for token, child in node.children.items():
+                    if child.ranks is not None and token not in expected:
+                        found.append(Branch(self, (k, token), 0.0, node, token, True, False))
+        for branch in found:
             self._follow(branch)
-            found.append(branch)
         return found
 
     def _follow(self, branch: Branch) -> None:
         """Follow a branch's chain as far as it is computed, and see what could be drafted next."""
-        lookahead, tip, guess = self.options.lookahead, branch.tip, branch.guess
-        while tip.ranks is not None and len(branch.tokens) <= lookahead:
-            branch.chain_probability *= self.acceptance_after(tip)
-            branch.tokens.append(tip.ranks.drafted[0])
-            tip = tip.child(branch.tokens[-1])
-        branch.tip = tip
-        branch.candidate, num_tokens = None, len(branch.tokens)
-        if guess.probability > 0 and num_tokens <= lookahead and not self.is_end(guess.node) and not self.is_end(tip):
-            value = guess.probability * (branch.chain_probability if num_tokens else _FIRST_TOKEN)
-            branch.candidate = Candidate(value, self, tip, num_tokens < lookahead or branch.is_best)
-
-    def guesses(self) -> Iterator[Guess]:
-        """Guessed outcomes of the running round, in order of accepted length, then rank."""
-        path = self.tree.path
-        chosen = self._best_first() if self._is_best_first else self._by_fan_out()
-        for k, (node, ranked) in enumerate(zip(path, chosen, strict=False)):
-            draft_token = path[k + 1].token if k + 1 < len(path) else None
-            for token, probability in ranked:
-                yield Guess((k, token), node.child(token), probability)
-            expected = {token for token, _ in ranked}
-            for token, child in list(node.children.items()):
-                if child.is_computed and token != draft_token and token not in expected:
-                    yield Guess((k, token), child, 0.0)
+        lookahead, parent, token, tokens = self.options.lookahead, branch.parent, branch.token, branch.tokens
+        child = parent.children.get(token)
+        while child is not None and child.ranks is not None and len(tokens) <= lookahead:
+            branch.chain_probability *= self.acceptance_after(child)
+            parent, token = child, child.ranks.drafted[0]
+            tokens.append(token)
+            child = parent.children.get(token)
+        branch.parent, branch.token = parent, token
+        branch.is_open = not branch.is_closed and len(tokens) <= lookahead
+        if branch.is_open and tokens:
+            branch.is_open = parent.position + 2 < self.options.max_length and token not in self.options.stop_tokens
+        branch.value = branch.probability * (branch.chain_probability if tokens else _FIRST_TOKEN)
+        branch.is_worth_a_step = len(tokens) < lookahead or branch.is_best
 
     @property
     def _is_best_first(self) -> bool:
-        return self.spread.budget > 0 and self.options.verification is not VerificationMode.REJECTION
+        return self.spread.budget > 0
 
     def _open_path(self) -> Iterator[tuple[Node, int | None]]:
         """Nodes after which the outcome may be guessed now, each with the token that is verified there."""
@@ -204,16 +204,22 @@ class SequenceState:
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
         """Tokens guessed after each accepted length, and their probabilities: the most likely of all lengths."""
-        reached, guesses = 1.0, []
-        for node, draft_token in self._open_path():
+        reached, guesses, by_value = 1.0, list[list[tuple[int, float]]](), list[tuple[float, int, int, int]]()
+        for k, (node, draft_token) in enumerate(self._open_path()):
             assert node.ranks is not None, "computed"
-            ranked = zip(node.ranks.drafted, node.ranks.probabilities, strict=True)
-            guesses.append([(token, reached * p) for token, p in ranked if token != draft_token])
+            drafted, probabilities = node.ranks.drafted, node.ranks.probabilities
+            by_value += [
+                (-reached * p, k, rank, token)
+                for rank, (token, p) in enumerate(zip(drafted, probabilities, strict=True))
+                if token != draft_token
+            ]
+            guesses.append([])
             if draft_token is not None:
                 reached *= node.ranks.probability(draft_token)
-        by_value = ((p, -k, token) for k, ranked in enumerate(guesses) for token, p in ranked)
-        chosen = {(-k, token) for _, k, token in heapq.nlargest(self.spread.budget, by_value)}
-        return [[(t, p) for t, p in ranked if (k, t) in chosen] for k, ranked in enumerate(guesses)]
+        by_value.sort()
+        for value, k, _, token in sorted(by_value[: self.spread.budget], key=_PLACE):
+            guesses[k].append((token, -value))
+        return guesses
 
     def chain_probability(self, node: Node, num_tokens: int) -> float:
         """Probability that the first `num_tokens` tokens drafted after `node` are accepted, given that `node` was."""
