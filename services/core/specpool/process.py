@@ -13,6 +13,8 @@ from typing import Final
 from specpool.errors import ConfigError
 
 _PR_SET_PDEATHSIG: Final = 1
+_THRESHOLDS: Final = (20_000, 20, 20)
+"""Objects made between two collections of the youngest, and how many of these between two of the older ones."""
 
 
 def die_with_parent(*, parent_pid: int | None = None, with_signal: signal.Signals = signal.SIGTERM) -> bool:
@@ -50,9 +52,13 @@ def set_cpu_affinity(cores: Iterable[int]) -> None:
 
 
 def freeze_loaded_objects() -> None:
-    """Take what is loaded by now out of garbage collection: a full one would hold a step up for a tenth of a second."""
+    """Take what is loaded by now out of garbage collection: a full one would hold a step up for a tenth of a second.
+
+    What is made later is looked through less often than Python would: draft trees are many small objects.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*_THRESHOLDS)
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -57,14 +57,26 @@ class LaunchingModel(CausalModel, Protocol):
         ...
 
 
-def launch(model: CausalModel, segments: Sequence[Segment], meanwhile: Callable[[], None]) -> Tensor:
-    """The logits of a forward; `meanwhile` is called while it runs, or before it if the model needs the thread."""
-    if isinstance(model, LaunchingModel):
+Forward = Callable[[Sequence[Segment], Callable[[], None]], Tensor]
+"""A forward, and what to do while it runs, or before it if the model needs the thread."""
+
+
+def forward_of(model: CausalModel) -> Forward:
+    """The way to run forwards of a model with something to do meanwhile."""
+    if not isinstance(model, LaunchingModel):
+
+        def forward(segments: Sequence[Segment], meanwhile: Callable[[], None]) -> Tensor:
+            meanwhile()
+            return model.forward(segments)
+
+        return forward
+
+    def launch(segments: Sequence[Segment], meanwhile: Callable[[], None]) -> Tensor:
         logits = model.launch(segments)
         meanwhile()
         return logits()
-    meanwhile()
-    return model.forward(segments)
+
+    return launch
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from specpool.algorithm.saguaro_tuning import SaguaroTuner
 from specpool.algorithm.verification import VerificationMode
 from specpool.errors import KVCacheFull, SpecPoolError
 from specpool_engine.distributions.transport import BODY_TYPES
-from specpool_engine.modeling.interface import CausalModel, Segment, check_segments, launch
+from specpool_engine.modeling.interface import CausalModel, Segment, check_segments, forward_of
 from specpool_speculator.config import SpeculatorConfig
 from specpool_speculator.dense.dense_rows import RowMemory
 from specpool_speculator.engine.estimates import Estimates
@@ -54,6 +54,7 @@ class Drafter:
     ) -> None:
         self.last_step = DraftStepStats()
         self._model = model
+        self._forward = forward_of(model)
         self._config = config
         self._estimates = {
             mode: Estimates(config.fan_out_policy, config.fan_out_budget, mode is not VerificationMode.REJECTION)
@@ -166,7 +167,7 @@ class Drafter:
         """Run the forward, rank its logits, and extend the trees; returns the forward's seconds."""
         started_s = time.monotonic()
         try:
-            logits = launch(self._model, [_segment(p) for p in scheduled], meanwhile)
+            logits = self._forward([_segment(p) for p in scheduled], meanwhile)
         except BaseException as error:
             refused = self._refused(scheduled) if isinstance(error, SpecPoolError) else []
             cancel(scheduled)
