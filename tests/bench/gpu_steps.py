@@ -18,7 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from specpool.errors import InvalidArgument
-from specpool_engine.modeling import Segment, SequenceKV, load_model
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
+from specpool_engine.modeling.paged_kv import SequenceKV
 
 Result = TypeVar("Result")
 BLOCK_SIZE = 256

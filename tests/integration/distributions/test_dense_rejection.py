@@ -15,8 +15,8 @@ from scipy.stats import chisquare
 from specpool.errors import TransportUnavailable
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
 from specpool_engine.distributions import group as group_module
-from specpool_engine.modeling import ToyTokenizer, tokenizer_fingerprint
-from specpool_engine.modeling.toy import ToyTable
+from specpool_engine.modeling.tokenizer import tokenizer_fingerprint
+from specpool_engine.modeling.toy import ToyTable, ToyTokenizer
 
 from .conftest import PROMPT, VOCAB
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from specpool_engine.modeling import Segment, SequenceKV, load_model, load_tokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
+from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_engine.modeling.text_codec import TextCodec
+from specpool_engine.modeling.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.models
 

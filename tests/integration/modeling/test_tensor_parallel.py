@@ -19,8 +19,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from specpool.errors import FollowerLost, InvalidArgument, KVCacheFull, SpecPoolError
-from specpool_engine.modeling import Segment, SequenceKV, load_model
-from specpool_engine.modeling.interface import DistributedModel, close_model, watch_model
+from specpool_engine.modeling.interface import DistributedModel, Segment, close_model, watch_model
+from specpool_engine.modeling.load_model import load_model
+from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_engine.modeling.tensor_parallel.leader import TensorParallelModel
 from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism
 
@@ -193,7 +194,7 @@ def children() -> list[int]:
 def test_no_follower_outlives_a_killed_leader(llama: str) -> None:
     code = (
         "import sys, time\n"
-        "from specpool_engine.modeling import load_model\n"
+        "from specpool_engine.modeling.load_model import load_model\n"
         "from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism\n"
         "model = load_model(sys.argv[1], dtype='float32', num_blocks=8, tensor_parallel=TensorParallelism(size=2))\n"
         "print(model._followers[0].process.pid, flush=True)\n"

@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specpool.rpc.client import channel
 from specpool.v1 import inference_pb2, speculator_pb2, speculator_pb2_grpc, target_pb2, target_pb2_grpc, types_pb2
-from specpool_engine.modeling import ToyTokenizer, tokenizer_fingerprint
+from specpool_engine.modeling.tokenizer import tokenizer_fingerprint
+from specpool_engine.modeling.toy import ToyTokenizer
 
 MODEL = "toy#vocab=24,row_ms=400"
 LIMIT_S = 60.0

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import grpc.aio
 
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
-from specpool_engine.modeling import ToyTokenizer, tokenizer_fingerprint
+from specpool_engine.modeling.tokenizer import tokenizer_fingerprint
+from specpool_engine.modeling.toy import ToyTokenizer
 
 VOCAB = 24
 LOOKAHEAD = 4

@@ -11,7 +11,8 @@ import grpc.aio
 import pytest
 
 from specpool.v1 import speculator_pb2, speculator_pb2_grpc, types_pb2
-from specpool_engine.modeling import ToyTokenizer, tokenizer_fingerprint
+from specpool_engine.modeling.tokenizer import tokenizer_fingerprint
+from specpool_engine.modeling.toy import ToyTokenizer
 
 if "extreme_values" not in sys.modules:
     _spec = importlib.util.spec_from_file_location(

@@ -11,7 +11,9 @@ import torch
 import transformers
 
 from specpool.errors import ConfigError
-from specpool_engine.modeling import Segment, SequenceKV, load_model
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
+from specpool_engine.modeling.paged_kv import SequenceKV
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 

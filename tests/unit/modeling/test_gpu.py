@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 
-from specpool_engine.modeling import Segment, SequenceKV, load_model
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
+from specpool_engine.modeling.paged_kv import SequenceKV
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,13 +10,15 @@ from transformers import LlamaForCausalLM
 
 from specpool.errors import InvalidArgument, ModelNotFound
 from specpool.native import has_compiler
-from specpool_engine.modeling import ModelSpec, Segment, SequenceKV, load_model
 from specpool_engine.modeling.cpu.linear import (
     can_stream,
     can_use_int4,
 )
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
 from specpool_engine.modeling.model import TransformersModel
-from specpool_engine.modeling.spec import ModelKind
+from specpool_engine.modeling.paged_kv import SequenceKV
+from specpool_engine.modeling.spec import ModelKind, ModelSpec
 
 VOCAB_SIZE = 61
 

@@ -9,7 +9,9 @@ import torch
 from transformers import LlamaConfig, Phi3Config
 
 from specpool.errors import InvalidArgument
-from specpool_engine.modeling import BlockPool, Segment, SequenceKV, load_model
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
+from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV
 from specpool_engine.modeling.tensor_parallel.messages import decode_step, encode_step
 from specpool_engine.modeling.tensor_parallel.settings import TensorParallelism, check_model, describe_device
 

@@ -11,7 +11,6 @@ from transformers import LlamaForCausalLM
 from specpool import native as compiling
 from specpool.errors import ConfigError, InvalidArgument
 from specpool.native import has_compiler
-from specpool_engine.modeling import Segment, SequenceKV, load_model
 from specpool_engine.modeling.cpu import native
 from specpool_engine.modeling.cpu.linear import (
     FusedLinear,
@@ -26,7 +25,10 @@ from specpool_engine.modeling.cpu.linear import (
     streamed,
 )
 from specpool_engine.modeling.cpu.linear.int4 import round_to_4_bits
+from specpool_engine.modeling.interface import Segment
+from specpool_engine.modeling.load_model import load_model
 from specpool_engine.modeling.model import TransformersModel
+from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_engine.modeling.vocabulary import keep_frequent_tokens
 
 VOCAB_SIZE = 61

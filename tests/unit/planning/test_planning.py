@@ -108,7 +108,7 @@ def test_predicts_ssd_of_the_committed_bench_from_its_sd() -> None:
 
 def test_a_crowded_speculator_gives_less_and_never_less_than_plain_decoding() -> None:
     slow = replace(FAST, draft_step_ms=4, draft_row_ms=0.5)
-    points = targets_per_speculator(slow, Scenario(mode="ssd", seconds=2), (1, 4, 16))
+    points = targets_per_speculator(slow, Scenario(mode="ssd", seconds=16), (1, 4, 16))
     speeds = [point.figures.tokens_per_second for point in points]
     assert speeds == sorted(speeds, reverse=True)
     assert points[0].share == 1

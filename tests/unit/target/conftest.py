@@ -24,10 +24,10 @@ from one_speculator import OneSpeculator
 
 from specpool.algorithm.noise import Stream, gumbel_argmax
 from specpool.algorithm.sampling import SamplingParams, process_logits
-from specpool_engine.modeling import BlockPool, ToyModel, ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
+from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_engine.modeling.text_codec import TextCodec
-from specpool_engine.modeling.toy import ToyTable
+from specpool_engine.modeling.toy import ToyModel, ToyTable, ToyTokenizer
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import Finish, FinishReason, SequenceRequest, SequenceUpdate, SpeculationMode

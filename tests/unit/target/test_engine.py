@@ -95,7 +95,7 @@ async def test_stop_token_ends_the_output_and_belongs_to_it(bench_for, request_f
 
 
 async def test_stop_string_across_tokens_is_not_part_of_the_text(bench_for, request_for):
-    from specpool_engine.modeling import ToyTokenizer
+    from specpool_engine.modeling.toy import ToyTokenizer
 
     bench = bench_for()
     free = bench.decode([1, 2], request_for("x", [1, 2], max_tokens=40, **SAMPLED).sampling)
@@ -108,7 +108,7 @@ async def test_stop_string_across_tokens_is_not_part_of_the_text(bench_for, requ
 
 
 async def test_text_held_back_for_a_stop_string_comes_at_the_end(bench_for, request_for):
-    from specpool_engine.modeling import ToyTokenizer
+    from specpool_engine.modeling.toy import ToyTokenizer
 
     bench = bench_for()
     free = bench.decode([1, 2], request_for("x", [1, 2], max_tokens=15, **SAMPLED).sampling)

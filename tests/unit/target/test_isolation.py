@@ -13,9 +13,9 @@ from specpool.algorithm.verification import VerificationMode
 from specpool.errors import InvalidArgument, KVCacheFull, SequenceFailed
 from specpool.speculation import DraftSource, SequenceHandle
 from specpool.speculation.inbox import SpeculationInbox
-from specpool_engine.modeling import ToyTokenizer
 from specpool_engine.modeling.detokenizer import IncrementalDetokenizer
 from specpool_engine.modeling.paged_kv import SequenceKV
+from specpool_engine.modeling.toy import ToyTokenizer
 from specpool_target.engine.scheduler import _Places
 from specpool_target.engine.sequence import SpeculationMode, TargetSequence
 from specpool_target.verify import verify_step as verifying

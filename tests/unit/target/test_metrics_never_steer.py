@@ -16,8 +16,8 @@ import pytest
 from one_speculator import LOOKAHEAD, OneSpeculator
 
 from specpool.v1 import speculator_pb2
-from specpool_engine.modeling import BlockPool, ToyModel
-from specpool_engine.modeling.toy import ToyTable
+from specpool_engine.modeling.paged_kv import BlockPool
+from specpool_engine.modeling.toy import ToyModel, ToyTable
 from specpool_target.config import TargetConfig
 from specpool_target.engine.engine import TargetEngine
 from specpool_target.engine.sequence import SequenceRequest, SpeculationMode, TargetSequence

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from specpool.errors import TargetUnavailable
-from specpool_engine.modeling import BlockPool
+from specpool_engine.modeling.paged_kv import BlockPool
 from specpool_target.engine.scheduler import Scheduler
 from specpool_target.engine.sequence import Draft, DraftSource, SequenceState, TargetSequence
 

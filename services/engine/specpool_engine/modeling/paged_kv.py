@@ -116,6 +116,10 @@ class BlockPool:
         """The block of that name, used or cached; None if there is none."""
         return self._block_of_hash.get(name)
 
+    def is_writable(self, block: int) -> bool:
+        """Whether a used block has one holder, and nobody finds it by its contents."""
+        return self._references[block] == 1 and block not in self._hash_of_block
+
     def make_writable(self, block: int) -> int:
         """A block with the same contents that only the caller holds: itself, or a fresh copy of a shared one."""
         if self._references[block] == 1:
@@ -180,6 +184,14 @@ class SequenceKV:
             parent = self._hashes[-1] if self._hashes else hash_salt(salt)
             self._hashes.append(hash_block(parent, tokens[index * size : (index + 1) * size]))
             self.pool.publish(self.block_ids[index], self._hashes[-1])
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether `num_tokens` tokens can be written as it is: `reserve` would change nothing."""
+        size, blocks = self.pool.block_size, self.block_ids
+        index = self.length // size
+        if index >= len(blocks) or self.length + num_tokens > len(blocks) * size:
+            return num_tokens == 0
+        return self.pool.is_writable(blocks[index])
 
     def blocks_to_reserve(self, num_tokens: int) -> int:
         """Number of blocks that `reserve(num_tokens)` would allocate now."""
@@ -247,7 +259,10 @@ class SequenceKV:
 
 def reserve_all(pool: BlockPool, wanted: Iterable[tuple[SequenceKV, int]]) -> None:
     """Reserve room in several tables, all or none: on `KVCacheFull` no table has changed."""
-    wanted = list(wanted)
+    # Most tokens of a step are one row each, in the middle of a block that is theirs alone.
+    wanted = [(kv, num_tokens) for kv, num_tokens in wanted if not kv.has_room(num_tokens)]
+    if not wanted:
+        return
     num_blocks = sum(kv.blocks_to_reserve(num_tokens) for kv, num_tokens in wanted)
     writers = Counter(kv.shared_write_block(num_tokens) for kv, num_tokens in wanted)
     for block, num_writers in writers.items():

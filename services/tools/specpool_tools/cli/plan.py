@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from specpool.errors import ConfigError, InvalidArgument
+from specpool_tools.cli.progress import StageProgress
 from specpool_tools.planning.answers import (
+    MAX_FITS,
     PoolPoint,
     PoolSize,
     best_settings,
@@ -23,7 +25,7 @@ from specpool_tools.planning.answers import (
 )
 from specpool_tools.planning.profile import Profile
 from specpool_tools.planning.scenario import MODES, Figures, Scenario
-from specpool_tools.planning.simulator import simulate
+from specpool_tools.planning.simulations import Simulations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +51,8 @@ class PlanOptions:
     sd_lookahead: int = 0
     """Lookahead K of that measurement; 0: the profile's."""
     seconds: float = 20.0
-    """Seconds simulated per scenario."""
+    """Seconds simulated of a target alone; several on one speculator are simulated for that time together, at least for
+    an eighth of it each."""
     seed: int = 1
     as_json: bool = False
     plot: Path | None = None
@@ -74,34 +77,65 @@ def read_profile(name: str) -> Profile:
     return Profile.read(Path(name))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The answers of a simulation."""
+
+    profile: Profile
+    """What was simulated, with the settings that were found best."""
+    modes: dict[str, Figures]
+    """Figures of one target with a speculator of its own, by mode."""
+    points: list[PoolPoint]
+    """Figures of several targets on one speculator."""
+    slo_tokens_per_s: float
+    """Speed in tokens per second that the pool is sized for."""
+    pool: PoolSize | None
+    """The smallest pool that gives it; None if none does, or if none was asked for."""
+
+
 def run_plan(options: PlanOptions, console: Console) -> None:
     """Simulate what is asked, and print the answers."""
     _check(options)
     profile = read_profile(options.profile)
+    progress = StageProgress()
+    try:
+        plan = make_plan(profile, options, Simulations(progress))
+    finally:
+        progress.close()
+    if options.plot:
+        _plot(plan.points, plan.modes, options.plot)
+    if options.as_json:
+        print(json.dumps(_document(plan, options), indent=2))
+    else:
+        _print(plan, options, console)
+
+
+def make_plan(profile: Profile, options: PlanOptions, simulations: Simulations) -> Plan:
+    """Answer what is asked about a profile."""
     scenario = Scenario(mode="ssd", batch_size=options.batch_size, seconds=options.seconds, seed=options.seed)
     if options.sd_tokens_per_s:
+        simulations.begin("fit", MAX_FITS)
         measured = replace(profile, lookahead=options.sd_lookahead or profile.lookahead)
-        fitted = fit_acceptance(measured, replace(scenario, mode="sd"), options.sd_tokens_per_s)
+        fitted = fit_acceptance(measured, replace(scenario, mode="sd"), options.sd_tokens_per_s, simulations)
         profile = replace(profile, acceptance=fitted.acceptance)
+        simulations.end()
     if options.lookaheads or options.fan_outs:
-        profile, _ = best_settings(
-            profile,
-            scenario,
-            lookaheads=options.lookaheads or (profile.lookahead,),
-            fan_outs=options.fan_outs or (profile.fan_out,),
-        )
-    modes = {mode: simulate(profile, replace(scenario, mode=mode)) for mode in MODES}
-    points = targets_per_speculator(profile, scenario, options.target_counts)
-    slo = options.slo_tokens_per_s or 0.9 * modes["ssd"].tokens_per_second
-    pool = None
+        lookaheads, fan_outs = options.lookaheads or (profile.lookahead,), options.fan_outs or (profile.fan_out,)
+        simulations.begin("settings", len(lookaheads) * len(fan_outs))
+        profile, _ = best_settings(profile, scenario, lookaheads=lookaheads, fan_outs=fan_outs, simulate=simulations)
+        simulations.end()
+    simulations.begin("modes and targets", len(MODES) + len(options.target_counts) + 1)
+    modes = {mode: simulations(profile, replace(scenario, mode=mode)) for mode in MODES}
+    points = targets_per_speculator(profile, scenario, options.target_counts, simulations)
+    simulations.end()
+    slo, pool = options.slo_tokens_per_s or 0.9 * modes["ssd"].tokens_per_second, None
     if options.num_targets:
-        pool = smallest_pool(profile, scenario, num_targets=options.num_targets, slo_tokens_per_s=slo)
-    if options.plot:
-        _plot(points, modes, options.plot)
-    if options.as_json:
-        print(json.dumps(_document(profile, modes, points, pool, slo, options), indent=2))
-    else:
-        _print(profile, modes, points, pool, slo, options, console)
+        simulations.begin("pool", options.num_targets.bit_length() + 3)
+        pool = smallest_pool(
+            profile, scenario, num_targets=options.num_targets, slo_tokens_per_s=slo, simulate=simulations
+        )
+        simulations.end()
+    return Plan(profile=profile, modes=modes, points=points, slo_tokens_per_s=slo, pool=pool)
 
 
 def _check(options: PlanOptions) -> None:
@@ -120,34 +154,20 @@ def _check(options: PlanOptions) -> None:
         raise InvalidArgument(f"pool_for must be at least 0, got {options.num_targets}", metadata={"field": "pool_for"})
 
 
-def _document(
-    profile: Profile,
-    modes: dict[str, Figures],
-    points: Sequence[PoolPoint],
-    pool: PoolSize | None,
-    slo: float,
-    options: PlanOptions,
-) -> dict[str, Any]:
+def _document(plan: Plan, options: PlanOptions) -> dict[str, Any]:
     document: dict[str, Any] = {
-        "profile": asdict(profile),
-        "modes": {mode: asdict(figures) for mode, figures in modes.items()},
-        "targets_per_speculator": [asdict(point) for point in points],
+        "profile": asdict(plan.profile),
+        "modes": {mode: asdict(figures) for mode, figures in plan.modes.items()},
+        "targets_per_speculator": [asdict(point) for point in plan.points],
     }
     if options.num_targets:
-        document["pool"] = {"num_targets": options.num_targets, "slo_tokens_per_s": slo}
-        document["pool"]["smallest"] = asdict(pool) if pool else None
+        document["pool"] = {"num_targets": options.num_targets, "slo_tokens_per_s": plan.slo_tokens_per_s}
+        document["pool"]["smallest"] = asdict(plan.pool) if plan.pool else None
     return document
 
 
-def _print(
-    profile: Profile,
-    modes: dict[str, Figures],
-    points: Sequence[PoolPoint],
-    pool: PoolSize | None,
-    slo: float,
-    options: PlanOptions,
-    console: Console,
-) -> None:
+def _print(plan: Plan, options: PlanOptions, console: Console) -> None:
+    profile, modes = plan.profile, plan.modes
     console.print(f"K = {profile.lookahead}, B = {profile.fan_out}, acceptance rate {profile.acceptance:.3f}")
     table = Table(title="one target, one speculator")
     for heading in ("mode", "tok/s per sequence", "vs off", "tok/round", "hit", "full", "rows/step", "speculator busy"):
@@ -159,11 +179,11 @@ def _print(
     table = Table(title="mode ssd, targets on one speculator")
     for heading in ("targets", "tok/s per sequence", "of one alone", "hit", "full", "rows/step", "speculator busy"):
         table.add_column(heading, justify="right")
-    for p in points:
+    for p in plan.points:
         table.add_row(str(p.num_targets), f"{p.figures.tokens_per_second:.1f}", f"{p.share:.2f}", *_shares(p.figures))
     console.print(table)
     if options.num_targets:
-        console.print(_describe(pool, slo, options.num_targets, modes))
+        console.print(_describe(plan.pool, plan.slo_tokens_per_s, options.num_targets, modes))
 
 
 def _shares(figures: Figures) -> tuple[str, ...]:

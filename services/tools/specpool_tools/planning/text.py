@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -108,6 +109,13 @@ class SimulatedModel:
         return torch.empty(0)
 
 
+@dataclass(frozen=True, slots=True)
+class _SimulatedRanks(NodeRanks):
+    """What comes after a node, and whether the node is still the target's text."""
+
+    is_text: bool = False
+
+
 class SimulatedRanker:
     """Ranks nodes by the drawn text instead of by logits."""
 
@@ -118,7 +126,8 @@ class SimulatedRanker:
         hits = [1 - min(1.0, profile.miss_constant / f**profile.miss_exponent) for f in range(1, num_ranks)]
         self._within = [after - before for before, after in zip([0.0, *hits], hits, strict=False)]
         rng = random.Random("off the text")
-        self._confidences = [draw_confidence(profile, rng) for _ in range(_NUM_CONFIDENCES)]
+        # How likely the ranks of a node off the text are, for some confidences: one of these is taken.
+        self._off_text = [self._shares(draw_confidence(profile, rng)) for _ in range(_NUM_CONFIDENCES)]
 
     def rank(self, logits: Tensor, rows: Sequence[tuple[SequenceState, Node]]) -> list[NodeRanks]:
         return [self._ranks(sequence, node) for sequence, node in rows]
@@ -126,20 +135,24 @@ class SimulatedRanker:
     def _ranks(self, sequence: SequenceState, node: Node) -> NodeRanks:
         sequence_id, position = sequence.key[1], node.position + 1
         first = (node.token * 2654435761 + position * 40503) % (VOCAB_SIZE - self._num_ranks)
-        tokens = list(range(first, first + self._num_ranks))
-        confidence = self._confidences[first % _NUM_CONFIDENCES]
-        if self._is_text(sequence_id, node):
-            place = self._text.at(sequence_id, position)
-            confidence = place.confidence
-            if place.rank < self._num_ranks:
-                tokens[place.rank] = place.token
-        probabilities = (confidence, *((1 - confidence) * share for share in self._within))
-        return NodeRanks(tuple(tokens), tuple(tokens), None, (), probabilities)
+        tokens = range(first, first + self._num_ranks)
+        if not self._is_text(sequence_id, node):
+            drafted = tuple(tokens)
+            return _SimulatedRanks(drafted, drafted, None, (), self._off_text[first % _NUM_CONFIDENCES])
+        place = self._text.at(sequence_id, position)
+        drafted = tuple(tokens)
+        if place.rank < self._num_ranks:
+            drafted = (*drafted[: place.rank], place.token, *drafted[place.rank + 1 :])
+        return _SimulatedRanks(drafted, drafted, None, (), self._shares(place.confidence), is_text=True)
+
+    def _shares(self, confidence: float) -> tuple[float, ...]:
+        """Probabilities of the ranks where the draft is that sure of its first token."""
+        return (confidence, *[(1 - confidence) * share for share in self._within])
 
     def _is_text(self, sequence_id: str, node: Node) -> bool:
-        current: Node | None = node
-        while current is not None and current.parent is not None:
-            if current.token != self._text.token(sequence_id, current.position):
-                return False
-            current = current.parent
-        return True
+        """Whether a node and all before it are the target's text: committed tokens always are."""
+        if node.parent is None:
+            return True
+        ranks = node.parent.ranks
+        is_text = isinstance(ranks, _SimulatedRanks) and ranks.is_text if node.parent.parent is not None else True
+        return is_text and node.token == self._text.token(sequence_id, node.position)
