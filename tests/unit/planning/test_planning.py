@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, pvariance
+from statistics import fmean, mean, pvariance, stdev
 from typing import get_args
 
 import pytest
@@ -18,6 +18,7 @@ from specpool_tools.cli.plan import PlanOptions, profile_names, read_profile, ru
 from specpool_tools.planning.answers import best_settings, fit_acceptance, smallest_pool, targets_per_speculator
 from specpool_tools.planning.profile import Profile
 from specpool_tools.planning.scenario import Scenario
+from specpool_tools.planning.simulations import Simulations
 from specpool_tools.planning.simulator import simulate
 from specpool_tools.planning.text import SimulatedText
 
@@ -191,3 +192,20 @@ def test_the_command_refuses_bad_arguments() -> None:
     ):
         with pytest.raises(InvalidArgument, match=message):
             run_plan(options, Console())
+
+
+def test_the_error_that_is_given_is_that_of_other_seeds() -> None:
+    found = [simulate(FAST, Scenario(mode="sd", seconds=6, seed=seed)) for seed in range(24)]
+    speeds = [figures.tokens_per_second for figures in found]
+    spread = stdev(speeds) / mean(speeds)
+    assert 0.6 < spread / mean(figures.relative_error for figures in found) < 1.6
+
+
+def test_a_scenario_is_simulated_once_and_its_progress_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    simulations = Simulations(lambda *step: told.append(step))
+    simulations.begin("some", 3)
+    scenario = Scenario(mode="off", seconds=1)
+    assert simulations(FAST, scenario) is simulations(FAST, scenario)
+    simulations.end()
+    assert told == [("some", 0, 3), ("some", 1, 3), ("some", 2, 3), ("some", 3, 3)]

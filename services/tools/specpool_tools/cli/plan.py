@@ -28,6 +28,9 @@ from specpool_tools.planning.scenario import MODES, Figures, Scenario
 from specpool_tools.planning.simulations import Simulations
 
 
+_SHARES = ("hit", "full", "rows/step", "speculator busy")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
     """What `specpool plan` is asked."""
@@ -50,7 +53,7 @@ class PlanOptions:
     """Measured speed of mode sd to fit the acceptance rate to first; 0: the profile's rate."""
     sd_lookahead: int = 0
     """Lookahead K of that measurement; 0: the profile's."""
-    seconds: float = 20.0
+    seconds: float = 12.0
     """Seconds simulated of a target alone; several on one speculator are simulated for that time together, at least for
     an eighth of it each."""
     seed: int = 1
@@ -170,20 +173,45 @@ def _print(plan: Plan, options: PlanOptions, console: Console) -> None:
     profile, modes = plan.profile, plan.modes
     console.print(f"K = {profile.lookahead}, B = {profile.fan_out}, acceptance rate {profile.acceptance:.3f}")
     table = Table(title="one target, one speculator")
-    for heading in ("mode", "tok/s per sequence", "vs off", "tok/round", "hit", "full", "rows/step", "speculator busy"):
+    for heading in (
+        "mode",
+        "tok/s per sequence",
+        "±",
+        "vs off",
+        "tok/round",
+        "hit",
+        "full",
+        "rows/step",
+        "speculator busy",
+    ):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
     for mode, f in modes.items():
         ratio = f"{f.tokens_per_second / modes['off'].tokens_per_second:.2f}"
-        table.add_row(mode, f"{f.tokens_per_second:.1f}", ratio, f"{f.tokens_per_round:.2f}", *_shares(f))
+        table.add_row(mode, *_speed(f), ratio, f"{f.tokens_per_round:.2f}", *_shares(f))
     console.print(table)
     table = Table(title="mode ssd, targets on one speculator")
-    for heading in ("targets", "tok/s per sequence", "of one alone", "hit", "full", "rows/step", "speculator busy"):
+    for heading in (
+        "targets",
+        "tok/s per sequence",
+        "±",
+        "of one alone",
+        "hit",
+        "full",
+        "rows/step",
+        "speculator busy",
+    ):
         table.add_column(heading, justify="right")
     for p in plan.points:
-        table.add_row(str(p.num_targets), f"{p.figures.tokens_per_second:.1f}", f"{p.share:.2f}", *_shares(p.figures))
+        table.add_row(str(p.num_targets), *_speed(p.figures), f"{p.share:.2f}", *_shares(p.figures))
     console.print(table)
     if options.num_targets:
         console.print(_describe(plan.pool, plan.slo_tokens_per_s, options.num_targets, modes))
+
+
+def _speed(figures: Figures) -> tuple[str, str]:
+    """A speed, and its standard error."""
+    speed = figures.tokens_per_second
+    return f"{speed:.1f}", f"{speed * figures.relative_error:.1f}"
 
 
 def _shares(figures: Figures) -> tuple[str, ...]:

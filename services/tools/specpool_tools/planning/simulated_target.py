@@ -41,6 +41,8 @@ class _Sequence:
     """Whether the round before had waited for its draft after a miss; None: it was a hit."""
     num_rounds: int = 0
     num_tokens: int = 0
+    sum_of_squares: int = 0
+    """Of the numbers of tokens of its rounds."""
     num_waits: int = 0
     lookups: dict[LookupKind, int] = field(default_factory=dict)
 
@@ -70,7 +72,7 @@ class SimulatedTarget:
     def reset(self) -> None:
         """Count from now on, so that the warm-up is left out."""
         for sequence in self.sequences:
-            sequence.num_rounds = sequence.num_tokens = sequence.num_waits = 0
+            sequence.num_rounds = sequence.num_tokens = sequence.sum_of_squares = sequence.num_waits = 0
             sequence.lookups.clear()
 
     def start(self) -> None:
@@ -131,6 +133,7 @@ class SimulatedTarget:
         sequence.length += num_accepted + 1
         sequence.num_rounds += 1
         sequence.num_tokens += num_accepted + 1
+        sequence.sum_of_squares += (num_accepted + 1) ** 2
         ended, sequence.round = sequence.round, sequence.round + 1
         sequence.draft = self._choose(sequence, ended, num_accepted, bonus)
         return speculator_pb2.Outcome(

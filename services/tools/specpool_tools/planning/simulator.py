@@ -8,6 +8,7 @@ a miss. Forwards take the profile's times, messages half a round trip.
 from __future__ import annotations
 
 import gc
+import math
 
 from specpool.algorithm.speculation_cache import LookupKind
 from specpool_tools.planning.clock import Clock
@@ -59,6 +60,7 @@ class Simulation:
         waits = sum(sequence.num_waits for sequence in sequences)
         return Figures(
             tokens_per_second=tokens / seconds / len(sequences),
+            relative_error=_relative_error(rounds, tokens, sum(sequence.sum_of_squares for sequence in sequences)),
             tokens_per_round=tokens / rounds,
             hit_rate=(full + partial) / lookups,
             full_hit_rate=full / lookups,
@@ -66,6 +68,13 @@ class Simulation:
             rows_per_step=self.speculator.num_rows / max(1, self.speculator.num_steps),
             utilisation=min(1.0, self.speculator.busy_s / seconds),
         )
+
+
+def _relative_error(num_rounds: int, num_tokens: int, sum_of_squares: int) -> float:
+    """Standard error of the mean tokens of a round over that mean."""
+    mean = num_tokens / num_rounds
+    variance = max(0.0, sum_of_squares / num_rounds - mean**2)
+    return math.sqrt(variance / num_rounds) / mean if mean else 0.0
 
 
 def simulate(profile: Profile, scenario: Scenario) -> Figures:

@@ -94,7 +94,7 @@ class SimulatedText:
 class SimulatedModel:
     """Keeps block tables as a model does, and computes nothing."""
 
-    def __init__(self, num_blocks: int = 1 << 16, block_size: int = 64) -> None:
+    def __init__(self, num_blocks: int = 1 << 16, block_size: int = 1 << 12) -> None:
         self.vocab_size = VOCAB_SIZE
         self.max_context = _MAX_CONTEXT
         self.pool = BlockPool(num_blocks, block_size)

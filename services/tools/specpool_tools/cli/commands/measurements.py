@@ -76,7 +76,7 @@ def plan(
     fan_out: Annotated[list[int] | None, typer.Option(help="Candidates for B; repeatable.")] = None,
     fit_sd: Annotated[float, typer.Option(help="Fit the acceptance rate to this speed of mode sd, tokens/s.")] = 0.0,
     fit_sd_lookahead: Annotated[int, typer.Option(help="K of that measurement.")] = 0,
-    seconds: Annotated[float, typer.Option(help="Simulated of a target alone.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Simulated of a target alone.")] = 12.0,
     seed: Annotated[int, typer.Option(help="Of the simulated text.")] = 1,
     output: Annotated[Output, typer.Option(help="Tables, or one JSON object.")] = Output.TEXT,
     plot: Annotated[Path | None, typer.Option(help="PNG of speed over targets.")] = None,
