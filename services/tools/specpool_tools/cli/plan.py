@@ -27,7 +27,6 @@ from specpool_tools.planning.profile import Profile
 from specpool_tools.planning.scenario import MODES, Figures, Scenario
 from specpool_tools.planning.simulations import Simulations
 
-
 _SHARES = ("hit", "full", "rows/step", "speculator busy")
 
 
