@@ -207,3 +207,25 @@ def test_a_head_over_more_than_the_vocabulary_is_the_whole_head(directory: Path)
     head = model.get_output_embeddings()
     keep_frequent_tokens(model, 10**6, ())
     assert model.get_output_embeddings() is head
+
+
+@needs_int4
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_int4_model_computes_a_token_alike_however_many_are_computed_with_it(directory: Path, dtype: str) -> None:
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randint(60, (23,), generator=draw).tolist()
+    model = load_model(
+        str(directory), dtype=dtype, num_blocks=64, block_size=4, weights="int4", attention_backend="native"
+    )
+    at_once = model.forward([Segment(kv=SequenceKV(model.pool), tokens=tokens, num_logits=len(tokens))])
+    for size in (1, 2, 5, 7):
+        kv, others = SequenceKV(model.pool), [SequenceKV(model.pool) for _ in range(size)]
+        parts = []
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
+            segments = [Segment(kv=kv, tokens=part, num_logits=len(part))]
+            segments += [Segment(kv=other, tokens=part[:1], num_logits=0) for other in others]
+            parts.append(model.forward(segments))
+        assert torch.cat(parts).equal(at_once), size
+        for one in (kv, *others):
+            one.free()

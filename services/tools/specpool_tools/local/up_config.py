@@ -47,7 +47,7 @@ class UpConfig(Settings):
     draft_sm_share: Share = 1.0
     """`colocated`: share of the GPU's multiprocessors that draft steps use; below 1 it needs green contexts and MPS."""
     weights: str = ""
-    """Weight format of the targets: plain, prepacked or streamed."""
+    """Weight format of the targets: plain, prepacked, streamed or int4, which changes the text a little."""
     draft_weights: str = ""
     """Weight format of the draft: plain, prepacked, streamed, int8 or int4."""
     attention_backend: str = ""
