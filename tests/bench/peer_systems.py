@@ -18,6 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from specpool.client import Client
 from specpool.errors import Internal
+from specpool.native import has_compiler
+from specpool_engine.modeling.cpu.linear import can_use_int4
 from specpool_tools.bench.machine import recommended_arguments
 from specpool_tools.bench.requests import Setting, measure
 from specpool_tools.bench.system import running_system
@@ -61,10 +63,12 @@ class System(ABC):
 class SpecPool(System):
     """Ours."""
 
-    def __init__(self, pair: Pair, *, name: str, ways: Mapping[str, Sequence[Options]], up: Sequence[str]) -> None:
+    def __init__(
+        self, pair: Pair, *, name: str, ways: Mapping[str, Sequence[Options]], up: Sequence[str], precision: str
+    ) -> None:
         self.name = name
         self.ways = ways
-        self.precision = "16 bit, draft 4 bit" if set(ways) != {"off"} else "16 bit"
+        self.precision = precision
         self._up = (*recommended_arguments(), "--target", pair.target, "--draft", pair.draft, *up)
 
     @contextmanager
@@ -229,10 +233,13 @@ def systems(pair: Pair, lookaheads: Sequence[int], up: Sequence[str], *, with_ll
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     shared = (*up, "--affinity", f"target={cores};speculator={cores}")
     chosen: list[System] = [
-        SpecPool(pair, name="SpecPool", ways=ways, up=up),
-        SpecPool(pair, name="SpecPool, all cores", ways={"off": ways["off"]}, up=shared),
+        SpecPool(pair, name="SpecPool", ways=ways, up=up, precision="16 bit, draft 4 bit"),
+        SpecPool(pair, name="SpecPool, all cores", ways={"off": ways["off"]}, up=shared, precision="16 bit"),
         Transformers(pair),
     ]
+    if can_use_int4() and has_compiler():
+        four_bits = (*up, "--weights", "int4", "--dtype", "float32")
+        chosen.append(SpecPool(pair, name="SpecPool, int4", ways=ways, up=four_bits, precision="4 bit"))
     if with_llama:
         llama_cpp.build()
         for weights, precision in (("bf16", "16 bit"), ("Q4_K_M", "4 bit")):
