@@ -7,6 +7,7 @@ Router, target, speculator and client are the real ones, in processes of their o
 the times of a 70B target on four GPUs and a 1B draft on one, leave the interpreter to others meanwhile, and have the
 logits of toys. A stretched run takes all times `--stretch` times as long, so that the host's own time vanishes in them:
 what it reaches is what the policy could do. `share` is the speed at true times over that. The texts are the same.
+`direct` is at true times, too, with requests that go to the targets themselves.
 
 Points are TARGETSxSEQUENCES: so many targets on one speculator, with so many sequences each. `--before` measures
 another tree's services at true times in turn with this one's. Processor time is in milliseconds per round of a
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
+from direct_client import DirectClient
 from process_times import CLIENT, ROLES, processor_seconds
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +41,7 @@ from specpool_tools.bench.requests import Setting
 from specpool_tools.bench.system import running_system
 from specpool_tools.models.prompts import Prompt
 
-NOW, BEFORE, STRETCHED = "now", "before", "stretched"
+NOW, BEFORE, STRETCHED, DIRECT = "now", "before", "stretched", "direct"
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 LOOKAHEAD: Final = 6
 SERVICES: Final = ("core", "engine", "target", "speculator", "router", "tools")
@@ -50,7 +52,7 @@ class HostRow(Row):
     """One measured point of one way to run."""
 
     run: str
-    """now, before or stretched."""
+    """now, direct, before or stretched."""
     processor_ms: dict[str, float] = field(default_factory=dict)
     """Processor time per round of a sequence, by kind of process."""
     router_ms_per_token: float = 0.0
@@ -91,6 +93,8 @@ def measure_points(arguments: argparse.Namespace, known: Sequence[HostRow]) -> I
     runs = [Run(name=STRETCHED, stretch=arguments.stretch), Run(name=NOW)]
     if arguments.before:
         runs.insert(1, Run(name=BEFORE, tree=arguments.before.resolve()))
+    if arguments.direct:
+        runs.append(Run(name=DIRECT))
     done = {(row.num_targets, row.batch_size, row.mode): row for row in known}
     for num_targets in dict.fromkeys(targets for targets, _ in arguments.points):
         sizes = [size for targets, size in arguments.points if targets == num_targets]
@@ -113,7 +117,7 @@ async def measure_point(endpoint: str, point: Point, run: Run, arguments: argpar
     setting = Setting(mode=point.mode, temperature=1.0, lookahead=LOOKAHEAD)
     repeats = 1 if point.mode == "off" else arguments.repeats
     samples: list[tuple[float, float]] = []
-    async with Client(endpoint) as client:
+    async with await client_of(endpoint, run) as client:
         await run_batch(client, setting, prompts, max_tokens=arguments.max_tokens, first_seed=0)
         watcher = asyncio.create_task(watch_speculator(client, samples))
         before = processor_seconds()
@@ -132,6 +136,14 @@ async def measure_point(endpoint: str, point: Point, run: Run, arguments: argpar
         processor_ms={kind: used[kind] * 1e3 / num_rounds for kind in (*ROLES, CLIENT)},
         router_ms_per_token=used["router"] * 1e3 / num_tokens,
     )
+
+
+async def client_of(endpoint: str, run: Run) -> Client:
+    """Of the router, or of the targets behind it."""
+    if run.name != DIRECT:
+        return Client(endpoint)
+    async with Client(endpoint) as asking:
+        return DirectClient(endpoint, await asking.cluster_status())
 
 
 def show(rows: Sequence[HostRow], console: Console) -> None:
@@ -167,6 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--stretch", type=float, default=16.0)
     parser.add_argument("--before", type=Path, metavar="TREE", help="root of another tree to measure in turn")
+    parser.add_argument("--direct", action="store_true", help="measure without the router, too")
     parser.add_argument("--repeats", type=int, default=4, help="batches per point, after the warm-up")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--affinity", default="", help="with one target, as `specpool up` takes it")
