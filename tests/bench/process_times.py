@@ -1,4 +1,4 @@
-"""Processor time of the processes that this one started, by their role in the pool. Linux."""
+"""Processor time and memory of the processes that this one started, by their role in the pool. Linux."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def processor_seconds() -> Counter[str]:
         with suppress(OSError):  # it has ended meanwhile
             if (role := _role(pid)) is not None:
                 found[role] += _of_process(pid)
+    return found
+
+
+def resident_bytes() -> Counter[str]:
+    """Resident memory of all descendants, by role."""
+    found = Counter[str]()
+    for pid in _descendants(os.getpid()):
+        with suppress(OSError):
+            if (role := _role(pid)) is not None:
+                found[role] += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from specpool_engine.distributions.choices import TransportChoice
 from specpool_engine.runtime.settings import EngineConfig
@@ -23,6 +23,9 @@ class TargetConfig(EngineConfig):
     """Sequences in the batch at once; more wait."""
     max_batch_tokens: PositiveInt = 512
     """Tokens of one forward; longer prompts are prefilled in chunks."""
+    max_prefill_share: float = Field(default=0.5, ge=0, lt=1)
+    """Share of a forward's time that prompts may take while others decode: 0.5 makes their rounds twice as long at
+    most. Less is gentler to others, and a longer wait for first tokens."""
     max_waiting: NonNegativeInt = 256
     """Sequences that may wait for admission; more are refused."""
     max_context: NonNegativeInt = 0

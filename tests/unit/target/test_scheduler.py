@@ -167,3 +167,38 @@ def test_a_full_target_has_places_left_for_what_another_one_began(scheduler_for,
     scheduler.check_admissible(3, num_submitted=25, is_continuation=True)
     with pytest.raises(TargetUnavailable, match="22 sequences are waiting already, at most 22 may"):
         scheduler.check_admissible(3, num_submitted=26, is_continuation=True)
+
+
+def test_a_short_prompt_is_through_before_a_long_one_that_came_first(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(tokens=12, num_blocks=40)
+    long, short = sequence_for("a", 60), sequence_for("b", 9)
+    scheduler.add(long)
+    compute(scheduler.schedule())
+    scheduler.add(short)
+    compute(scheduler.schedule())
+    assert short in scheduler.running
+    compute(scheduler.schedule())
+    assert short.num_uncomputed == 1
+    assert long.num_uncomputed > 20
+    while long.num_uncomputed > 1:
+        compute(scheduler.schedule())
+
+
+def test_rounds_bound_what_a_prompt_adds_to_their_time(scheduler_for, sequence_for):
+    scheduler, _ = scheduler_for(tokens=32, num_blocks=60)
+    running, prompt = sequence_for("a", 4), sequence_for("b", 62)
+
+    def step():
+        scheduled = scheduler.schedule()
+        compute(scheduled)
+        seconds = 1.0 + 0.1 * sum(one.num_tokens for one in scheduled.segments)
+        scheduler.observe(scheduled, seconds)
+        return seconds
+
+    scheduler.add(running)
+    for _ in range(8):
+        step()
+    scheduler.add(prompt)
+    times = [step() for _ in range(6)]
+    assert max(times) < 2.4, "twice a round's own 1.1 s, within a tenth"
+    assert max(times) > 1.75

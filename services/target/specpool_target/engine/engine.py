@@ -70,6 +70,7 @@ class TargetEngine:
             max_batch_size=config.max_batch_size,
             max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
+            max_prefill_share=config.max_prefill_share,
         )
         self._on_failed = on_failed
         self._config = config

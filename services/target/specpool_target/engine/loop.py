@@ -90,6 +90,7 @@ class TargetLoop:
         if logits is None:
             return True
         arrived_at_s = time.perf_counter()
+        self._scheduler.observe(step, arrived_at_s - forward_at_s)
         items = self._verify_items(step)
         verify_at_s = time.perf_counter()
         verified = self._verify(logits, items)

@@ -8,12 +8,13 @@ and recomputation after a preemption are one case: only the chunk that reaches t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from specpool.errors import ContextLengthExceeded, TargetUnavailable
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.paged_kv import BlockPool, SequenceKV, num_blocks_for
+from specpool_target.engine.prefill_share import PrefillShare, allot
 from specpool_target.engine.sequence import TargetSequence
 
 
@@ -33,9 +34,12 @@ class ScheduledSegment:
         """The segment that the model computes."""
         sequence = self.sequence
         assert sequence.kv is not None, "only admitted sequences are scheduled"
-        pending = sequence.tokens[sequence.kv.length :] + sequence.draft.tokens
-        num_logits = 1 + len(sequence.draft.tokens) if self.is_complete else 0
-        return Segment(kv=sequence.kv, tokens=pending[: self.num_tokens], num_logits=num_logits)
+        start = sequence.kv.length
+        tokens = sequence.tokens[start : start + self.num_tokens]
+        if not self.is_complete:
+            return Segment(kv=sequence.kv, tokens=tokens, num_logits=0)
+        draft = sequence.draft.tokens
+        return Segment(kv=sequence.kv, tokens=tokens + draft, num_logits=1 + len(draft))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,19 @@ class Scheduler:
     """Decides who is in the batch; owns the order of the sequences and their KV."""
 
     def __init__(
-        self, pool: BlockPool, *, max_context: int, max_batch_size: int, max_batch_tokens: int, max_waiting: int
+        self,
+        pool: BlockPool,
+        *,
+        max_context: int,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_waiting: int,
+        max_prefill_share: float = 0.5,
     ) -> None:
         self.pool = pool
         self._max_context = max_context
         self._max_batch_size = max_batch_size
-        self._max_batch_tokens = max_batch_tokens
+        self._prefill_share = PrefillShare(max_batch_tokens=max_batch_tokens, max_share=max_prefill_share)
         self._max_waiting = max_waiting
         self.waiting: deque[TargetSequence] = deque()
         self.running: list[TargetSequence] = []
@@ -135,7 +146,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Segments of the next forward: what is in the batch, oldest first, then admissions; or `Unschedulable`."""
-        places = _Places(self.pool, prefill_budget=self._prefill_budget())
+        places = self._places()
         preempted: list[TargetSequence] = []
         for sequence in list(self.running):
             if sequence.is_admitted and sequence.await_deadline_s is None:
@@ -148,12 +159,21 @@ class Scheduler:
         admitted, self._admitted = [s for s in self._admitted if s.is_admitted], []
         return ScheduledStep(places.segments, admitted, preempted)
 
-    def _prefill_budget(self) -> int:
-        """Most tokens of prefill in this step: what the rounds leave, and at least one, or it might starve."""
-        num_round_tokens = sum(
-            1 + len(s.draft.tokens) for s in self.running if s.await_deadline_s is None and s.num_uncomputed == 1
-        )
-        return max(1, self._max_batch_tokens - num_round_tokens)
+    def observe(self, step: ScheduledStep, seconds: float) -> None:
+        """Take in how long a step's forward took."""
+        num_prompt_tokens = sum(one.num_tokens for one in step.segments if one.is_prefill)
+        num_round_tokens = sum(one.num_tokens for one in step.segments) - num_prompt_tokens
+        self._prefill_share.observe(num_round_tokens, num_prompt_tokens, seconds)
+
+    def _places(self) -> _Places:
+        """The step's places, with the tokens that each running prefill gets."""
+        ready = [s for s in self.running if s.await_deadline_s is None]
+        prefills = [s for s in ready if s.num_uncomputed > 1]
+        num_round_tokens = sum(1 + len(s.draft.tokens) for s in ready if s.num_uncomputed == 1)
+        budget = self._prefill_share.num_tokens(num_round_tokens)
+        given = allot([s.num_uncomputed + len(s.draft.tokens) for s in prefills], budget)
+        allotted = {id(sequence): num_tokens for sequence, num_tokens in zip(prefills, given, strict=True)}
+        return _Places(self.pool, allotted, prefill_budget=budget - sum(given))
 
     def _place_running(self, sequence: TargetSequence, places: _Places, preempted: list[TargetSequence]) -> None:
         num_tokens = places.chunk_of(sequence)
@@ -176,7 +196,7 @@ class Scheduler:
     def _admit(self, places: _Places) -> None:
         # Blocks that sequences in the batch still need for their prefill are spoken for.
         num_promised = sum(self._blocks_to_finish(s) for s in self.running) - places.num_blocks
-        while self.waiting and len(self.running) < self._max_batch_size and places.prefill_budget > 0:
+        while self.waiting and len(self.running) < self._max_batch_size:
             sequence = self.waiting[0]
             try:
                 sequence.kv = SequenceKV.from_prefix(self.pool, sequence.tokens, sequence.salt)
@@ -205,10 +225,12 @@ class Scheduler:
 class _Places:
     """The tokens and blocks that one step has left, while it is being filled."""
 
-    def __init__(self, pool: BlockPool, *, prefill_budget: int) -> None:
+    def __init__(self, pool: BlockPool, allotted: Mapping[int, int], *, prefill_budget: int) -> None:
+        """`allotted` has the tokens of each running prefill, by the sequence's identity."""
         self._pool = pool
+        self._allotted = allotted
         self.prefill_budget = prefill_budget
-        """Tokens left for sequences that are not through their prefill."""
+        """Tokens left for sequences that are admitted now."""
         self.num_blocks = 0
         self.segments: list[ScheduledSegment] = []
 
@@ -218,8 +240,9 @@ class _Places:
         if sequence.num_uncomputed == 1:
             return 1 + num_draft
         wanted = sequence.num_uncomputed + num_draft
+        budget = self._allotted.get(id(sequence), self.prefill_budget)
         # A draft is verified whole, together with the last token.
-        return wanted if wanted <= self.prefill_budget else min(self.prefill_budget, sequence.num_uncomputed - 1)
+        return wanted if wanted <= budget else min(budget, sequence.num_uncomputed - 1)
 
     def fits(self, sequence: TargetSequence, num_tokens: int) -> bool:
         """Whether enough blocks are left for `num_tokens` tokens of the sequence."""
@@ -233,6 +256,6 @@ class _Places:
         is_complete = num_tokens == sequence.num_uncomputed + len(sequence.draft.tokens)
         self.segments.append(ScheduledSegment(sequence, num_tokens, is_complete, sequence.num_uncomputed > 1))
         self.num_blocks += num_blocks
-        if sequence.num_uncomputed > 1:
+        if sequence.num_uncomputed > 1 and id(sequence) not in self._allotted:
             self.prefill_budget -= num_tokens
         return num_blocks

@@ -26,12 +26,15 @@ class LookaheadPolicy:
         self._num_steps = 0
         self._lookaheads: dict[tuple[SpeculationMode, int], int] = {}
         """K by mode and batch size, since the last time that all were forgotten."""
+        self._worthwhile: dict[tuple[int, int, int], int] = {}
+        """Tokens of the backup that are worth verifying in this step, by what it depends on besides measurements."""
         self.trials = SpeculationTrials(self._verify_time)
         """Trials that tell whether to speculate at all."""
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """One forward that verified `num_tokens`, those of all sequences and their bonus positions."""
         self._num_steps += 1
+        self._worthwhile.clear()
         if not self.trials.is_pausing or self._num_steps % _PLAIN_STEPS_PER_SAMPLE == 0:
             self._verify_time.observe(num_tokens, seconds)
         if self._num_steps % _STEPS_PER_CHOICE == 0:
@@ -58,8 +61,14 @@ class LookaheadPolicy:
 
         Others in the batch have about as many tokens, and wait as long.
         """
-        if self._num_steps < _STEPS_PER_CHOICE:
+        if self._num_steps < _STEPS_PER_CHOICE or not num_backup:
             return num_backup
+        key = (num_draft, num_backup, batch_size)
+        if key not in self._worthwhile:
+            self._worthwhile[key] = self._worthwhile_now(num_draft, num_backup, batch_size)
+        return self._worthwhile[key]
+
+    def _worthwhile_now(self, num_draft: int, num_backup: int, batch_size: int) -> int:
         accepted = self._fallback.acceptance**num_draft
         tokens_per_s = batch_size * self._fallback.tokens_per_s
         for count in range(num_backup):
