@@ -5,7 +5,8 @@
 
 Eight sequences decode; then a long prompt comes. Rounds of the others are the times between their deltas, before it
 came and until its first token. `alone` is the first token of such a prompt with nobody else there. Memory is that of
-the target and of the speculator after all prompts. The JSON file is written after every point.
+the target and of the speculator after all prompts. `--turns 4` instead: a conversation, and how much of each turn's
+prompt was cached. The JSON file is written after every point.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from specpool_tools.models.prompts import Prompt
 NUM_OTHERS: Final = 8
 CONTEXT: Final = 40_000
 NUM_BLOCKS: Final = 12_000
+TURN_TOKENS: Final = 500
 BEFORE_S: Final = 1.5
 """Seconds in which the others decode before the prompt comes."""
 
@@ -124,6 +126,23 @@ async def measure(endpoint: str, run: str, num_tokens: int) -> Row:
     )
 
 
+async def measure_turns(endpoint: str, num_turns: int) -> list[tuple[int, int, float]]:
+    """A conversation: tokens of each turn's prompt, how many of them were cached, seconds to the first token."""
+    messages = list[inference_pb2.ChatMessage]()
+    found = []
+    async with Client(endpoint) as client:
+        for turn in range(num_turns):
+            text = "".join(LETTERS[(turn * 5 + i * i) % 26] for i in range(TURN_TOKENS))
+            messages.append(inference_pb2.ChatMessage(role="user", content=text))
+            chat = request(Prompt(id="chat", source="toy", text=""), TURN_TOKENS)
+            chat.chat.CopyFrom(inference_pb2.ChatPrompt(messages=messages))
+            completion = await client.complete(chat)
+            messages.append(inference_pb2.ChatMessage(role="assistant", content=completion.text))
+            usage, stats = completion.usage, completion.stats
+            found.append((usage.num_prompt_tokens, usage.num_cached_prompt_tokens, stats.seconds_to_first_token))
+    return found
+
+
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     """Median, 99th percentile and largest, in milliseconds."""
     ordered = sorted(seconds) or [0.0]
@@ -147,8 +166,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 8000, 32000])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="max_prefill_share")
     parser.add_argument("--before", type=Path, metavar="TREE", help="root of another tree to measure, too")
+    parser.add_argument("--turns", type=int, default=0, help="measure a conversation of so many turns instead")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.turns:
+        with system(None, None) as endpoint:
+            for num_tokens, num_cached, seconds in asyncio.run(measure_turns(endpoint, arguments.turns)):
+                print(
+                    f"{num_tokens} tokens, {num_cached} cached ({num_cached / num_tokens:.0%}), {seconds * 1e3:.0f} ms"
+                )
+        return
     rows = list[Row]()
     table = Table(title="seconds to the first token; rounds of eight others in ms: median, 99 %, largest")
     for name in (
