@@ -136,6 +136,7 @@ async def measure_turns(endpoint: str, num_turns: int) -> list[tuple[int, int, f
             messages.append(inference_pb2.ChatMessage(role="user", content=text))
             chat = request(Prompt(id="chat", source="toy", text=""), TURN_TOKENS)
             chat.chat.CopyFrom(inference_pb2.ChatPrompt(messages=messages))
+            chat.sampling.logit_bias[0] = -100.0  # the end token has no text, and the next prompt would lack it
             completion = await client.complete(chat)
             messages.append(inference_pb2.ChatMessage(role="assistant", content=completion.text))
             usage, stats = completion.usage, completion.stats
