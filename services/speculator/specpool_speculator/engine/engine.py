@@ -9,6 +9,7 @@ commands.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ from specpool_speculator.metrics import SpeculatorMetrics
 
 _SMOOTHING = 0.1
 """Weight of the newest step in the averages that are reported as load."""
+_SNAPSHOT_S = 0.02
+"""Least seconds between two snapshots while steps follow one another and no sequence comes or goes."""
 
 
 class Receiver(Protocol):
@@ -40,7 +43,7 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """What status and load reports may know about the engine, replaced as a whole after every change."""
+    """What status and load reports may know about the engine, replaced as a whole; while it drafts up to 20 ms old."""
 
     num_sequences: int = 0
     num_targets: int = 0
@@ -95,6 +98,7 @@ class SpeculatorEngine:
         self._pool = pool
         self._warm_up = warm_up
         self._averages = (0.0, 0.0)
+        self._snapshot_s = -math.inf
         self._has_news = False
         """Whether the last step is still to be reported."""
         self._seen_counters = (0, 0, 0, 0)
@@ -150,6 +154,7 @@ class SpeculatorEngine:
             self._has_news = True
         else:
             self._tell()
+            self._update_snapshot()
             self._report_idle()
         return worked
 
@@ -160,7 +165,9 @@ class SpeculatorEngine:
         if self._has_news:
             self._has_news = False
             self._report_step()
-        self._update_snapshot()
+        now_s = time.monotonic()
+        if now_s - self._snapshot_s >= _SNAPSHOT_S or self.snapshot.num_sequences != len(self._drafter.held):
+            self._update_snapshot()
 
     def seconds_to_deadline(self) -> float | None:
         """Seconds until a waiting target must have its answer; None if nobody waits."""
@@ -201,6 +208,7 @@ class SpeculatorEngine:
         )
 
     def _update_snapshot(self) -> None:
+        self._snapshot_s = time.monotonic()
         estimates = self._drafter.estimates[VerificationMode.GREEDY]
         old, law = self.snapshot, self.snapshot.miss_power_law
         # A fit is too dear for every step: when sequences come and go is often enough.

@@ -114,7 +114,9 @@ def schedule_step(
                 num_rows=row_budget - num_rows,
                 num_fixed=num_rows + step.num_path_tokens,
             )
-            for candidate in share_rows(candidates, num_branches):
+            # With one tenant nothing is shared: the best come first already.
+            is_shared = len({sequence.options.tenant for sequence in sequences}) > 1
+            for candidate in share_rows(candidates, num_branches) if is_shared else candidates[: max(num_branches, 0)]:
                 step.add_row(candidate.sequence, candidate.node)
     except Exception:
         cancel(step.scheduled)
