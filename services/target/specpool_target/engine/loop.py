@@ -1,21 +1,23 @@
 """The loop of a target: what happens in one step, one forward and the rounds that end with it.
 
-receive -> admit -> forward -> verify -> commit -> observe -> choose the next round -> report. What goes wrong with one
-sequence ends that sequence, with a typed error; the others go on.
+receive -> admit -> forward -> verify -> commit -> observe -> choose the next round. What a step brought is handed over
+and recorded while the next forward runs. What goes wrong with one sequence ends that sequence, with a typed error; the
+others go on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from specpool.algorithm.verification import VerificationOutcome
 from specpool.errors import EngineFailed, SpecPoolError
-from specpool_engine.modeling.interface import CausalModel, Segment
+from specpool_engine.modeling.interface import CausalModel, Segment, forward_of
 from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_target.engine.commit import commit
 from specpool_target.engine.draft_distributions import DraftDistributions
@@ -49,6 +51,7 @@ class TargetLoop:
         num_warm_up_tokens: int,
     ) -> None:
         self._model = model
+        self._forward_of = forward_of(model)
         self._scheduler = scheduler
         self._sequences = sequences
         self._distributions = distributions
@@ -57,6 +60,8 @@ class TargetLoop:
         self._recorder = recorder
         self._outbox = outbox
         self._num_warm_up_tokens = num_warm_up_tokens
+        self._report: Callable[[], None] | None = None
+        """Records the last step, if that is still to be done."""
         self._idle_since_s: float | None = None
         """Since when all of the batch has been waiting for speculations."""
 
@@ -79,8 +84,8 @@ class TargetLoop:
         started_s = time.perf_counter()
         self._expire(started_s)
         step = self._admit(self._schedule())
-        self._outbox.flush()  # the speculators start while the forward runs
         if not step.segments:
+            self._tell()
             self._idle(started_s)
             return False
         idle_s = 0.0 if self._idle_since_s is None else started_s - self._idle_since_s
@@ -102,12 +107,22 @@ class TargetLoop:
         rounds = self._commit(verified, logits, phases)
         self._observe(step, rounds, phases, batch_size)
         self._choose(verified, batch_size)
-        self._outbox.flush()
         phases.total = time.perf_counter() - started_s
-        self._recorder.step_ended(step, rounds, phases, idle_s=idle_s)
+        self._report = partial(self._recorder.step_ended, step, rounds, phases, idle_s=idle_s)
         return True
 
     # ---- parts of a step --------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Hand over what the last step brought, and record it.
+
+        Called while the next forward runs, where the model can do that. The event loop has work with it for every
+        sequence, and would take the interpreter from the way to that forward.
+        """
+        self._outbox.flush()
+        report, self._report = self._report, None
+        if report is not None:
+            report()
 
     def _expire(self, now_s: float) -> None:
         """End the waits whose deadline has come."""
@@ -146,7 +161,7 @@ class TargetLoop:
     def _forward(self, step: ScheduledStep) -> Tensor | None:
         """The logits [R, V] of the step; None if a sequence that no forward can run was ended: the others try again."""
         try:
-            logits = self._model.forward([scheduled.segment() for scheduled in step.segments])
+            logits = self._forward_of([scheduled.segment() for scheduled in step.segments], self._tell)
         except SpecPoolError as error:  # raised before anything changed
             if isinstance(error, EngineFailed) or not self._sequences.end_the_cause(error, step, self._model):
                 raise

@@ -31,6 +31,8 @@ class StepRecorder:
         self._take_counts = take_counts
         self._rows_per_step = Average()
         self._step_s = Average()
+        self._between_tokens: list[tuple[float, int]] = []
+        """Seconds and tokens of the rounds since the last step was recorded: a histogram takes its time."""
 
     def load(self) -> types_pb2.Load:
         """The load of this target as status reports it."""
@@ -59,13 +61,16 @@ class StepRecorder:
             if not sequence.request.committed_tokens:  # else the client has had its first token for long
                 self._metrics.first_token(now_s - sequence.arrived_s)
         else:
-            self._metrics.inter_token(phases.total, 1 + ended.num_accepted)
+            self._between_tokens.append((phases.total, 1 + ended.num_accepted))
         if sequence.round > 0:
             _count_round(sequence, ended, phases)
         return phases
 
     def step_ended(self, step: ScheduledStep, rounds: Sequence[EndedRound], phases: Phases, *, idle_s: float) -> None:
         """Record a step with its `phases`. Before it, all of the batch had waited for speculations for `idle_s`."""
+        for seconds, num_tokens in self._between_tokens:
+            self._metrics.inter_token(seconds, num_tokens)
+        self._between_tokens.clear()
         num_rows = sum(1 + len(ended.draft.tokens) for ended in rounds)
         self._step_s.observe(phases.total)
         self._rows_per_step.observe(num_rows)
