@@ -108,6 +108,7 @@ class Drafter:
         """Run one forward, if any row is worth it; returns whether there was one.
 
         `meanwhile` is called once in that case, while the forward runs or before it. It may answer, and push tables.
+        What outcomes teach is learned after that.
         """
         started_s = time.monotonic()
         for row_budget in (self._config.row_budget, 0):
@@ -122,6 +123,7 @@ class Drafter:
                 return self.step(meanwhile)
             self._account(scheduled, forward_s, time.monotonic() - started_s)
             return True
+        self.held.learn()
         return False
 
     def _schedule(self, row_budget: int) -> list[ScheduledWork]:
@@ -165,9 +167,14 @@ class Drafter:
 
     def _run(self, scheduled: Sequence[ScheduledWork], meanwhile: Callable[[], None]) -> float:
         """Run the forward, rank its logits, and extend the trees; returns the forward's seconds."""
+
+        def and_learn() -> None:
+            meanwhile()
+            self.held.learn()
+
         started_s = time.monotonic()
         try:
-            logits = self._forward([_segment(p) for p in scheduled], meanwhile)
+            logits = self._forward([_segment(p) for p in scheduled], and_learn)
         except BaseException as error:
             refused = self._refused(scheduled) if isinstance(error, SpecPoolError) else []
             cancel(scheduled)

@@ -15,7 +15,7 @@ from specpool.algorithm.fan_out import (
     uniform_fan_out,
 )
 from specpool_speculator.config import FanOutPolicy
-from specpool_speculator.tree.draft_tree import DraftTree
+from specpool_speculator.tree.node import Node
 
 _REFIT_EVERY = 16
 """Outcomes between two fits: a fit costs more than a round can spare, and estimates move slowly."""
@@ -65,12 +65,12 @@ class Estimates:
         """Power laws of the miss rate of F guesses: after a rejection, and after everything was accepted."""
         return self._after_rejection.value, self._after_acceptance.value
 
-    def observe_outcome(self, tree: DraftTree, num_accepted: int, bonus_token: int) -> None:
-        """Take in how the running round of `tree` ended."""
-        path, k = tree.path, num_accepted
+    def observe_outcome(self, path: Sequence[Node], num_accepted: int, bonus_token: int) -> None:
+        """Take in how a round with the in-flight `path` ended."""
+        k = num_accepted
         draft_token = path[k + 1].token if k + 1 < len(path) else None
         guesses = path[k].guesses(draft_token) if path[k].is_computed else None
-        self.observe(k, len(path) - 1, guesses, bonus_token, tree.num_path_tokens_drafted())
+        self.observe(k, len(path) - 1, guesses, bonus_token, num_drafted_here(path))
         targets_tokens = [*(node.token for node in path[1 : k + 1]), bonus_token]
         for node, token in zip(path, targets_tokens, strict=False):
             if node.ranks is not None and node.ranks.scores:
@@ -101,9 +101,10 @@ class Estimates:
         return spread
 
     def _fit(self, lookahead: int) -> GuessSpread:
-        acceptance, laws = self.acceptance, self.miss_laws
+        acceptance = self.acceptance
         if self.policy == "best_first" and self.has_probabilities:
             return GuessSpread((), (), acceptance, self.budget)
+        laws = self.miss_laws
         if self.policy == "uniform":
             fan_out = uniform_fan_out(self.budget, lookahead)
         else:
@@ -117,3 +118,11 @@ class Estimates:
             ),
             acceptance,
         )
+
+
+def num_drafted_here(path: Sequence[Node]) -> int:
+    """Number of a path's draft tokens that are, from the first one on, what this draft drafts."""
+    for index, node in enumerate(path[:-1]):
+        if node.ranks is None or node.ranks.drafted[0] != path[index + 1].token:
+            return index
+    return len(path) - 1

@@ -24,6 +24,7 @@ from specpool_speculator.engine.room import has_room
 from specpool_speculator.engine.spans import SequenceSpans
 from specpool_speculator.engine.step_stats import DraftCounters
 from specpool_speculator.tree.draft_tree import DraftTree
+from specpool_speculator.tree.node import Node
 from specpool_speculator.tree.sequence import Request, SequenceKey, SequenceState
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class HeldSequences:
         self._sequences: dict[SequenceKey, SequenceState] = {}
         self._roomless_since_s: dict[SequenceKey, float] = {}
         self._spans = SequenceSpans()
+        self._lessons: list[tuple[Estimates, Sequence[Node], int, int]] = []
+        """Outcomes that nothing was learned from yet: estimates, in-flight path, accepted length, bonus token."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -193,9 +196,18 @@ class HeldSequences:
 
     def _observe(self, sequence: SequenceState, outcome: speculator_pb2.Outcome) -> None:
         estimates, k = self._estimates[sequence.options.verification], outcome.num_accepted
-        estimates.observe_outcome(sequence.tree, k, outcome.bonus_token)
+        self._lessons.append((estimates, sequence.tree.path, k, outcome.bonus_token))
         num_drafted = sequence.pushed.get((k, outcome.bonus_token))
         self._spans.round(sequence, num_accepted=k, num_drafted=num_drafted)
+
+    def learn(self) -> None:
+        """Learn from the outcomes since the last call, when nobody waits for it."""
+        lessons, self._lessons = self._lessons, []
+        for estimates, path, num_accepted, bonus_token in lessons:
+            try:
+                estimates.observe_outcome(path, num_accepted, bonus_token)
+            except Exception:  # its sequence is drafted for all the same
+                _logger.exception("nothing was learned from an outcome")
 
     def _start_round(self, key: SequenceKey, message: speculator_pb2.StartRound, _: float) -> None:
         checks.check_draft(message.round, message.draft_tokens, self._limits.vocab_size)

@@ -177,13 +177,6 @@ class DraftTree:
         self.base = None
         self._release_rows(())
 
-    def num_path_tokens_drafted(self) -> int:
-        """Number of tokens being verified that are, from the first one on, what this draft drafts."""
-        for index, node in enumerate(self.path[:-1]):
-            if node.ranks is None or node.ranks.drafted[0] != self.path[index + 1].token:
-                return index
-        return len(self.path) - 1
-
     def _extend(self, node: Node, taken: set[int]) -> tuple[SequenceKV, bool]:
         parent = node.parent
         assert parent is not None, "the root is run with its context"
