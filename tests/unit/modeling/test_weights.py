@@ -90,12 +90,12 @@ def test_a_streamed_model_computes_what_the_plain_one_does(directory: Path) -> N
 
 
 @needs_int4
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 128), (100, 45), (31, 17)])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 128), (100, 45), (31, 17), (1, 1), (1536, 33)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_int4_products_are_those_of_the_rounded_weights(in_features: int, out_features: int, has_bias: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(in_features, out_features, bias=has_bias)
-    x = torch.randn(1, 13, in_features)
+    x = torch.randn(1, 19, in_features)
     x[0, 0] *= 100  # a row of large values must not cost the others their precision
     padded = torch.nn.functional.pad(layer.weight.detach(), (0, -in_features % 32))
     values, scales = round_to_4_bits(padded.view(out_features, -1, 32))
@@ -104,7 +104,7 @@ def test_int4_products_are_those_of_the_rounded_weights(in_features: int, out_fe
         packed = Int4Linear(layer)
         actual, exact = packed(x)[0], layer(x)[0]
         expected = torch.nn.functional.linear(x[0], rounded, layer.bias)
-        assert all(packed(x[:, :num_rows])[0].equal(actual[:num_rows]) for num_rows in range(1, 14))
+        assert all(packed(x[:, :num_rows])[0].equal(actual[:num_rows]) for num_rows in range(1, len(x[0])))
     norm = expected.norm(dim=1)
     assert ((actual - expected).norm(dim=1) / norm).max() < 0.02, "inputs are rounded to 8 bits"
     assert ((actual - exact).norm(dim=1) / norm).max() < 0.15, "weights to 4"

@@ -13,7 +13,7 @@ namespace {
 
 constexpr long kVector = 16;            // outputs in a register, two inputs of each
 constexpr long kBlock = 2 * kVector;    // outputs whose weights lie together
-constexpr long kPrefetch = 512;         // bytes ahead
+constexpr long kPrefetch = 12288;  // bytes ahead: behind the arithmetic of a few rows, nearer requests come too late
 
 struct Problem {
   const uint16_t* x;
