@@ -3,10 +3,11 @@
     python tests/bench/first_tokens.py --prompts 1000 8000 32000 --json first_tokens.json
     python tests/bench/first_tokens.py --shares 0.2 0.5 0.9 --before OTHER_TREE
 
-Eight sequences decode; then a long prompt comes. Rounds of the others are the times between their deltas, before it
+Some sequences decode; then a long prompt comes. Rounds of the others are the times between their deltas, before it
 came and until its first token. `alone` is the first token of such a prompt with nobody else there. Memory is that of
-the target and of the speculator after all prompts. `--turns 4` instead: a conversation, and how much of each turn's
-prompt was cached. The JSON file is written after every point.
+the target and of the speculator after all prompts. `--target NAME --draft NAME` takes real models, with the settings
+that suit the machine, instead of timed ones. `--turns 4` instead: a conversation, and how much of each turn's prompt
+was cached. The JSON file is written after every point.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from scaling import DRAFT_ROW_MS, DRAFT_STEP_MS, LETTERS, NOISE, VERIFY_MS, VERI
 from specpool.client import Client
 from specpool.paths import write_atomically
 from specpool.v1 import inference_pb2
+from specpool_tools.bench.machine import recommended_arguments
 from specpool_tools.bench.requests import Setting, chat_request
 from specpool_tools.bench.system import running_system
 from specpool_tools.models.prompts import Prompt
 
-NUM_OTHERS: Final = 8
 CONTEXT: Final = 40_000
 NUM_BLOCKS: Final = 12_000
+REAL_NUM_BLOCKS: Final = 1_500
 TURN_TOKENS: Final = 500
 BEFORE_S: Final = 1.5
 """Seconds in which the others decode before the prompt comes."""
@@ -60,13 +62,21 @@ class Row:
     speculator_mib: float
 
 
-def system(share: float | None, tree: Path | None) -> AbstractContextManager[str]:
-    options = {"context": CONTEXT}
-    flags = ["--target", model(VERIFY_MS, VERIFY_ROW_MS, 1.0, **options)]
-    flags += ["--draft", model(DRAFT_STEP_MS, DRAFT_ROW_MS, 1.0, noise=NOISE, **options), "--lookahead", "6"]
-    settings = {"OMP_NUM_THREADS": "1", "SPECPOOL_TARGET_MAX_BATCH_TOKENS": "2048"}
+def system(share: float | None, tree: Path | None, arguments: argparse.Namespace) -> AbstractContextManager[str]:
+    """A pool of real models if they are named, else of timed ones."""
+    settings = {"OMP_NUM_THREADS": "1"}
+    if arguments.target:
+        flags = [*recommended_arguments(), "--target", arguments.target, "--draft", arguments.draft, "--lookahead", "4"]
+        num_blocks = arguments.kv_blocks or REAL_NUM_BLOCKS
+    else:
+        options = {"context": CONTEXT}
+        flags = ["--target", model(VERIFY_MS, VERIFY_ROW_MS, 1.0, **options)]
+        flags += ["--draft", model(DRAFT_STEP_MS, arguments.draft_row_ms, 1.0, noise=NOISE, **options)]
+        flags += ["--lookahead", "6"]
+        settings["SPECPOOL_TARGET_MAX_BATCH_TOKENS"] = "2048"
+        num_blocks = arguments.kv_blocks or NUM_BLOCKS
     for role in ("TARGET", "SPECULATOR"):
-        settings[f"SPECPOOL_{role}_NUM_KV_BLOCKS"] = str(NUM_BLOCKS)
+        settings[f"SPECPOOL_{role}_NUM_KV_BLOCKS"] = str(num_blocks)
     if share is not None:
         settings["SPECPOOL_TARGET_MAX_PREFILL_SHARE"] = str(share)
     if tree is not None:
@@ -80,9 +90,13 @@ def request(prompt: Prompt, max_tokens: int) -> inference_pb2.GenerateRequest:
 
 
 async def first_token_s(client: Client, num_tokens: int, name: int) -> float:
-    text = "".join(LETTERS[(name + i * i + i // 26) % 26] for i in range(num_tokens - 1))
+    """Of a prompt of so many tokens that no other prompt begins like."""
+    chat = request(Prompt(id="long", source="toy", text=""), 4)
+    chat.tokens.CopyFrom(
+        inference_pb2.TokenPrompt(token_ids=[3 + (name + i * i + i // 26) % 26 for i in range(num_tokens)])
+    )
     started_s = time.perf_counter()
-    async with aclosing(client.stream(request(Prompt(id="long", source="toy", text=text), 4))) as events:
+    async with aclosing(client.stream(chat)) as events:
         async for event in events:
             if event.HasField("delta"):
                 return time.perf_counter() - started_s
@@ -101,11 +115,11 @@ async def decode(client: Client, prompt: Prompt, gaps: list[tuple[float, float]]
                 last_s = now_s
 
 
-async def measure(endpoint: str, run: str, num_tokens: int) -> Row:
+async def measure(endpoint: str, run: str, num_tokens: int, num_others: int) -> Row:
     async with Client(endpoint) as client:
         alone_s = await first_token_s(client, num_tokens, 1)
         gaps: list[tuple[float, float]] = []
-        others = [asyncio.create_task(decode(client, prompt, gaps)) for prompt in prompts_for(NUM_OTHERS)]
+        others = [asyncio.create_task(decode(client, prompt, gaps)) for prompt in prompts_for(num_others)]
         await asyncio.sleep(BEFORE_S)
         came_s = time.perf_counter()
         beside_s = await first_token_s(client, num_tokens, 2)
@@ -157,28 +171,33 @@ def measure_points(arguments: argparse.Namespace) -> Iterator[Row]:
     if arguments.before:
         runs.insert(0, ("before", None, arguments.before.resolve()))
     for name, share, tree in runs:
-        with system(share, tree) as endpoint:
+        with system(share, tree, arguments) as endpoint:
             for num_tokens in arguments.prompts:
-                yield asyncio.run(measure(endpoint, name, num_tokens))
+                yield asyncio.run(measure(endpoint, name, num_tokens, arguments.others))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 8000, 32000])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="max_prefill_share")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.5], help="max_prefill_share")
+    parser.add_argument("--others", type=int, default=8, help="sequences that decode meanwhile")
+    parser.add_argument("--target", default="", help="real target, as `specpool up` takes it; default: timed models")
+    parser.add_argument("--draft", default="", help="its draft")
+    parser.add_argument("--draft-row-ms", type=float, default=DRAFT_ROW_MS, help="of the timed draft")
+    parser.add_argument("--kv-blocks", type=int, default=0, help="of target and draft; default: enough")
     parser.add_argument("--before", type=Path, metavar="TREE", help="root of another tree to measure, too")
     parser.add_argument("--turns", type=int, default=0, help="measure a conversation of so many turns instead")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.turns:
-        with system(None, None) as endpoint:
+        with system(None, None, arguments) as endpoint:
             for num_tokens, num_cached, seconds in asyncio.run(measure_turns(endpoint, arguments.turns)):
                 print(
                     f"{num_tokens} tokens, {num_cached} cached ({num_cached / num_tokens:.0%}), {seconds * 1e3:.0f} ms"
                 )
         return
     rows = list[Row]()
-    table = Table(title="seconds to the first token; rounds of eight others in ms: median, 99 %, largest")
+    table = Table(title="seconds to the first token; rounds of the others in ms: median, 99 %, largest")
     for name in (
         "run",
         "prompt",

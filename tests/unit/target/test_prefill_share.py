@@ -39,6 +39,62 @@ def test_with_nobody_beside_it_a_prompt_takes_the_whole_forward():
     assert prefill.num_tokens(4) == 1, "one token takes 2 ms of a round of 10, and none would be no progress"
 
 
+def chunks_beside_rounds(prefill: PrefillShare, num_steps: int, round_tokens, added_ms) -> list[tuple[int, float]]:
+    """Prompt tokens of each step, and by what share of its round's time it was longer for them."""
+    steps = []
+    for step in range(num_steps):
+        num_round_tokens = round_tokens(step)
+        num_tokens = prefill.num_tokens(num_round_tokens)
+        round_ms, more_ms = 1.5 * num_round_tokens, added_ms(num_tokens)
+        prefill.observe(num_round_tokens, num_tokens, (round_ms + more_ms) / 1e3)
+        steps.append((num_tokens, more_ms / round_ms))
+    return steps
+
+
+def test_a_price_that_a_chunk_has_whatever_its_length_does_not_shrink_chunks_to_nothing():
+    """Attention over a long context: 18 ms for however short a chunk, beside rounds of 30 ms, and 2 ms a token."""
+    prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)
+    for _ in range(20):
+        prefill.observe(20, 0, 0.030)
+    prefill.observe(20, 1, 0.050)
+    steps = chunks_beside_rounds(prefill, 200, lambda step: 20, lambda num_tokens: 18 + 2 * num_tokens)
+    for num_tokens, share in steps[50:]:
+        assert num_tokens in (5, 6, 7), "six tokens take as long as a round"
+        assert share < 1.1
+
+
+def test_rounds_that_have_more_tokens_than_before_are_not_counted_as_the_prompts_time():
+    """Rounds beside prompts are longer, so that more is drafted in them, and they take longer by themselves."""
+    prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)
+    for step in range(60):
+        num_round_tokens = 4 + step % 8
+        prefill.observe(num_round_tokens, 0, 1.5e-3 * num_round_tokens)
+    steps = chunks_beside_rounds(prefill, 200, lambda step: 20, lambda num_tokens: 3 * num_tokens)
+    for num_tokens, share in steps[50:]:
+        assert num_tokens in (9, 10), "ten tokens take as long as a round of twenty"
+        assert share < 1.1
+
+
+def test_the_end_of_a_long_prompt_does_not_hold_up_the_next_one():
+    prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)
+    for _ in range(20):
+        prefill.observe(20, 0, 0.030)
+    chunks_beside_rounds(prefill, 100, lambda step: 20, lambda num_tokens: 20 * num_tokens)
+    assert prefill.num_tokens(20) <= 2
+    steps = chunks_beside_rounds(prefill, 40, lambda step: 20, lambda num_tokens: num_tokens / 2)
+    assert steps[30][0] >= 45, "sixty take as long as a round"
+
+
+def test_one_forward_that_was_held_up_does_not_stop_a_prompt():
+    prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)
+    for _ in range(20):
+        prefill.observe(20, 0, 0.030)
+    chunks_beside_rounds(prefill, 100, lambda step: 20, lambda num_tokens: num_tokens)
+    before = prefill.num_tokens(20)
+    prefill.observe(20, before, 2.0)
+    assert prefill.num_tokens(20) >= 0.6 * before
+
+
 def test_times_that_vary_never_stop_a_prompt():
     draw = random.Random(3)
     prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)

@@ -1,7 +1,7 @@
 """How many tokens of prompts a step computes beside running rounds, and whose.
 
 A chunk of a prompt makes the forward longer for everybody in the batch. So it gets a share of the step's time, by what
-forwards were measured to take; how many tokens that is depends on the hardware alone.
+forwards were measured to take; how many tokens that is depends on the hardware and on how far the prompt has come.
 """
 
 from __future__ import annotations
@@ -10,15 +10,26 @@ from collections.abc import Sequence
 from typing import Final
 
 from specpool.algorithm.estimators import Average
+from specpool.algorithm.row_times import LinearTime
 
-_DECAY: Final = 0.9
-"""Weight of a forward with prompts beside that of the next one: prompts get dearer with their length."""
+_ROUND_DECAY: Final = 0.97
+"""Weight of a forward of rounds alone beside that of the next one."""
+_GAIN: Final = 0.3
+"""Power of what a chunk was allowed over what it took by which the next chunk changes."""
+_LEAST_CHANGE: Final = 0.7
+_MOST_CHANGE: Final = 1.5
+"""Bounds of that change: one forward that was held up by something else says little."""
 _OLDEST_SHARE: Final = 0.25
 """Share of a step's prompt tokens that is for the prompt that has been in the batch longest, so that it gets on."""
 
 
 class PrefillShare:
-    """Measures forwards, and says how many prompt tokens are to be computed beside rounds."""
+    """Measures forwards, and says how many prompt tokens are to be computed beside rounds.
+
+    The number is steered, not computed from a price per token: a chunk has a price of its own, however short, since its
+    attention reads the whole context. A price per token taken from a short chunk holds that, too, and would make the
+    next one shorter still.
+    """
 
     def __init__(self, *, max_batch_tokens: int, max_share: float) -> None:
         """Make an estimator that has seen nothing.
@@ -29,26 +40,44 @@ class PrefillShare:
         """
         self._max_batch_tokens = max_batch_tokens
         self._most = max_share / (1 - max_share)
-        self._round_s = Average()
-        self._prompt_s = 0.0
-        self._num_prompt_tokens = 0.0
+        self._round_s = LinearTime(decay=_ROUND_DECAY)
+        self._alone_token_s = Average()
+        """Seconds of a prompt's token with nobody beside it: where to begin."""
+        self._chunk: float | None = None
+        """Prompt tokens of the next step beside rounds, not rounded; None before the first one."""
 
     def observe(self, num_round_tokens: int, num_prompt_tokens: int, seconds: float) -> None:
         """Take in a forward that computed rounds, prompts, or both."""
         if not num_prompt_tokens:
-            self._round_s.observe(seconds)
-            return
-        added_s = seconds - (self._round_s.value if num_round_tokens else 0.0)
-        self._prompt_s = self._prompt_s * _DECAY + max(0.0, added_s)
-        self._num_prompt_tokens = self._num_prompt_tokens * _DECAY + num_prompt_tokens
+            self._round_s.observe(num_round_tokens, seconds)
+        elif not num_round_tokens:
+            self._alone_token_s.observe(seconds / num_prompt_tokens)
+        elif (round_s := self._round_s(num_round_tokens)) > 0:
+            self._steer(num_prompt_tokens, allowed_s=self._most * round_s, added_s=seconds - round_s)
+
+    def _steer(self, num_tokens: int, *, allowed_s: float, added_s: float) -> None:
+        """Take in a chunk of `num_tokens` tokens that made a forward longer by `added_s`."""
+        ratio = allowed_s / added_s if added_s > 0 else _MOST_CHANGE ** (1 / _GAIN)
+        if self._chunk is None:
+            self._chunk = num_tokens * ratio
+        elif ratio < 1:
+            self._chunk = min(self._chunk, num_tokens + 1) * max(_LEAST_CHANGE, ratio**_GAIN)
+        elif num_tokens >= int(self._chunk):  # a shorter one would say nothing of longer ones
+            self._chunk *= min(_MOST_CHANGE, ratio**_GAIN)
+        self._chunk = min(max(1.0, self._chunk), float(self._max_batch_tokens))
 
     def num_tokens(self, num_round_tokens: int) -> int:
         """Most prompt tokens of a step whose rounds have `num_round_tokens`; at least one, or prompts might starve."""
         left = max(1, self._max_batch_tokens - num_round_tokens)
-        if not num_round_tokens or not self._prompt_s or not self._round_s.value:
-            return left  # nobody is held up, or nothing is known
-        per_token_s = self._prompt_s / self._num_prompt_tokens
-        return min(left, max(1, int(self._most * self._round_s.value / per_token_s)))
+        if not num_round_tokens:
+            return left  # nobody is held up
+        chunk = self._chunk
+        if chunk is None:
+            round_s = self._round_s(num_round_tokens)
+            if self._alone_token_s.is_empty or not round_s:
+                return left  # nothing is known
+            chunk = self._most * round_s / self._alone_token_s.value
+        return min(left, max(1, int(chunk)))
 
 
 def allot(wanted: Sequence[int], num_tokens: int) -> list[int]:
