@@ -63,6 +63,18 @@ def test_a_price_that_a_chunk_has_whatever_its_length_does_not_shrink_chunks_to_
         assert share < 1.1
 
 
+def test_a_prompt_gets_on_where_a_chunk_of_one_token_takes_all_of_its_share():
+    """At the end of a long context attention alone takes 28 of the 30 ms, and a token 2: more is allowed, not all."""
+    prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)
+    for _ in range(20):
+        prefill.observe(20, 0, 0.030)
+    prefill.observe(0, 500, 1.0)
+    steps = chunks_beside_rounds(prefill, 200, lambda step: 20, lambda num_tokens: 28 + 2 * num_tokens)
+    for num_tokens, share in steps[50:]:
+        assert num_tokens >= 10
+        assert share <= 2.1
+
+
 def test_rounds_that_have_more_tokens_than_before_are_not_counted_as_the_prompts_time():
     """Rounds beside prompts are longer, so that more is drafted in them, and they take longer by themselves."""
     prefill = PrefillShare(max_batch_tokens=512, max_share=0.5)

@@ -19,6 +19,8 @@ _GAIN: Final = 0.3
 _LEAST_CHANGE: Final = 0.7
 _MOST_CHANGE: Final = 1.5
 """Bounds of that change: one forward that was held up by something else says little."""
+_MOST_OVERRUN: Final = 2.0
+"""What a chunk may take at most over its allowance, where the chunk's own price would leave no room for tokens."""
 _OLDEST_SHARE: Final = 0.25
 """Share of a step's prompt tokens that is for the prompt that has been in the batch longest, so that it gets on."""
 
@@ -41,8 +43,8 @@ class PrefillShare:
         self._max_batch_tokens = max_batch_tokens
         self._most = max_share / (1 - max_share)
         self._round_s = LinearTime(decay=_ROUND_DECAY)
-        self._alone_token_s = Average()
-        """Seconds of a prompt's token with nobody beside it: where to begin."""
+        self._token_s = Average()
+        """Seconds of a prompt's token in a large chunk, most often with nobody beside it: where to begin."""
         self._chunk: float | None = None
         """Prompt tokens of the next step beside rounds, not rounded; None before the first one."""
 
@@ -51,11 +53,23 @@ class PrefillShare:
         if not num_prompt_tokens:
             self._round_s.observe(num_round_tokens, seconds)
         elif not num_round_tokens:
-            self._alone_token_s.observe(seconds / num_prompt_tokens)
+            self._token_s.observe(seconds / num_prompt_tokens)
         elif (round_s := self._round_s(num_round_tokens)) > 0:
-            self._steer(num_prompt_tokens, allowed_s=self._most * round_s, added_s=seconds - round_s)
+            added_s = seconds - round_s
+            if self._token_s.is_empty and added_s > 0:
+                self._token_s.observe(added_s / num_prompt_tokens)
+            self._steer(num_prompt_tokens, self._allowed_s(round_s, num_prompt_tokens, added_s), added_s)
 
-    def _steer(self, num_tokens: int, *, allowed_s: float, added_s: float) -> None:
+    def _allowed_s(self, round_s: float, num_tokens: int, added_s: float) -> float:
+        """Seconds of a chunk beside rounds of `round_s`: its share, more where that is hardly its own price.
+
+        Else a prompt would get on by a token or two at a time, and hold up the others by that price far more often.
+        """
+        own_s = max(0.0, added_s - num_tokens * self._token_s.value)
+        share_s = self._most * round_s
+        return min(max(share_s, 2 * own_s), _MOST_OVERRUN * share_s)
+
+    def _steer(self, num_tokens: int, allowed_s: float, added_s: float) -> None:
         """Take in a chunk of `num_tokens` tokens that made a forward longer by `added_s`."""
         ratio = allowed_s / added_s if added_s > 0 else _MOST_CHANGE ** (1 / _GAIN)
         if self._chunk is None:
@@ -74,9 +88,9 @@ class PrefillShare:
         chunk = self._chunk
         if chunk is None:
             round_s = self._round_s(num_round_tokens)
-            if self._alone_token_s.is_empty or not round_s:
+            if self._token_s.is_empty or not round_s:
                 return left  # nothing is known
-            chunk = self._most * round_s / self._alone_token_s.value
+            chunk = self._most * round_s / self._token_s.value
         return min(left, max(1, int(chunk)))
 
 
