@@ -24,8 +24,8 @@ class TargetConfig(EngineConfig):
     max_batch_tokens: PositiveInt = 512
     """Tokens of one forward; longer prompts are prefilled in chunks."""
     max_prefill_share: float = Field(default=0.5, ge=0, lt=1)
-    """Share of a forward's time that prompts may take while others decode: 0.5 makes their rounds twice as long at
-    most. Less is gentler to others, and a longer wait for first tokens."""
+    """Share of a forward's time that prompts may take while others decode: 0.5 makes their rounds twice as long, at
+    long contexts up to three times. Less is gentler to others, and a longer wait for first tokens."""
     max_waiting: NonNegativeInt = 256
     """Sequences that may wait for admission; more are refused."""
     max_context: NonNegativeInt = 0
