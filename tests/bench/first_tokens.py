@@ -23,11 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from conversation import measure_turns, text_of
 from host_time import SERVICES, prompts_for
 from process_times import resident_bytes
 from rich.console import Console
 from rich.table import Table
-from scaling import DRAFT_ROW_MS, DRAFT_STEP_MS, LETTERS, NOISE, VERIFY_MS, VERIFY_ROW_MS, model
+from scaling import DRAFT_ROW_MS, DRAFT_STEP_MS, NOISE, VERIFY_MS, VERIFY_ROW_MS, model
 
 from specpool.client import Client
 from specpool.paths import write_atomically
@@ -40,7 +41,6 @@ from specpool_tools.models.prompts import Prompt
 CONTEXT: Final = 40_000
 NUM_BLOCKS: Final = 12_000
 REAL_NUM_BLOCKS: Final = 1_500
-TURN_TOKENS: Final = 500
 BEFORE_S: Final = 1.5
 """Seconds in which the others decode before the prompt comes."""
 
@@ -140,24 +140,6 @@ async def measure(endpoint: str, run: str, num_tokens: int, num_others: int) -> 
     )
 
 
-async def measure_turns(endpoint: str, num_turns: int) -> list[tuple[int, int, float]]:
-    """A conversation: tokens of each turn's prompt, how many of them were cached, seconds to the first token."""
-    messages = list[inference_pb2.ChatMessage]()
-    found = []
-    async with Client(endpoint) as client:
-        for turn in range(num_turns):
-            text = "".join(LETTERS[(turn * 5 + i * i) % 26] for i in range(TURN_TOKENS))
-            messages.append(inference_pb2.ChatMessage(role="user", content=text))
-            chat = request(Prompt(id="chat", source="toy", text=""), TURN_TOKENS)
-            chat.chat.CopyFrom(inference_pb2.ChatPrompt(messages=messages))
-            chat.sampling.logit_bias[0] = -100.0  # the end token has no text, and the next prompt would lack it
-            completion = await client.complete(chat)
-            messages.append(inference_pb2.ChatMessage(role="assistant", content=completion.text))
-            usage, stats = completion.usage, completion.stats
-            found.append((usage.num_prompt_tokens, usage.num_cached_prompt_tokens, stats.seconds_to_first_token))
-    return found
-
-
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
     """Median, 99th percentile and largest, in milliseconds."""
     ordered = sorted(seconds) or [0.0]
@@ -191,10 +173,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.turns:
         with system(None, None, arguments) as endpoint:
-            for num_tokens, num_cached, seconds in asyncio.run(measure_turns(endpoint, arguments.turns)):
-                print(
-                    f"{num_tokens} tokens, {num_cached} cached ({num_cached / num_tokens:.0%}), {seconds * 1e3:.0f} ms"
-                )
+            for turn in asyncio.run(measure_turns(endpoint, arguments.turns, is_toy=not arguments.target)):
+                print(text_of(turn))
         return
     rows = list[Row]()
     table = Table(title="seconds to the first token; rounds of the others in ms: median, 99 %, largest")

@@ -75,6 +75,17 @@ def test_status_lists_everything(toy_system: Any) -> None:
     assert "target-1" in toy_system.run("status").stdout
 
 
+def test_status_says_how_much_the_prefix_caches_had(toy_system: Any) -> None:
+    for _ in range(3):
+        toy_system.generate("the same again, longer than several blocks of sixteen tokens", "--max-tokens", "4")
+    status = toy_system.status()
+    for entries in (status["targets"], status["speculators"]):
+        loads = [entry["load"] for entry in entries]
+        queried = sum(load["prefix_cache_queried_tokens"] for load in loads)
+        assert 0 < sum(load["prefix_cache_hit_tokens"] for load in loads) < queried
+    assert re.search(r"cached.*\d+%", toy_system.run("status").stdout, re.DOTALL)
+
+
 def test_two_targets_generate_at_once_on_one_speculator(toy_system: Any) -> None:
     common = ("--max-tokens", "24", "--ignore-eos")
     expected = toy_system.generate("both", *common, "--mode", "off")["token_ids"]

@@ -31,6 +31,14 @@ class SpeculatorMetrics:
             registry=registry,
         )
         self._draft_tokens = Counter("specpool_draft_tokens", "Tokens drafted.", registry=registry)
+        self._prefix_queries = Counter(
+            "specpool_prefix_cache_queries",
+            "Tokens of new sequences, looked up in the prefix cache.",
+            registry=registry,
+        )
+        self._prefix_hits = Counter(
+            "specpool_prefix_cache_hits", "Tokens of these that the prefix cache had.", registry=registry
+        )
         self._entries = Counter("specpool_table_entries", "Table entries pushed.", registry=registry)
         self._dropped = Counter("specpool_dropped_branches", "Branches ruled out before use.", registry=registry)
         self._stale = Counter(
@@ -69,6 +77,8 @@ class SpeculatorMetrics:
         add(self._entries, step.num_table_entries)
         add(self._dropped, step.num_dropped_branches)
         add(self._stale, step.num_stale_messages)
+        add(self._prefix_queries, step.num_prefix_queried_tokens)
+        add(self._prefix_hits, step.num_prefix_hit_tokens)
 
     def set_idle(self, *, num_sequences: int, num_targets: int, kv_cache_usage: float) -> None:
         """Set the gauges between steps: when there is nothing to draft, no step reports it."""

@@ -253,6 +253,8 @@ class SpeculatorService(speculator_pb2_grpc.SpeculatorServiceServicer):
             num_free_kv_blocks=snapshot.num_free_kv_blocks,
             rows_per_step=snapshot.rows_per_step,
             step_ms=snapshot.step_ms,
+            num_prefix_cache_queried_tokens=snapshot.num_prefix_queried_tokens,
+            num_prefix_cache_hit_tokens=snapshot.num_prefix_hit_tokens,
         )
 
 

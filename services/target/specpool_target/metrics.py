@@ -42,6 +42,10 @@ class TargetMetrics:
         self._kv_usage = make.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use; 1 is all of them.")
         self._preemptions = make.counter("vllm:num_preemptions", "Sequences preempted for lack of KV blocks.")
         self._prompt_tokens = make.counter("vllm:prompt_tokens", "Prompt tokens prefilled.")
+        self._prefix_queries = make.counter(
+            "vllm:prefix_cache_queries", "Tokens of admitted sequences, looked up in the prefix cache."
+        )
+        self._prefix_hits = make.counter("vllm:prefix_cache_hits", "Tokens of these that the prefix cache had.")
         self._generation_tokens = make.counter("vllm:generation_tokens", "Tokens committed.")
         self._drafts = make.counter("vllm:spec_decode_num_drafts", "Verifications with draft tokens.")
         self._draft_tokens = make.counter("vllm:spec_decode_num_draft_tokens", "Draft tokens verified.")
@@ -134,6 +138,11 @@ class TargetMetrics:
         self._running.set(num_running)
         self._waiting.set(num_waiting)
         self._kv_usage.set(kv_cache_usage)
+
+    def prefix_cache(self, num_queried_tokens: int, num_hit_tokens: int) -> None:
+        """Count the tokens of an admitted sequence, and those of them that the prefix cache had."""
+        add(self._prefix_queries, num_queried_tokens)
+        add(self._prefix_hits, num_hit_tokens)
 
     def first_token(self, seconds: float) -> None:
         """Count a request's first token, ``seconds`` after its arrival."""

@@ -24,6 +24,8 @@ PROMISED = {
         "vllm:time_to_first_token_seconds_bucket",
         "vllm:inter_token_latency_seconds_bucket",
         "vllm:e2e_request_latency_seconds_bucket",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
         "vllm:spec_decode_num_drafts_total",
         "vllm:spec_decode_num_draft_tokens_total",
         "vllm:spec_decode_num_accepted_tokens_total",
@@ -35,7 +37,12 @@ PROMISED = {
         "specpool_fallback_total{reason=",
         'specpool_transport_info{transport="grpc"} 1.0',
     ],
-    "speculator": ["specpool_draft_rows", "specpool_tenant_tokens_total{"],
+    "speculator": [
+        "specpool_draft_rows",
+        "specpool_prefix_cache_queries_total",
+        "specpool_prefix_cache_hits_total",
+        "specpool_tenant_tokens_total{",
+    ],
     "router": ["specpool_tenant_tokens_total{"],
 }
 

@@ -201,6 +201,8 @@ def test_prefix_cache_is_salted_and_saves_the_prefill(prompt) -> None:
     first.close()
     exchange(drafter, [second], num_steps=1)
     assert model.num_tokens - num_tokens == len(prompt) - 8
+    counters = drafter.held.counters
+    assert (counters.num_prefix_queried_tokens, counters.num_prefix_hit_tokens) == (2 * len(prompt), 8)
 
 
 def test_nothing_is_drafted_beyond_the_last_token(prompt) -> None:

@@ -83,6 +83,8 @@ async def test_prefix_is_reused_within_a_tenant_only(bench_for, request_for):
         assert result.tokens == bench.decode(prompt, request.sampling)
         cached.append(result.finish.num_cached_prompt_tokens)
     assert cached == [0, 20, 0]
+    load = bench.engine.load()
+    assert (load.num_prefix_cache_queried_tokens, load.num_prefix_cache_hit_tokens) == (3 * 21, 20)
 
 
 async def test_stop_token_ends_the_output_and_belongs_to_it(bench_for, request_for):

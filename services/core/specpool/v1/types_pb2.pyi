@@ -525,6 +525,8 @@ class Load(_message.Message):
     NUM_FREE_KV_BLOCKS_FIELD_NUMBER: _builtins.int
     ROWS_PER_STEP_FIELD_NUMBER: _builtins.int
     STEP_MS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_CACHE_QUERIED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_CACHE_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     num_sequences_running: _builtins.int
     num_sequences_waiting: _builtins.int
     num_kv_blocks: _builtins.int
@@ -532,6 +534,11 @@ class Load(_message.Message):
     rows_per_step: _builtins.float
     """Exponential averages over recent steps."""
     step_ms: _builtins.float
+    num_prefix_cache_queried_tokens: _builtins.int
+    """Since the start: tokens of the sequences that came, each time that one did, and how many of these tokens had their
+    keys and values in the prefix cache.
+    """
+    num_prefix_cache_hit_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -541,10 +548,12 @@ class Load(_message.Message):
         num_free_kv_blocks: _builtins.int = ...,
         rows_per_step: _builtins.float = ...,
         step_ms: _builtins.float = ...,
+        num_prefix_cache_queried_tokens: _builtins.int = ...,
+        num_prefix_cache_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_free_kv_blocks", b"num_free_kv_blocks", "num_kv_blocks", b"num_kv_blocks", "num_sequences_running", b"num_sequences_running", "num_sequences_waiting", b"num_sequences_waiting", "rows_per_step", b"rows_per_step", "step_ms", b"step_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_free_kv_blocks", b"num_free_kv_blocks", "num_kv_blocks", b"num_kv_blocks", "num_prefix_cache_hit_tokens", b"num_prefix_cache_hit_tokens", "num_prefix_cache_queried_tokens", b"num_prefix_cache_queried_tokens", "num_sequences_running", b"num_sequences_running", "num_sequences_waiting", b"num_sequences_waiting", "rows_per_step", b"rows_per_step", "step_ms", b"step_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

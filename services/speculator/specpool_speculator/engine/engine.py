@@ -51,6 +51,10 @@ class EngineSnapshot:
     num_free_kv_blocks: int = 0
     rows_per_step: float = 0.0
     step_ms: float = 0.0
+    num_prefix_queried_tokens: int = 0
+    """Tokens of sequences that came since the start, looked up in the prefix cache."""
+    num_prefix_hit_tokens: int = 0
+    """Tokens of these that the prefix cache had."""
     acceptance_rate: float = 0.0
     miss_power_law: tuple[float, ...] = ()
     """Power laws of misses: c, r after a rejection; c, r after everything was accepted."""
@@ -101,7 +105,7 @@ class SpeculatorEngine:
         self._snapshot_s = -math.inf
         self._has_news = False
         """Whether the last step is still to be reported."""
-        self._seen_counters = (0, 0, 0, 0)
+        self._seen_counters = (0, 0, 0, 0, 0, 0)
         self._seen_refusals = Counter[Reason]()
 
     # ---- called by the wire ---------------------------------------------------------------------------------
@@ -187,10 +191,12 @@ class SpeculatorEngine:
         step, counters = self._drafter.last_step, self._drafter.held.counters
         seen = (
             counters.num_table_entries, counters.num_dropped_branches, counters.num_stale, counters.num_resyncs,
+            counters.num_prefix_queried_tokens, counters.num_prefix_hit_tokens,
         )  # fmt: skip
         gained = [now - before for now, before in zip(seen, self._seen_counters, strict=True)]
         self._seen_counters = seen
-        step.num_table_entries, step.num_dropped_branches, step.num_stale_messages, num_resyncs = gained
+        step.num_table_entries, step.num_dropped_branches, step.num_stale_messages, num_resyncs, *prefix = gained
+        step.num_prefix_queried_tokens, step.num_prefix_hit_tokens = prefix
         self._metrics.observe_step(step)
         for _ in range(num_resyncs):
             self._metrics.resync()
@@ -223,6 +229,8 @@ class SpeculatorEngine:
             num_free_kv_blocks=self._pool.num_free,
             rows_per_step=self._averages[0],
             step_ms=self._averages[1],
+            num_prefix_queried_tokens=self._drafter.held.counters.num_prefix_queried_tokens,
+            num_prefix_hit_tokens=self._drafter.held.counters.num_prefix_hit_tokens,
             acceptance_rate=estimates.acceptance,
             miss_power_law=law,
             confidence_spread=estimates.calibration.confidence_spread,

@@ -159,13 +159,13 @@ class HeldSequences:
         if len(self) >= self._max_sequences:
             text = f"{self._max_sequences} sequences are held here, and no more are taken"
             raise Refused(speculator_pb2.REFUSAL_REASON_TOO_MANY_SEQUENCES, text, retry_after_ms=RETRY_AFTER_MS)
-        limits = self._limits
-        checks.check_open(message, vocab_size=limits.vocab_size, max_context=limits.max_context)
-        options = sequence_options(message, limits, self._vocab_sizes[key[0]])
+        checks.check_open(message, vocab_size=self._limits.vocab_size, max_context=self._limits.max_context)
+        options = sequence_options(message, self._limits, self._vocab_sizes[key[0]])
         tree = DraftTree(self._pool, message.token_ids, round_=message.round, salt=message.cache_salt.hex())
         if not has_room(self._pool, tree, [sequence.tree for sequence in self]):
             tree.free()
             raise _no_room(f"{len(message.token_ids)} tokens do not fit into the KV cache beside the others")
+        self.counters.opened(len(message.token_ids), tree.num_cached)
         tree.set_path(message.draft_tokens)
         spread = self._estimates[options.verification].spread(len(message.draft_tokens))
         sequence = self._sequences[key] = SequenceState(key, options, tree, spread)

@@ -29,6 +29,10 @@ class DraftStepStats:
     """Branches that an outcome ruled out before they were used."""
     num_stale_messages: int = 0
     """Messages about an incarnation, sequence or round that has passed."""
+    num_prefix_queried_tokens: int = 0
+    """Tokens of sequences that came, looked up in the prefix cache."""
+    num_prefix_hit_tokens: int = 0
+    """Tokens of these that the prefix cache had."""
 
 
 @dataclass(slots=True)
@@ -41,3 +45,10 @@ class DraftCounters:
     num_resyncs: int = 0
     num_table_entries: int = 0
     num_dropped_branches: int = 0
+    num_prefix_queried_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+
+    def opened(self, num_tokens: int, num_cached: int) -> None:
+        """Count a sequence that came with `num_tokens` tokens, `num_cached` of them in the prefix cache."""
+        self.num_prefix_queried_tokens += num_tokens
+        self.num_prefix_hit_tokens += num_cached

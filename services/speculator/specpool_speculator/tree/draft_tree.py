@@ -64,6 +64,8 @@ class DraftTree:
         """Number of the running round."""
         self.base: SequenceKV | None = SequenceKV.from_prefix(pool, tokens, salt)
         """Context of an uncomputed root, perhaps not complete; None once the root is computed."""
+        self.num_cached = self.base.length
+        """Number of committed tokens that the prefix cache had at the start."""
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
         self.path: list[Node] = [self.root]
         """Nodes v0 .. vd of the in-flight path, the root first."""

@@ -144,6 +144,7 @@ class TargetLoop:
                 assert sequence.kv is not None, "just admitted"
                 sequence.was_admitted = True
                 sequence.num_cached_prompt_tokens = min(sequence.kv.length, sequence.num_prompt_tokens)
+                self._recorder.admitted(len(sequence.tokens), sequence.kv.length)
                 with self._sequences.isolated(sequence):
                     self._next_round.admit(sequence, batch_size=len(self._scheduler.running))
         if all(sequence.is_admitted for sequence in step.admitted):

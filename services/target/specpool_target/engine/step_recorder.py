@@ -31,6 +31,8 @@ class StepRecorder:
         self._take_counts = take_counts
         self._rows_per_step = Average()
         self._step_s = Average()
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
         self._between_tokens: list[tuple[float, int]] = []
         """Seconds and tokens of the rounds since the last step was recorded: a histogram takes its time."""
 
@@ -44,7 +46,15 @@ class StepRecorder:
             num_free_kv_blocks=pool.num_free,
             rows_per_step=self._rows_per_step.value,
             step_ms=self._step_s.value * 1e3,
+            num_prefix_cache_queried_tokens=self._num_queried_tokens,
+            num_prefix_cache_hit_tokens=self._num_hit_tokens,
         )
+
+    def admitted(self, num_tokens: int, num_cached: int) -> None:
+        """Record the first admission of a sequence of `num_tokens` tokens, `num_cached` of them in the prefix cache."""
+        self._num_queried_tokens += num_tokens
+        self._num_hit_tokens += num_cached
+        self._metrics.prefix_cache(num_tokens, num_cached)
 
     def round_ended(self, ended: EndedRound, step: Phases) -> Phases:
         """Record a verification, or the prefill; returns the phases of this round of this sequence."""

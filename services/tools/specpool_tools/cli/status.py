@@ -31,7 +31,7 @@ def run_status(endpoint: str, *, output: str, api_key: str = "") -> None:
     store = f"{document['session_store']} ({'up' if document['session_store_reachable'] else 'DOWN'})"
     console.print(f"router {router['id']} at {endpoint}: {router['state']}, session store {store}")
     table = Table(
-        "role", "id", "incarnation", "endpoint", "state", "model", "running", "free KV", "linked to", box=None
+        "role", "id", "incarnation", "endpoint", "state", "model", "running", "free KV", "cached", "linked to", box=None
     )
     for role, entries, links in (("target", "targets", "speculators"), ("speculator", "speculators", "targets")):
         for entry in document[entries]:
@@ -41,7 +41,7 @@ def run_status(endpoint: str, *, output: str, api_key: str = "") -> None:
 
 def _row(role: str, entry: dict, links: str) -> list[str]:  # type: ignore[type-arg]
     if not entry["reachable"]:
-        return [role, entry["id"], "", entry["endpoint"], f"unreachable: {entry['error']}", "", "", "", ""]
+        return [role, entry["id"], "", entry["endpoint"], f"unreachable: {entry['error']}", "", "", "", "", ""]
     model, load = entry["model"], entry["load"]
     peers = [_link(link) for link in entry[links]]
     return [
@@ -53,8 +53,14 @@ def _row(role: str, entry: dict, links: str) -> list[str]:  # type: ignore[type-
         f"{model['name']} {model['dtype']} {model['attention_backend']} {model['device']}",
         f"{load['sequences_running']} (+{load['sequences_waiting']})",
         f"{load['free_kv_blocks']}/{load['kv_blocks']}",
+        _hit_rate(load["prefix_cache_hit_tokens"], load["prefix_cache_queried_tokens"]),
         ", ".join(peers),
     ]
+
+
+def _hit_rate(num_hits: int, num_queried: int) -> str:
+    """Share of the tokens of all sequences that the prefix cache had when they came."""
+    return f"{num_hits / num_queried:.0%}" if num_queried else ""
 
 
 def _link(link: dict) -> str:  # type: ignore[type-arg]
