@@ -56,15 +56,18 @@ def home() -> Path:
     return cache_directory() / "peers" / f"llama.cpp-{VERSION}"
 
 
+_PROGRAMS = ("llama-server", "llama-quantize", "llama-perplexity")
+
+
 def build() -> None:
-    """Download and build the server and the quantizer, unless they are there. Needs cmake, ninja and a C++ compiler."""
-    if all(_binary(name).is_file() for name in ("llama-server", "llama-quantize")):
+    """Download and build the programs that we use, unless they are there. Needs cmake, ninja and a C++ compiler."""
+    if all(_binary(name).is_file() for name in _PROGRAMS):
         return
     if not shutil.which("c++"):
         raise Internal("llama.cpp is built from source: install a C++ compiler (package g++)")
     source = _source()
     _run("cmake", "-S", str(source), "-B", str(home() / "build"), "-G", "Ninja", *build_options(cpu_flags()))
-    _run("cmake", "--build", str(home() / "build"), "--target", "llama-server", "llama-quantize")
+    _run("cmake", "--build", str(home() / "build"), "--target", *_PROGRAMS)
 
 
 def convert(model: str, weights: str) -> Path:
@@ -80,6 +83,17 @@ def convert(model: str, weights: str) -> Path:
     else:
         _run(str(_binary("llama-quantize")), str(convert(model, "bf16")), str(partial), weights)
     return partial.rename(path)
+
+
+def save_scores(model: Path, text: Path, scores: Path, *, context: int, num_chunks: int, num_threads: int) -> None:
+    """Log-probabilities of the second half of each chunk of a text, `context` tokens long, by llama-perplexity.
+
+    They go to the file `scores`: see `weight_quality.read_scores`.
+    """
+    options = ("-c", str(context), "-b", str(context), "--chunks", str(num_chunks))
+    threads = ("-t", str(num_threads), "-tb", str(num_threads))
+    files = ("-m", str(model), "-f", str(text), "--save-all-logits", str(scores))
+    _run(str(_binary("llama-perplexity")), *files, *options, *threads)
 
 
 @contextmanager
