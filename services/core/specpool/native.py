@@ -35,7 +35,8 @@ def load_library(source: Path) -> ctypes.CDLL:
             f"{source.name} needs a C++ compiler and none was found: install g++", reason="COMPILER_MISSING"
         )
     # -march=native makes the code this CPU's own: another CPU on a shared cache must not find it.
-    identity = "\n".join((source.read_text(), compiler, *_FLAGS, _cpu()))
+    headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
+    identity = "\n".join((source.read_text(), *headers, compiler, *_FLAGS, _cpu()))
     path = cache_directory() / "compiled" / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         with replacing(path) as partial:

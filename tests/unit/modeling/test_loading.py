@@ -25,9 +25,7 @@ VOCAB_SIZE = 61
 needs_streaming = pytest.mark.skipif(
     not can_stream(torch.bfloat16) or not has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
 )
-needs_int4 = pytest.mark.skipif(
-    not can_use_int4() or not has_compiler(), reason="needs AVX-512 VNNI and a C++ compiler"
-)
+needs_int4 = pytest.mark.skipif(not can_use_int4() or not has_compiler(), reason="needs AVX2 and a C++ compiler")
 
 
 def logits_of(model: TransformersModel, tokens: list[int]) -> torch.Tensor:

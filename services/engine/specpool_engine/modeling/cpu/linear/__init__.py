@@ -5,7 +5,7 @@ Formats:
     prepacked  same numbers and data type, reordered once into oneDNN's blocked layout
     streamed   same numbers in bfloat16 for a kernel of our own, which reads them as one stream; for AVX-512 bf16
     int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
-    int4       weights quantised in groups of 32, for a kernel of our own and AVX-512 VNNI; for drafts likewise
+    int4       weights quantised in groups of 32, for a kernel of our own and AVX-512 VNNI or AVX2; for drafts likewise
 
 In all but the first, layers of one parent that read the same input become one product.
 """
@@ -46,7 +46,7 @@ def check_weight_format(name: str, *, dtype: torch.dtype, device: torch.device) 
     if name == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise _refused(name, "this build of torch has no FBGEMM")
     if name == "int4" and not can_use_int4():
-        raise _refused(name, "it needs a CPU with AVX-512 VNNI instructions")
+        raise _refused(name, "it needs a CPU with AVX2 or AVX-512 VNNI instructions")
     if name == "streamed" and not can_stream(dtype):
         raise _refused(name, f"it needs bfloat16, not {dtype}, and a CPU with AVX-512 bf16 instructions")
     if name == "prepacked" and not _can_prepack(dtype):
@@ -60,7 +60,7 @@ def can_stream(dtype: torch.dtype) -> bool:
 
 def can_use_int4() -> bool:
     """Whether this CPU can run `int4`; it also needs a compiler, see `specpool_engine.modeling.cpu.native`."""
-    return torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()
+    return torch.cpu._is_avx2_supported()
 
 
 def convert_linears(model: nn.Module, name: str, on_progress: Progress = no_progress) -> None:

@@ -27,7 +27,7 @@ where 7 is the most."""
 
 
 class Int4Linear(PackedLinear):
-    """`nn.Linear`, approximately, on CPUs with AVX-512 VNNI. Inputs are rounded to 8 bits, in the same groups."""
+    """`nn.Linear`, approximately, for AVX2 or AVX-512 VNNI. Inputs are rounded to 8 bits, in the same groups."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
