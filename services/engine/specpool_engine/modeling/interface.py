@@ -57,12 +57,32 @@ class LaunchingModel(CausalModel, Protocol):
         ...
 
 
+@runtime_checkable
+class EnqueuingModel(CausalModel, Protocol):
+    """A model whose `forward` may return as soon as a device has been given its work, as on CUDA."""
+
+    enqueues: bool
+    """Whether `forward` does so: its logits are there once the current stream is synchronised."""
+
+
 Forward = Callable[[Sequence[Segment], Callable[[], None]], Tensor]
 """A forward, and what to do while it runs, or before it if the model needs the thread."""
 
 
 def forward_of(model: CausalModel) -> Forward:
-    """The way to run forwards of a model with something to do meanwhile."""
+    """The way to run forwards of a model with something to do meanwhile.
+
+    The logits of a model that enqueues may not be there yet when it returns.
+    """
+    if isinstance(model, EnqueuingModel) and model.enqueues:
+
+        def enqueue(segments: Sequence[Segment], meanwhile: Callable[[], None]) -> Tensor:
+            logits = model.forward(segments)
+            meanwhile()
+            return logits
+
+        return enqueue
+
     if not isinstance(model, LaunchingModel):
 
         def forward(segments: Sequence[Segment], meanwhile: Callable[[], None]) -> Tensor:

@@ -143,6 +143,7 @@ class TransformersModel:
         self.pool = pool
         self.backend = backend
         self.device = model.device
+        self.enqueues = self.device.type == "cuda"
         self.min_tokens = 1
         """Forwards of fewer tokens are padded to this many."""
         self.around_forward: Callable[[], AbstractContextManager[object]] = nullcontext
