@@ -101,15 +101,15 @@ class DraftTree:
     def commit(self, num_accepted: int, bonus_token: int) -> None:
         """Apply the running round's outcome: move the root, keep what is below it, free the rest."""
         self.version += 1
-        held = self._all_kv()
-        last = self.path[num_accepted]
+        old_root, old_base, last = self.root, self.base, self.path[num_accepted]
         root = last.child(bonus_token)
         self.tokens += [*(node.token for node in self.path[1 : num_accepted + 1]), bonus_token]
         base, base_length = (None, 0) if root.is_computed else self._context(num_accepted)
         root.parent = None
+        del last.children[bonus_token]
         self.root, self.base, self.path = root, base, [root]
         self.round += 1
-        self._release(held, base_length)
+        self._release(list(old_root.subtree()), old_base, base_length)
 
     def missing(self) -> int:
         """Number of tokens of the in-flight path and its context that are still to be computed."""
@@ -157,11 +157,14 @@ class DraftTree:
     def prune(self) -> None:
         """Give up every branch; only the in-flight path stays."""
         self.version += 1
-        held = self._all_kv()
         base_length = 0 if self.base is None else self.base.length
+        dropped: list[Node] = []
         for node, following in zip(self.path, [*self.path[1:], None], strict=True):
+            for child in node.children.values():
+                if child is not following:
+                    dropped += child.subtree()
             node.children = {} if following is None else {following.token: following}
-        self._release(held, base_length)
+        self._release(dropped, self.base, base_length)
 
     def evict(self) -> None:
         """Give every block back. The tokens stay, so that the sequence can be computed again later."""
@@ -176,6 +179,7 @@ class DraftTree:
         self.version += 1
         for kv in self._all_kv():
             kv.free()
+        _unlink(list(self.root.subtree()))
         self.base = None
         self._release_rows(())
 
@@ -201,22 +205,34 @@ class DraftTree:
             found[id(self.base)] = self.base
         return list(found.values())
 
-    def _release(self, held: Iterable[SequenceKV], base_length: int) -> None:
-        """Free what no node needs any more of `held`, and cut off what is beyond the last node that does."""
+    def _release(self, dropped: Sequence[Node], old_base: SequenceKV | None, base_length: int) -> None:
+        """Free what was held for the `dropped` nodes alone, and cut off what is beyond the last node that is kept."""
+        kept = list(self.root.subtree())
         needed: dict[int, int] = {}
-        for node in self.root.subtree():
+        held: dict[int, SequenceKV] = {}
+        for node in kept:
+            kv = node.kv
+            if kv is not None:
+                key = id(kv)
+                held[key] = kv
+                if node.position >= needed.get(key, 0):
+                    needed[key] = node.position + 1
+        for node in dropped:
             if node.kv is not None:
-                needed[id(node.kv)] = max(needed.get(id(node.kv), 0), node.position + 1)
+                held[id(node.kv)] = node.kv
+        if old_base is not None:
+            held[id(old_base)] = old_base
         if self.base is not None:
             needed[id(self.base)] = base_length
-        for kv in held:
-            length = needed.get(id(kv))
+        for key, kv in held.items():
+            length = needed.get(key)
             if length is None:
                 kv.free()
             elif kv.length > length:
                 kv.truncate(length)
+        _unlink(dropped)
         if self.rows:
-            self._release_rows(self.root.subtree())
+            self._release_rows(kept)
 
     def _release_rows(self, kept: Iterable[Node]) -> None:
         needed = {id(node.ranks.distribution) for node in kept if node.ranks is not None}
@@ -224,3 +240,10 @@ class DraftTree:
             if id(row) not in needed:
                 row.release()
         self.rows = [row for row in self.rows if row.probabilities is not None]
+
+
+def _unlink(nodes: Iterable[Node]) -> None:
+    """Let nodes that are in no tree any more be freed at once: parent and child would keep one another until the next
+    garbage collection, which looks through all trees."""
+    for node in nodes:
+        node.parent = None
