@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 from typing import Final
 
 import numpy as np
@@ -35,7 +36,7 @@ class RankCalibration:
         self._information = (prior_weight, 0.0, prior_weight / 4)  # of (slope, slope and lift, lift)
         self._outside = _PRIOR_OUTSIDE * prior_weight
         self._trials = prior_weight
-        self._confidences = [0.0, 0.0, 0.0]  # number, sum, and sum of squares
+        self._confidences = (0.0, 0.0, 0.0)  # number, sum, and sum of squares
         self._decay = decay
 
     @property
@@ -86,15 +87,16 @@ class RankCalibration:
             return
         shares = self._shares(scores)
         confidence = (1 - self.outside) * shares[0]
-        for index, value in enumerate((1, confidence, confidence**2)):
-            self._confidences[index] = self._confidences[index] * self._decay + value
+        count, total, squares = (value * self._decay for value in self._confidences)
+        self._confidences = (count + 1, total + confidence, squares + confidence**2)
         if rank is None or len(scores) < 2:
             return
-        relative = [score - scores[0] for score in scores]
-        mean = sum(share * score for share, score in zip(shares, relative, strict=True))
+        best = scores[0]
+        relative = [score - best for score in scores]
+        mean = sum(map(mul, shares, relative))
         # gradient and Fisher information of a softmax whose features are (score, is rank 0)
         gradient = (relative[rank] - mean, (rank == 0) - shares[0])
-        spread = sum(share * (score - mean) ** 2 for share, score in zip(shares, relative, strict=True))
+        spread = sum([share * (score - mean) ** 2 for share, score in zip(shares, relative, strict=True)])
         common = shares[0] * (0.0 - mean)
         slope_slope, slope_lift, lift_lift = (self._decay * value for value in self._information)
         self._information = (slope_slope + spread, slope_lift + common, lift_lift + shares[0] * (1 - shares[0]))
@@ -103,7 +105,8 @@ class RankCalibration:
     def _shares(self, scores: Sequence[float]) -> list[float]:
         """The ranks' shares of what is not outside: a calibrated softmax of their scores."""
         best = scores[0] if scores else 0.0
-        weights = [math.exp(self._slope * (score - best)) for score in scores]
+        slope, exp = self._slope, math.exp
+        weights = [exp(slope * (score - best)) for score in scores]
         if weights:
             weights[0] *= math.exp(self._lift)
         total = sum(weights)

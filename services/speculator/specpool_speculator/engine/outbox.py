@@ -64,12 +64,16 @@ class Outbox:
         )
         self._responses[connection].append(speculator_pb2.SpeculateResponse(sequence_refused=message))
 
-    def table(self, sequence: SequenceState, entries: Mapping[Outcome, Iterable[int]]) -> None:
+    def table(self, sequence: SequenceState, entries: Mapping[Outcome, Sequence[int]]) -> None:
         """Push new or longer entries of the running round's table."""
         connection, sequence_id = sequence.key
         table = self._tables[connection].tables.add(sequence_id=sequence_id, round=sequence.tree.round)
-        for (num_accepted, bonus_token), tokens in entries.items():
-            table.entries.add(num_accepted=num_accepted, bonus_token=bonus_token, draft_tokens=tokens)
+        add = table.entries.add
+        for (num_accepted, bonus_token), tokens in entries.items():  # faster than by keywords
+            entry = add()
+            entry.num_accepted, entry.bonus_token = num_accepted, bonus_token
+            if tokens:
+                entry.draft_tokens.extend(tokens)
 
     def drop(self, connection: int) -> None:
         """Drop all responses to a target whose stream is gone."""

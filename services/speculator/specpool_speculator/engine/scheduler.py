@@ -29,7 +29,7 @@ _ONE_BLOCK = 1
 """A row of one token takes a fresh block or the copy of a shared one, never both."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every row, and that would take several times as long
 class ScheduledWork:
     """Tokens of one sequence in the step."""
 

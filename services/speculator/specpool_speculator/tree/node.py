@@ -19,7 +19,7 @@ class TokenDistribution:
     """Probabilities of these tokens; they sum to 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every row, and that would take several times as long
 class NodeRanks:
     """What the draft says comes after a node."""
 

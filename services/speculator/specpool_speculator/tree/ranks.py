@@ -98,7 +98,12 @@ class Ranker:
             return [NodeRanks(*of_node) for of_node in zip(drafted, bonus, distributions, strict=True)]
         scores = ranks.scores.cpu().numpy()
         rows = zip(drafted, bonus, distributions, scores.tolist(), calibration.of_rows(scores).tolist(), strict=True)
-        return [NodeRanks(d, b, of, tuple(s[: len(d)]), tuple(p[: len(d)])) for d, b, of, s, p in rows]
+        return [
+            NodeRanks(d, b, of, tuple(s), tuple(p))
+            if len(d) == len(s)
+            else NodeRanks(d, b, of, tuple(s[: len(d)]), tuple(p[: len(d)]))
+            for d, b, of, s, p in rows
+        ]
 
     def _distributions(
         self, ranks: DraftRanks, drafted: Sequence[Sequence[int]], with_distribution: Sequence[bool]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Final
 
 from specpool_speculator.engine.estimates import GuessSpread
@@ -16,7 +15,6 @@ SequenceKey = tuple[int, str]
 """A sequence's key (connection, sequence id): two targets may use the same id."""
 Outcome = tuple[int, int]
 """A verification outcome (accepted length k, bonus token t*)."""
-_PLACE: Final = itemgetter(1, 2)
 _FIRST_TOKEN: Final = 4.0
 """Value of a guess's first token beside a further one's: with none, a round verifies nothing that was drafted."""
 
@@ -130,12 +128,14 @@ class SequenceState:
             return
         for node in nodes:
             parent, token = node.parent, node.token
-            branch = next((one for one in branches.all if one.token == token and one.parent is parent), None)
-            if branch is None:  # drafted for a target that waits: what it is a guess of is found anew
+            for branch in branches.all:
+                if branch.token == token and branch.parent is parent:
+                    self._follow(branch)
+                    branches.grown.append(branch)
+                    break
+            else:  # drafted for a target that waits: what it is a guess of is found anew
                 self._branches = None
                 return
-            self._follow(branch)
-            branches.grown.append(branch)
 
     def _current_branches(self) -> Branches:
         if self._branches is None or self._branches.version != self.tree.version:
@@ -146,25 +146,31 @@ class SequenceState:
     def find_branches(self) -> list[Branch]:
         """What `branches` gives, found in the tree anew."""
         path, found, has_best = self.tree.path, list[Branch](), False
-        stops, max_length = self.options.stop_tokens, self.options.max_length
+        stops, max_length, lookahead = self.options.stop_tokens, self.options.max_length, self.options.lookahead
         chosen = self._best_first() if self._is_best_first else self._by_fan_out()
         for k, (node, ranked) in enumerate(zip(path, chosen, strict=False)):
             is_last = k + 1 == len(path)
             is_too_long = node.position + 2 >= max_length
+            children = node.children
             for token, probability in ranked:
                 is_closed = probability == 0 or is_too_long or token in stops
                 is_best = is_last and not is_closed and not has_best
                 has_best = has_best or is_best
-                found.append(Branch(self, (k, token), probability, node, token, is_closed, is_best))
-            if node.children:
+                # As `_follow` leaves a branch of which nothing is computed yet: most are like that.
+                value, is_worth_it = probability * _FIRST_TOKEN, lookahead > 0 or is_best
+                branch = Branch(self, (k, token), probability, node, token, is_closed, is_best, value=value)
+                branch.is_open, branch.is_worth_a_step = not is_closed, is_worth_it
+                found.append(branch)
+                if token in children:
+                    self._follow(branch)
+            if children:
                 expected = {token for token, _ in ranked}
                 if not is_last:
                     expected.add(path[k + 1].token)
-                for token, child in node.children.items():
+                for token, child in children.items():
                     if child.ranks is not None and token not in expected:
-                        found.append(Branch(self, (k, token), 0.0, node, token, True, False))
-        for branch in found:
-            self._follow(branch)
+                        found.append(branch := Branch(self, (k, token), 0.0, node, token, True, False))
+                        self._follow(branch)
         return found
 
     def _follow(self, branch: Branch) -> None:
@@ -204,21 +210,31 @@ class SequenceState:
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
         """Tokens guessed after each accepted length, and their probabilities: the most likely of all lengths."""
-        reached, guesses, by_value = 1.0, list[list[tuple[int, float]]](), list[tuple[float, int, int, int]]()
-        for k, (node, draft_token) in enumerate(self._open_path()):
-            assert node.ranks is not None, "computed"
-            drafted, probabilities = node.ranks.drafted, node.ranks.probabilities
-            by_value += [
-                (-reached * p, k, rank, token)
-                for rank, (token, p) in enumerate(zip(drafted, probabilities, strict=True))
-                if token != draft_token
-            ]
-            guesses.append([])
+        reached, budget = 1.0, self.spread.budget
+        guesses, values = list[list[tuple[int, float]]](), list[float]()
+        for node, draft_token in self._open_path():
+            ranks = node.ranks
+            assert ranks is not None, "computed"
+            ranked = [(token, reached * p) for token, p in zip(ranks.drafted, ranks.probabilities, strict=True)]
             if draft_token is not None:
-                reached *= node.ranks.probability(draft_token)
-        by_value.sort()
-        for value, k, _, token in sorted(by_value[: self.spread.budget], key=_PLACE):
-            guesses[k].append((token, -value))
+                if ranks.drafted[0] == draft_token:
+                    del ranked[0]
+                else:
+                    ranked = [one for one in ranked if one[0] != draft_token]
+                reached *= ranks.probability(draft_token)
+            guesses.append(ranked)
+            values += [value for _, value in ranked]
+        if len(values) <= budget:
+            return guesses
+        # Numbers are sorted sooner than what they are of. Of equal ones, those after fewer accepted tokens are taken.
+        values.sort(reverse=True)
+        least = values[budget - 1]
+        num_left_out = sum(value == least for value in values[budget:])
+        for k in range(len(guesses) - 1, -1, -1):
+            guesses[k] = [one for one in guesses[k] if one[1] >= least]
+            while num_left_out and guesses[k] and (last := _last_of(guesses[k], least)) is not None:
+                del guesses[k][last]
+                num_left_out -= 1
         return guesses
 
     def chain_probability(self, node: Node, num_tokens: int) -> float:
@@ -245,3 +261,8 @@ class SequenceState:
         self.tree.set_path(draft_tokens)
         self.spread = spread
         self.pushed.clear()
+
+
+def _last_of(ranked: list[tuple[int, float]], value: float) -> int | None:
+    """Index of the last guess with that value."""
+    return next((index for index in range(len(ranked) - 1, -1, -1) if ranked[index][1] == value), None)

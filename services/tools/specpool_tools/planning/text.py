@@ -109,7 +109,7 @@ class SimulatedModel:
         return torch.empty(0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _SimulatedRanks(NodeRanks):
     """What comes after a node, and whether the node is still the target's text."""
 
