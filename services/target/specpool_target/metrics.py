@@ -11,6 +11,7 @@ from specpool.telemetry.metrics import (
     OTHER,
     REQUEST_BUCKETS_S,
     STEP_BUCKETS_S,
+    CountedHistogram,
     EngineInfo,
     TransportInfo,
     add,
@@ -53,8 +54,12 @@ class TargetMetrics:
         self._first_token = make.histogram(
             "vllm:time_to_first_token_seconds", "Admission to first token.", FIRST_TOKEN_BUCKETS_S
         )
-        self._inter_token = make.histogram(
-            "vllm:inter_token_latency_seconds", "Between tokens of one request.", TOKEN_BUCKETS_S
+        self._inter_token = CountedHistogram(
+            "vllm:inter_token_latency_seconds",
+            "Between tokens of one request.",
+            {"model_name": model_name},
+            TOKEN_BUCKETS_S,
+            self.registry,
         )
         self._e2e = make.histogram("vllm:e2e_request_latency_seconds", "Whole requests.", REQUEST_BUCKETS_S)
         self._finished = Counter(
@@ -150,8 +155,7 @@ class TargetMetrics:
 
     def inter_token(self, seconds: float, num_tokens: int = 1) -> None:
         """Count ``num_tokens`` that a request got at once, ``seconds`` after the ones before."""
-        for _ in range(num_tokens):
-            self._inter_token.observe(seconds / num_tokens)
+        self._inter_token.observe(seconds / num_tokens, num_tokens)
 
     def request_finished(self, reason: str, seconds: float) -> None:
         """Count a request that ended by `reason`: stop, length, cancelled or error."""

@@ -6,9 +6,10 @@ import urllib.request
 
 import pytest
 from metric_series import series_names
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from specpool.errors import ConfigError
-from specpool.telemetry.metrics import LabelCap, serve_metrics
+from specpool.telemetry.metrics import CountedHistogram, LabelCap, serve_metrics
 from specpool_router.metrics import RouterMetrics
 from specpool_speculator.engine.step_stats import DraftStepStats
 from specpool_speculator.metrics import SpeculatorMetrics
@@ -91,3 +92,22 @@ def test_speculator_and_router_values() -> None:
     router.stream_ended("OK", 0.5)
     assert router.registry.get_sample_value("specpool_streams_running") == 0
     assert router.registry.get_sample_value("specpool_requests_total", {"code": "OK"}) == 1
+
+
+def test_counted_histogram_says_what_one_that_observes_each_says() -> None:
+    registries = CollectorRegistry(), CollectorRegistry()
+    bounds = (0.002, 0.5, 1, 10)
+    counted = CountedHistogram("latency_seconds", "Text.", {"model_name": "m"}, bounds, registries[0])
+    plain = Histogram("latency_seconds", "Text.", ["model_name"], buckets=bounds, registry=registries[1]).labels("m")
+    for value, count in ((0.001, 3), (0.002, 1), (0.25, 2), (1.0, 4), (99.0, 1)):
+        counted.observe(value, count)
+        for _ in range(count):
+            plain.observe(value)
+    assert generate_latest(registries[0]) == generate_latest(registries[1])
+
+
+def test_name_of_a_counted_histogram_is_taken() -> None:
+    registry = CollectorRegistry()
+    CountedHistogram("latency_seconds", "Text.", {}, (1,), registry)
+    with pytest.raises(ValueError, match="Duplicated"):
+        Histogram("latency_seconds", "Text.", registry=registry)

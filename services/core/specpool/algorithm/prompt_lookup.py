@@ -22,11 +22,13 @@ class PromptLookup:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Append committed tokens to the sequence."""
+        known, after, longest = self._tokens, self._after, self._max_ngram
         for token in tokens:
-            end = len(self._tokens)
-            for n in range(1, min(self._max_ngram, end) + 1):
-                self._after[tuple(self._tokens[end - n : end])] = end
-            self._tokens.append(token)
+            end, suffix = len(known), tuple(known[-longest:])
+            while suffix:
+                after[suffix] = end
+                suffix = suffix[1:]
+            known.append(token)
 
     def propose(self, num_tokens: int, *, after: Sequence[int] = (), min_ngram: int = 1) -> list[int]:
         """The tokens, up to ``num_tokens``, that followed the latest earlier occurrence of the longest known suffix.
@@ -36,9 +38,10 @@ class PromptLookup:
             after: tokens that are not committed, assumed to come next; looked up, but not searched.
             min_ngram: shorter matches do not count.
         """
-        ending = [*self._tokens[-self._max_ngram :], *after][-self._max_ngram :]
-        for n in range(len(ending), min_ngram - 1, -1):
-            start = self._after.get(tuple(ending[-n:]))
+        ending = (*self._tokens[-self._max_ngram :], *after)[-self._max_ngram :]
+        while len(ending) >= max(min_ngram, 1):
+            start = self._after.get(ending)
             if start is not None:
                 return self._tokens[start : start + num_tokens]
+            ending = ending[1:]
         return []

@@ -40,7 +40,8 @@ class Answer:
     def drop(self) -> None:
         """Nobody wants it any more."""
         self._on_answer = None
-        self._arrived.set()
+        if not self._arrived.is_set():
+            self._arrived.set()
 
     def _keep(self, tokens: tuple[int, ...]) -> None:
         self._tokens = tokens

@@ -6,12 +6,17 @@ Children of labelled metrics are looked up once, so that a step costs a few addi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Final, TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from specpool.errors import ConfigError
 
@@ -25,6 +30,41 @@ REQUEST_BUCKETS_S: Final = (0.1, 0.3, 0.5, 1, 1.5, 2, 3, 5, 8, 12, 20, 30, 45, 6
 
 # Each counter and histogram would otherwise export a second series with its creation time.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class CountedHistogram(Collector):
+    """A histogram that takes many equal observations at once, and is put together when it is scraped.
+
+    One thread observes. What another one collects meanwhile may lack an observation in the sum or in the counts.
+    """
+
+    def __init__(
+        self, name: str, text: str, labels: Mapping[str, str], buckets: Sequence[float], registry: CollectorRegistry
+    ) -> None:
+        """`buckets` are the upper bounds, rising."""
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = list(buckets)
+        self._names = [*map(floatToGoString, buckets), "+Inf"]
+        self._counts = [0] * len(self._names)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Take in `count` observations of `value`."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def describe(self) -> Iterable[HistogramMetricFamily]:
+        """The name, so that no other metric takes it; called by the registry."""
+        yield HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """All buckets; called by the registry for a scrape."""
+        total, counts = self._sum, accumulate(list(self._counts))
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        buckets = [(name, float(count)) for name, count in zip(self._names, counts, strict=True)]
+        family.add_metric(list(self._labels.values()), buckets, total)
+        yield family
 
 
 class LabelCap:
