@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 
 from specpool.errors import SpecPoolError, TargetUnavailable
+from specpool.rpc.errors import to_status
 from specpool.rpc.server import Health, add_standard_services, bind, create_server
 from specpool.v1 import (
     inference_pb2,
@@ -31,6 +32,52 @@ def tokens_of(seed: int, num_tokens: int = NUM_TOKENS) -> list[int]:
 def text_of(seed: int, num_tokens: int = NUM_TOKENS) -> str:
     """One non-BMP character and one letter a token: characters are neither bytes nor UTF-16 units."""
     return "".join("\N{GRINNING FACE}" + chr(token) for token in tokens_of(seed, num_tokens))
+
+
+async def multiplexed(run: Any, requests: Any, context: Any) -> AsyncIterator[target_pb2.RunSequencesResponse]:
+    """A shared stream on top of single ones: a message per event. What ends one of them by `abort` ends all of it."""
+    outgoing: asyncio.Queue[Any] = asyncio.Queue()
+
+    class EndsAll:
+        async def abort(self, code: grpc.StatusCode) -> None:
+            outgoing.put_nowait(code)
+            raise grpc.aio.AbortError
+
+    tasks: dict[int, asyncio.Task[None]] = {}
+    goes: dict[int, asyncio.Event] = {}
+
+    async def one(start: target_pb2.StartSequence) -> None:
+        try:
+            async for event in run(start.request, EndsAll()):
+                await goes[start.id].wait()
+                outgoing.put_nowait(target_pb2.SequenceEvent(id=start.id, event=event))
+        except SpecPoolError as error:
+            outgoing.put_nowait(target_pb2.SequenceEvent(id=start.id, error=to_status(error).SerializeToString()))
+        except grpc.aio.AbortError:
+            pass
+
+    async def listen() -> None:
+        async for request in requests:
+            command = request.WhichOneof("command")
+            if command == "start":
+                goes[request.start.id] = asyncio.Event()
+                goes[request.start.id].set()
+                tasks[request.start.id] = asyncio.create_task(one(request.start))
+            elif command == "cancel":
+                tasks[request.cancel].cancel()
+            elif command == "hold":
+                goes[request.hold].clear()
+            else:
+                goes[request.go_on].set()
+
+    listening = asyncio.create_task(listen())
+    try:
+        while not isinstance(event := await outgoing.get(), grpc.StatusCode):
+            yield target_pb2.RunSequencesResponse(events=[event])
+        await context.abort(event)
+    finally:
+        for task in (listening, *tasks.values()):
+            task.cancel()
 
 
 class FakeTarget(target_pb2_grpc.TargetServiceServicer):
@@ -58,7 +105,17 @@ class FakeTarget(target_pb2_grpc.TargetServiceServicer):
         self.status_delay_s = 0.0
         self.num_steps = 0
         self.seconds_in_step = 0.0
+        self.has_shared_streams = True
+        self.num_shared_streams = 0
         self._stopping: asyncio.Task[None] | None = None
+
+    async def RunSequences(self, request_iterator: Any, context: Any) -> AsyncIterator[target_pb2.RunSequencesResponse]:
+        if not self.has_shared_streams:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        self.num_shared_streams += 1
+        async with aclosing(multiplexed(self.RunSequence, request_iterator, context)) as messages:
+            async for message in messages:
+                yield message
 
     async def RunSequence(self, request: Any, context: Any) -> AsyncIterator[target_pb2.RunSequenceResponse]:
         self.requests.append(request)

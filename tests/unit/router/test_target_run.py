@@ -28,11 +28,9 @@ class Call:
 
 async def _start() -> tuple[Call, TargetRun, asyncio.Task[Event]]:
     call = Call()
-    channel: Any = SimpleNamespace(
-        unary_stream=lambda *_, **__: lambda _: call, unary_unary=lambda *_, **__: lambda _: call
-    )
-    target: Any = SimpleNamespace(channel=channel, num_streams=0, progressed_s=0.0, heard_s=0.0)
-    run = TargetRun(target, target_pb2.RunSequenceRequest(), progress_timeout_s=600.0)
+    streams: Any = SimpleNamespace(call=lambda *_: call)
+    target: Any = SimpleNamespace(num_streams=0, progressed_s=0.0, heard_s=0.0)
+    run = TargetRun(target, target_pb2.RunSequenceRequest(), streams, progress_timeout_s=600.0)
 
     async def first() -> Event:
         return await anext(run.events())

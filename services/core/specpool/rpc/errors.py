@@ -44,6 +44,8 @@ _KIND_BY_CODE: Final[Mapping[grpc.StatusCode, type[SpecPoolError]]] = {
     grpc.StatusCode.INTERNAL: errors.Internal,
 }
 
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode if code is not grpc.StatusCode.OK}
+
 # A caller's own cancellation is no failed call: a bare CANCELLED comes from the peer.
 _GONE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
@@ -62,6 +64,20 @@ def to_status(error: SpecPoolError) -> status_pb2.Status:
         violation = error_details_pb2.BadRequest.FieldViolation(field=metadata["field"], description=status.message)
         _pack(status, error_details_pb2.BadRequest(field_violations=[violation]))
     return status
+
+
+def rpc_error_of(status: bytes) -> grpc.aio.AioRpcError:
+    """The failure of a call that ended with this encoded ``google.rpc.Status``: for one request of a shared stream.
+
+    One that is not readable is INTERNAL, without details, as a broken call is.
+    """
+    try:
+        decoded = status_pb2.Status.FromString(status)
+        code = _CODES[decoded.code]
+    except (DecodeError, KeyError):
+        return grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "no status")
+    trailing = grpc.aio.Metadata((_DETAILS_KEY, status))
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, decoded.message)
 
 
 async def abort(context: grpc.aio.ServicerContext[object, object], error: SpecPoolError) -> None:

@@ -70,18 +70,24 @@ async def _errors_as_status(method: str, context: Context) -> AsyncIterator[None
         yield
     except grpc.aio.AbortError:
         raise
-    except SpecPoolError as error:
+    except Exception as error:
+        is_ours = isinstance(error, SpecPoolError | grpc.aio.AioRpcError)
+        if not is_ours and context.cancelled():  # writing to a call that is gone
+            raise asyncio.CancelledError from error
+        await abort(context, told_error(method, error))
+
+
+def told_error(method: str, error: Exception) -> SpecPoolError:
+    """What a peer is told of an error of ``method``. A defect is logged."""
+    if isinstance(error, SpecPoolError):
         if isinstance(error, Internal):
             _logger.error("%s failed: %s", method, error, exc_info=error)
-        await abort(context, error)
-    except grpc.aio.AioRpcError as error:
-        await abort(context, from_rpc_error(error))
-    except Exception as error:
-        if context.cancelled():  # writing to a call that is gone
-            raise asyncio.CancelledError from error
-        error_id = secrets.token_hex(4)
-        _logger.exception("%s failed unexpectedly (error id %s)", method, error_id)
-        await abort(context, Internal(f"internal error {error_id}; see the log", metadata={"error_id": error_id}))
+        return error
+    if isinstance(error, grpc.aio.AioRpcError):
+        return from_rpc_error(error)
+    error_id = secrets.token_hex(4)
+    _logger.error("%s failed unexpectedly (error id %s)", method, error_id, exc_info=error)
+    return Internal(f"internal error {error_id}; see the log", metadata={"error_id": error_id})
 
 
 def wrap(handler: Handler, scope: Scope, read: Callable[[Any], Any] | None = None) -> Handler:

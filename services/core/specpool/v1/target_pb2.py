@@ -26,7 +26,7 @@ from specpool.v1 import inference_pb2 as specpool_dot_v1_dot_inference__pb2
 from specpool.v1 import types_pb2 as specpool_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specpool/v1/target.proto\x12\x0bspecpool.v1\x1a\x1bspecpool/v1/inference.proto\x1a\x17specpool/v1/types.proto\"\x9e\x02\n\x12RunSequenceRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.specpool.v1.GenerateRequest\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x15\n\rtenant_weight\x18\x03 \x01(\x02\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12\x1b\n\x13\x63ommitted_token_ids\x18\x06 \x03(\r\x12\x1b\n\x13num_text_chars_sent\x18\x07 \x01(\r\x12\x34\n\x0bspeculators\x18\x08 \x03(\x0b\x32\x1f.specpool.v1.SpeculatorEndpoint\x12\x13\n\x0bwas_running\x18\t \x01(\x08J\x04\x08\x05\x10\x06R\x13speculator_endpoint\"1\n\x06Paired\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x15\n\rspeculator_id\x18\x02 \x01(\t\"\xdc\x01\n\x13RunSequenceResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.specpool.v1.GenerationStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.specpool.v1.GenerationDeltaH\x00\x12\x33\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1f.specpool.v1.GenerationFinishedH\x00\x12%\n\x06paired\x18\x04 \x01(\x0b\x32\x13.specpool.v1.PairedH\x00\x42\x07\n\x05\x65vent\"N\n\x16GetTargetStatusRequest\x12\x34\n\x0bspeculators\x18\x01 \x03(\x0b\x32\x1f.specpool.v1.SpeculatorEndpoint\"\xcf\x01\n\x14SpeculatorLinkStatus\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12%\n\nspeculator\x18\x02 \x01(\x0b\x32\x11.specpool.v1.Peer\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x12\n\nlast_error\x18\x05 \x01(\t\x12\x15\n\rround_trip_ms\x18\x06 \x01(\x01\x12\x18\n\x10\x61greed_transport\x18\x07 \x01(\t\x12\x13\n\x0bgroup_error\x18\x08 \x01(\t\"\x86\x03\n\x17GetTargetStatusResponse\x12!\n\x06target\x18\x01 \x01(\x0b\x32\x11.specpool.v1.Peer\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.specpool.v1.ServingState\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.specpool.v1.ModelInfo\x12\x1f\n\x04load\x18\x04 \x01(\x0b\x32\x11.specpool.v1.Load\x12\x36\n\x0bspeculators\x18\x05 \x03(\x0b\x32!.specpool.v1.SpeculatorLinkStatus\x12\x15\n\rmax_lookahead\x18\x06 \x01(\r\x12\x0c\n\x04plan\x18\x08 \x01(\t\x12\x11\n\tnum_steps\x18\x0f \x01(\x04\x12\x17\n\x0fseconds_in_step\x18\x10 \x01(\x01\x12\x32\n\x08refusals\x18\x11 \x03(\x0b\x32 .specpool.v1.RequestRefusalCountJ\x04\x08\x07\x10\x08R\x13\x66\x61llback_batch_size\";\n\x13RequestRefusalCount\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x04\"+\n\x12\x44rainTargetRequest\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"4\n\x13\x44rainTargetResponse\x12\x1d\n\x15num_sequences_running\x18\x01 \x01(\r2\x93\x02\n\rTargetService\x12R\n\x0bRunSequence\x12\x1f.specpool.v1.RunSequenceRequest\x1a .specpool.v1.RunSequenceResponse0\x01\x12\\\n\x0fGetTargetStatus\x12#.specpool.v1.GetTargetStatusRequest\x1a$.specpool.v1.GetTargetStatusResponse\x12P\n\x0b\x44rainTarget\x12\x1f.specpool.v1.DrainTargetRequest\x1a .specpool.v1.DrainTargetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specpool/v1/target.proto\x12\x0bspecpool.v1\x1a\x1bspecpool/v1/inference.proto\x1a\x17specpool/v1/types.proto\"\x9e\x02\n\x12RunSequenceRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.specpool.v1.GenerateRequest\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x15\n\rtenant_weight\x18\x03 \x01(\x02\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12\x1b\n\x13\x63ommitted_token_ids\x18\x06 \x03(\r\x12\x1b\n\x13num_text_chars_sent\x18\x07 \x01(\r\x12\x34\n\x0bspeculators\x18\x08 \x03(\x0b\x32\x1f.specpool.v1.SpeculatorEndpoint\x12\x13\n\x0bwas_running\x18\t \x01(\x08J\x04\x08\x05\x10\x06R\x13speculator_endpoint\"1\n\x06Paired\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x15\n\rspeculator_id\x18\x02 \x01(\t\"\xdc\x01\n\x13RunSequenceResponse\x12\x31\n\x07started\x18\x01 \x01(\x0b\x32\x1e.specpool.v1.GenerationStartedH\x00\x12-\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1c.specpool.v1.GenerationDeltaH\x00\x12\x33\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1f.specpool.v1.GenerationFinishedH\x00\x12%\n\x06paired\x18\x04 \x01(\x0b\x32\x13.specpool.v1.PairedH\x00\x42\x07\n\x05\x65vent\"\x80\x01\n\x13RunSequencesRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.specpool.v1.StartSequenceH\x00\x12\x10\n\x06\x63\x61ncel\x18\x02 \x01(\x04H\x00\x12\x0e\n\x04hold\x18\x03 \x01(\x04H\x00\x12\x0f\n\x05go_on\x18\x04 \x01(\x04H\x00\x42\t\n\x07\x63ommand\"b\n\rStartSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x30\n\x07request\x18\x02 \x01(\x0b\x32\x1f.specpool.v1.RunSequenceRequest\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\"B\n\x14RunSequencesResponse\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.specpool.v1.SequenceEvent\"g\n\rSequenceEvent\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x31\n\x05\x65vent\x18\x02 \x01(\x0b\x32 .specpool.v1.RunSequenceResponseH\x00\x12\x0f\n\x05\x65rror\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04what\"N\n\x16GetTargetStatusRequest\x12\x34\n\x0bspeculators\x18\x01 \x03(\x0b\x32\x1f.specpool.v1.SpeculatorEndpoint\"\xcf\x01\n\x14SpeculatorLinkStatus\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12%\n\nspeculator\x18\x02 \x01(\x0b\x32\x11.specpool.v1.Peer\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x12\n\nlast_error\x18\x05 \x01(\t\x12\x15\n\rround_trip_ms\x18\x06 \x01(\x01\x12\x18\n\x10\x61greed_transport\x18\x07 \x01(\t\x12\x13\n\x0bgroup_error\x18\x08 \x01(\t\"\x86\x03\n\x17GetTargetStatusResponse\x12!\n\x06target\x18\x01 \x01(\x0b\x32\x11.specpool.v1.Peer\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.specpool.v1.ServingState\x12%\n\x05model\x18\x03 \x01(\x0b\x32\x16.specpool.v1.ModelInfo\x12\x1f\n\x04load\x18\x04 \x01(\x0b\x32\x11.specpool.v1.Load\x12\x36\n\x0bspeculators\x18\x05 \x03(\x0b\x32!.specpool.v1.SpeculatorLinkStatus\x12\x15\n\rmax_lookahead\x18\x06 \x01(\r\x12\x0c\n\x04plan\x18\x08 \x01(\t\x12\x11\n\tnum_steps\x18\x0f \x01(\x04\x12\x17\n\x0fseconds_in_step\x18\x10 \x01(\x01\x12\x32\n\x08refusals\x18\x11 \x03(\x0b\x32 .specpool.v1.RequestRefusalCountJ\x04\x08\x07\x10\x08R\x13\x66\x61llback_batch_size\";\n\x13RequestRefusalCount\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x14\n\x0cnum_requests\x18\x02 \x01(\x04\"+\n\x12\x44rainTargetRequest\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"4\n\x13\x44rainTargetResponse\x12\x1d\n\x15num_sequences_running\x18\x01 \x01(\r2\xec\x02\n\rTargetService\x12R\n\x0bRunSequence\x12\x1f.specpool.v1.RunSequenceRequest\x1a .specpool.v1.RunSequenceResponse0\x01\x12W\n\x0cRunSequences\x12 .specpool.v1.RunSequencesRequest\x1a!.specpool.v1.RunSequencesResponse(\x01\x30\x01\x12\\\n\x0fGetTargetStatus\x12#.specpool.v1.GetTargetStatusRequest\x1a$.specpool.v1.GetTargetStatusResponse\x12P\n\x0b\x44rainTarget\x12\x1f.specpool.v1.DrainTargetRequest\x1a .specpool.v1.DrainTargetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,18 +39,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAIRED']._serialized_end=433
   _globals['_RUNSEQUENCERESPONSE']._serialized_start=436
   _globals['_RUNSEQUENCERESPONSE']._serialized_end=656
-  _globals['_GETTARGETSTATUSREQUEST']._serialized_start=658
-  _globals['_GETTARGETSTATUSREQUEST']._serialized_end=736
-  _globals['_SPECULATORLINKSTATUS']._serialized_start=739
-  _globals['_SPECULATORLINKSTATUS']._serialized_end=946
-  _globals['_GETTARGETSTATUSRESPONSE']._serialized_start=949
-  _globals['_GETTARGETSTATUSRESPONSE']._serialized_end=1339
-  _globals['_REQUESTREFUSALCOUNT']._serialized_start=1341
-  _globals['_REQUESTREFUSALCOUNT']._serialized_end=1400
-  _globals['_DRAINTARGETREQUEST']._serialized_start=1402
-  _globals['_DRAINTARGETREQUEST']._serialized_end=1445
-  _globals['_DRAINTARGETRESPONSE']._serialized_start=1447
-  _globals['_DRAINTARGETRESPONSE']._serialized_end=1499
-  _globals['_TARGETSERVICE']._serialized_start=1502
-  _globals['_TARGETSERVICE']._serialized_end=1777
+  _globals['_RUNSEQUENCESREQUEST']._serialized_start=659
+  _globals['_RUNSEQUENCESREQUEST']._serialized_end=787
+  _globals['_STARTSEQUENCE']._serialized_start=789
+  _globals['_STARTSEQUENCE']._serialized_end=887
+  _globals['_RUNSEQUENCESRESPONSE']._serialized_start=889
+  _globals['_RUNSEQUENCESRESPONSE']._serialized_end=955
+  _globals['_SEQUENCEEVENT']._serialized_start=957
+  _globals['_SEQUENCEEVENT']._serialized_end=1060
+  _globals['_GETTARGETSTATUSREQUEST']._serialized_start=1062
+  _globals['_GETTARGETSTATUSREQUEST']._serialized_end=1140
+  _globals['_SPECULATORLINKSTATUS']._serialized_start=1143
+  _globals['_SPECULATORLINKSTATUS']._serialized_end=1350
+  _globals['_GETTARGETSTATUSRESPONSE']._serialized_start=1353
+  _globals['_GETTARGETSTATUSRESPONSE']._serialized_end=1743
+  _globals['_REQUESTREFUSALCOUNT']._serialized_start=1745
+  _globals['_REQUESTREFUSALCOUNT']._serialized_end=1804
+  _globals['_DRAINTARGETREQUEST']._serialized_start=1806
+  _globals['_DRAINTARGETREQUEST']._serialized_end=1849
+  _globals['_DRAINTARGETRESPONSE']._serialized_start=1851
+  _globals['_DRAINTARGETRESPONSE']._serialized_end=1903
+  _globals['_TARGETSERVICE']._serialized_start=1906
+  _globals['_TARGETSERVICE']._serialized_end=2270
 # @@protoc_insertion_point(module_scope)

@@ -140,6 +140,115 @@ class RunSequenceResponse(_message.Message):
 Global___RunSequenceResponse: _TypeAlias = RunSequenceResponse  # noqa: Y015
 
 @_typing.final
+class RunSequencesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    GO_ON_FIELD_NUMBER: _builtins.int
+    cancel: _builtins.int
+    """Ids of sequences of this stream."""
+    hold: _builtins.int
+    go_on: _builtins.int
+    @_builtins.property
+    def start(self) -> Global___StartSequence: ...
+    def __init__(
+        self,
+        *,
+        start: Global___StartSequence | None = ...,
+        cancel: _builtins.int = ...,
+        hold: _builtins.int = ...,
+        go_on: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "go_on", b"go_on", "hold", b"hold", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "go_on", b"go_on", "hold", b"hold", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "cancel", "hold", "go_on"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
+
+Global___RunSequencesRequest: _TypeAlias = RunSequencesRequest  # noqa: Y015
+
+@_typing.final
+class StartSequence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Above 0 and above all ids that were started on this stream."""
+    traceparent: _builtins.str
+    """W3C trace context of the request; empty: none."""
+    @_builtins.property
+    def request(self) -> Global___RunSequenceRequest: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        request: Global___RunSequenceRequest | None = ...,
+        traceparent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request", b"request", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartSequence: _TypeAlias = StartSequence  # noqa: Y015
+
+@_typing.final
+class RunSequencesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___SequenceEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunSequencesResponse: _TypeAlias = RunSequencesResponse  # noqa: Y015
+
+@_typing.final
+class SequenceEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    error: _builtins.bytes
+    """A google.rpc.Status, as RunSequence sends it in grpc-status-details-bin. Nothing follows for this id."""
+    @_builtins.property
+    def event(self) -> Global___RunSequenceResponse: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        event: Global___RunSequenceResponse | None = ...,
+        error: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "event", b"event", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "event", b"event", "id", b"id", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["event", "error"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___SequenceEvent: _TypeAlias = SequenceEvent  # noqa: Y015
+
+@_typing.final
 class GetTargetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

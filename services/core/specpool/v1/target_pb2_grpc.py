@@ -46,6 +46,11 @@ class TargetServiceStub:
                 request_serializer=specpool_dot_v1_dot_target__pb2.RunSequenceRequest.SerializeToString,
                 response_deserializer=specpool_dot_v1_dot_target__pb2.RunSequenceResponse.FromString,
                 _registered_method=True)
+        self.RunSequences = channel.stream_stream(
+                '/specpool.v1.TargetService/RunSequences',
+                request_serializer=specpool_dot_v1_dot_target__pb2.RunSequencesRequest.SerializeToString,
+                response_deserializer=specpool_dot_v1_dot_target__pb2.RunSequencesResponse.FromString,
+                _registered_method=True)
         self.GetTargetStatus = channel.unary_unary(
                 '/specpool.v1.TargetService/GetTargetStatus',
                 request_serializer=specpool_dot_v1_dot_target__pb2.GetTargetStatusRequest.SerializeToString,
@@ -76,6 +81,27 @@ class TargetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunSequences(self, request_iterator, context):
+        """Runs many sequences over one stream: what RunSequence does, for a router that has more than a few of them.
+
+        1. The router starts each sequence under an id of its own choice; ids count up. The target answers with the events
+        that RunSequence would send, and last with `finished` or an error, which ends that sequence alone.
+        2. One response carries whatever there is for all sequences when it is written; those of one sequence are in order.
+        3. The router cancels what it does not want any more, and holds a sequence whose client is slow: the target then
+        keeps that sequence's events until the router lets it go on. Sequences that have ended are not known any more:
+        what is said of them is ignored.
+        4. A message without a command, a start with an id not above all before it, or a word on an id that was never
+        started ends the stream with INVALID_ARGUMENT. When the stream ends, so do its sequences, at once; when the router
+        only closes its side, they are run to their ends.
+        5. A target that drains refuses new sequences, and ends the stream once it has none.
+
+        A target that does not know this method is called with RunSequence, as is any target for a very large request, which
+        would keep others waiting.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTargetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -96,6 +122,11 @@ def add_TargetServiceServicer_to_server(servicer, server):
                     servicer.RunSequence,
                     request_deserializer=specpool_dot_v1_dot_target__pb2.RunSequenceRequest.FromString,
                     response_serializer=specpool_dot_v1_dot_target__pb2.RunSequenceResponse.SerializeToString,
+            ),
+            'RunSequences': grpc.stream_stream_rpc_method_handler(
+                    servicer.RunSequences,
+                    request_deserializer=specpool_dot_v1_dot_target__pb2.RunSequencesRequest.FromString,
+                    response_serializer=specpool_dot_v1_dot_target__pb2.RunSequencesResponse.SerializeToString,
             ),
             'GetTargetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTargetStatus,
@@ -142,6 +173,33 @@ class TargetService:
             '/specpool.v1.TargetService/RunSequence',
             specpool_dot_v1_dot_target__pb2.RunSequenceRequest.SerializeToString,
             specpool_dot_v1_dot_target__pb2.RunSequenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunSequences(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/specpool.v1.TargetService/RunSequences',
+            specpool_dot_v1_dot_target__pb2.RunSequencesRequest.SerializeToString,
+            specpool_dot_v1_dot_target__pb2.RunSequencesResponse.FromString,
             options,
             channel_credentials,
             insecure,

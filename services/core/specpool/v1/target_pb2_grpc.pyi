@@ -44,6 +44,23 @@ class TargetServiceStub:
     """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
     Cancellation or a lost connection frees the sequence here and at its speculator at once.
     """
+    RunSequences: _grpc.StreamStreamMultiCallable[_target_pb2.RunSequencesRequest, _target_pb2.RunSequencesResponse]
+    """Runs many sequences over one stream: what RunSequence does, for a router that has more than a few of them.
+
+    1. The router starts each sequence under an id of its own choice; ids count up. The target answers with the events
+       that RunSequence would send, and last with `finished` or an error, which ends that sequence alone.
+    2. One response carries whatever there is for all sequences when it is written; those of one sequence are in order.
+    3. The router cancels what it does not want any more, and holds a sequence whose client is slow: the target then
+       keeps that sequence's events until the router lets it go on. Sequences that have ended are not known any more:
+       what is said of them is ignored.
+    4. A message without a command, a start with an id not above all before it, or a word on an id that was never
+       started ends the stream with INVALID_ARGUMENT. When the stream ends, so do its sequences, at once; when the router
+       only closes its side, they are run to their ends.
+    5. A target that drains refuses new sequences, and ends the stream once it has none.
+
+    A target that does not know this method is called with RunSequence, as is any target for a very large request, which
+    would keep others waiting.
+    """
     GetTargetStatus: _grpc.UnaryUnaryMultiCallable[_target_pb2.GetTargetStatusRequest, _target_pb2.GetTargetStatusResponse]
     DrainTarget: _grpc.UnaryUnaryMultiCallable[_target_pb2.DrainTargetRequest, _target_pb2.DrainTargetResponse]
     """Stops admitting; running sequences go on until they end or `grace` passes."""
@@ -63,6 +80,23 @@ class TargetServiceAsyncStub(TargetServiceStub):
     RunSequence: _aio.UnaryStreamMultiCallable[_target_pb2.RunSequenceRequest, _target_pb2.RunSequenceResponse]  # type: ignore[assignment]
     """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
     Cancellation or a lost connection frees the sequence here and at its speculator at once.
+    """
+    RunSequences: _aio.StreamStreamMultiCallable[_target_pb2.RunSequencesRequest, _target_pb2.RunSequencesResponse]  # type: ignore[assignment]
+    """Runs many sequences over one stream: what RunSequence does, for a router that has more than a few of them.
+
+    1. The router starts each sequence under an id of its own choice; ids count up. The target answers with the events
+       that RunSequence would send, and last with `finished` or an error, which ends that sequence alone.
+    2. One response carries whatever there is for all sequences when it is written; those of one sequence are in order.
+    3. The router cancels what it does not want any more, and holds a sequence whose client is slow: the target then
+       keeps that sequence's events until the router lets it go on. Sequences that have ended are not known any more:
+       what is said of them is ignored.
+    4. A message without a command, a start with an id not above all before it, or a word on an id that was never
+       started ends the stream with INVALID_ARGUMENT. When the stream ends, so do its sequences, at once; when the router
+       only closes its side, they are run to their ends.
+    5. A target that drains refuses new sequences, and ends the stream once it has none.
+
+    A target that does not know this method is called with RunSequence, as is any target for a very large request, which
+    would keep others waiting.
     """
     GetTargetStatus: _aio.UnaryUnaryMultiCallable[_target_pb2.GetTargetStatusRequest, _target_pb2.GetTargetStatusResponse]  # type: ignore[assignment]
     DrainTarget: _aio.UnaryUnaryMultiCallable[_target_pb2.DrainTargetRequest, _target_pb2.DrainTargetResponse]  # type: ignore[assignment]
@@ -86,6 +120,29 @@ class TargetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_target_pb2.RunSequenceResponse], _abc.AsyncIterator[_target_pb2.RunSequenceResponse]]:
         """Runs one sequence. The events are those of InferenceService.Generate, and `paired`, which is not for clients.
         Cancellation or a lost connection frees the sequence here and at its speculator at once.
+        """
+
+    @_abc_1.abstractmethod
+    def RunSequences(
+        self,
+        request_iterator: _MaybeAsyncIterator[_target_pb2.RunSequencesRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_target_pb2.RunSequencesResponse], _abc.AsyncIterator[_target_pb2.RunSequencesResponse]]:
+        """Runs many sequences over one stream: what RunSequence does, for a router that has more than a few of them.
+
+        1. The router starts each sequence under an id of its own choice; ids count up. The target answers with the events
+           that RunSequence would send, and last with `finished` or an error, which ends that sequence alone.
+        2. One response carries whatever there is for all sequences when it is written; those of one sequence are in order.
+        3. The router cancels what it does not want any more, and holds a sequence whose client is slow: the target then
+           keeps that sequence's events until the router lets it go on. Sequences that have ended are not known any more:
+           what is said of them is ignored.
+        4. A message without a command, a start with an id not above all before it, or a word on an id that was never
+           started ends the stream with INVALID_ARGUMENT. When the stream ends, so do its sequences, at once; when the router
+           only closes its side, they are run to their ends.
+        5. A target that drains refuses new sequences, and ends the stream once it has none.
+
+        A target that does not know this method is called with RunSequence, as is any target for a very large request, which
+        would keep others waiting.
         """
 
     @_abc_1.abstractmethod

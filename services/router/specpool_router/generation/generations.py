@@ -19,6 +19,7 @@ from specpool_router.auth.tenants import Tenant
 from specpool_router.generation.admission import Admission
 from specpool_router.generation.progress import Progress, Received
 from specpool_router.generation.resume_point import Gap, Journal, ResumePoint, check_can_regenerate, regenerated
+from specpool_router.generation.shared_streams import SharedStreams
 from specpool_router.generation.stop_signal import StopSignal
 from specpool_router.generation.stream import Patience, Stream
 from specpool_router.generation.stream_recording import annotate, recording
@@ -51,6 +52,7 @@ class Generations:
         self._sessions = sessions
         self._metrics = metrics
         self._patience = patience
+        self._targets = SharedStreams()
 
     async def generate(self, tenant: Tenant, request: inference_pb2.GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of a new request."""
@@ -196,6 +198,7 @@ class Generations:
             sessions=self._sessions,
             metrics=self._metrics,
             patience=self._patience,
+            targets=self._targets,
         )
 
     async def _completed(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from specpool.v1 import inference_pb2, target_pb2, types_pb2
 from specpool_router.generation.progress import Progress
+from specpool_router.generation.shared_streams import SharedStreams
 from specpool_router.generation.stop_signal import StopSignal
 from specpool_router.generation.target_run import Event, Target, TargetLost, TargetRefused, TargetRun
 from specpool_router.generation.target_search import TargetSearch
@@ -50,6 +51,7 @@ class Stream:
         sessions: Sessions,
         metrics: RouterMetrics,
         patience: Patience,
+        targets: SharedStreams,
     ) -> None:
         self.request = request
         self.progress = progress
@@ -59,6 +61,7 @@ class Stream:
         self._sessions = sessions
         self._metrics = metrics
         self._patience = patience
+        self._targets = targets
         self._has_started = False
         self._held_text = ""
 
@@ -103,7 +106,8 @@ class Stream:
     async def _run_on(self, target: Target) -> AsyncGenerator[Event, None]:
         """Events of one target, without those that the client has already."""
         self._sessions.pair(self._lease, target.endpoint.address, "")
-        run = TargetRun(target, self._run_request(), progress_timeout_s=self._patience.progress_timeout_s)
+        timeout_s = self._patience.progress_timeout_s
+        run = TargetRun(target, self._run_request(), self._targets, progress_timeout_s=timeout_s)
         self._stop.on_set(run.cancel)
         async with aclosing(run.events()) as events:
             async for event in events:

@@ -15,7 +15,8 @@ import grpc.aio
 
 from specpool.errors import Draining, EngineFailed, Overloaded, SpecPoolError, TargetUnavailable
 from specpool.rpc.errors import from_rpc_error, has_details
-from specpool.v1 import target_pb2, target_pb2_grpc
+from specpool.v1 import target_pb2
+from specpool_router.generation.shared_streams import Call, SharedStreams
 from specpool_router.placement.pods import Pod
 
 Event = target_pb2.RunSequenceResponse
@@ -47,12 +48,20 @@ class TargetRefused(Exception):
 class TargetRun:
     """The call of one request at one target."""
 
-    def __init__(self, target: Target, request: target_pb2.RunSequenceRequest, *, progress_timeout_s: float) -> None:
+    def __init__(
+        self,
+        target: Target,
+        request: target_pb2.RunSequenceRequest,
+        streams: SharedStreams,
+        *,
+        progress_timeout_s: float,
+    ) -> None:
         self._target = target
+        self._streams = streams
         self._request = request
         self._progress_timeout_s = progress_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._call: Any = None
+        self._call: Call | None = None
         self._is_cancelled = False
         self._is_stuck = False
         self._ran = False
@@ -67,12 +76,11 @@ class TargetRun:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """The events until the target ends the stream; raises `TargetLost` then, unless the caller has left before."""
-        stub: Any = target_pb2_grpc.TargetServiceStub(self._target.channel)
-        self._call = stub.RunSequence(self._request)
+        call = self._call = self._streams.call(self._target, self._request)
         self._target.num_streams += 1
         self._watch(self._progress_timeout_s)
         try:
-            while (event := await self._next()) is not grpc.aio.EOF:
+            while (event := await self._next(call)) is not grpc.aio.EOF:
                 self._ran = self._ran or event.HasField("started")
                 yield event
             raise TargetLost("it ended the stream early", ran=self._ran)
@@ -80,12 +88,12 @@ class TargetRun:
             self._target.num_streams -= 1
             if self._timer is not None:
                 self._timer.cancel()
-            self._call.cancel()
+            call.cancel()
 
-    async def _next(self) -> Any:
+    async def _next(self, call: Call) -> Any:
         self._waiting_since_s = self._loop.time()
         try:
-            event = await self._call.read()
+            event = await call.read()
         except grpc.aio.AioRpcError as error:
             raise self._ending(error) from error
         except asyncio.CancelledError:
@@ -117,7 +125,8 @@ class TargetRun:
             self._watch(self._progress_timeout_s - silent_s)
             return
         self._is_stuck = True
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     def _ending(self, error: grpc.aio.AioRpcError) -> Exception:
         """The exception for an error of the call: a loss, a refusal, or what the target says of the request itself."""

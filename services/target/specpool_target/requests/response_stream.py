@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
 
 from opentelemetry.trace import Span
 
@@ -30,7 +29,6 @@ class ResponseStream:
         model_name: str,
         max_length: int,
     ) -> None:
-        self.updates: asyncio.Queue[SequenceUpdate] = asyncio.Queue()
         self.request = request
         self._span = span
         self._rounds = tracing.RoundEvents(span)
@@ -94,28 +92,32 @@ class ResponseStream:
         )
         return Response(started=started)
 
-    async def responses(self) -> AsyncGenerator[Response, None]:
-        """The messages of the stream until the sequence finishes; raises the error with which it fails."""
-        while True:
-            update = await self.updates.get()
-            if update.error is not None:
-                raise update.error
-            if update.paired is not None:
-                self._span.set_attribute(tracing.SPECULATOR, update.paired.address)
-                yield _paired(update.paired)
-                continue
-            if update.round is not None:
-                self._rounds.add(
-                    num_draft_tokens=update.round.num_draft_tokens,
-                    num_accepted=update.round.num_accepted,
-                    outcome=update.round.lookup,
-                    duration_s=update.round.phases.total,
-                    phases_s=update.round.phases.parts(),
-                )
-            yield self._delta(update)
-            if update.finish is not None:
-                yield self.finished(update.finish)
-                return
+    def whole(self, request_id: str, reason: FinishReason) -> Iterator[Response]:
+        """All messages of a stream in which nothing is left to do."""
+        yield self.started(request_id)
+        if self.pending_text:
+            yield Response(delta=inference_pb2.GenerationDelta(text=self.pending_text))
+        yield self.finished(Finish(reason=reason, stats=types_pb2.GenerationStats(), num_cached_prompt_tokens=0))
+
+    def responses(self, update: SequenceUpdate) -> Iterator[Response]:
+        """The messages that say what an update brought; raises the error with which the sequence failed."""
+        if update.error is not None:
+            raise update.error
+        if update.paired is not None:
+            self._span.set_attribute(tracing.SPECULATOR, update.paired.address)
+            yield _paired(update.paired)
+            return
+        if update.round is not None:
+            self._rounds.add(
+                num_draft_tokens=update.round.num_draft_tokens,
+                num_accepted=update.round.num_accepted,
+                outcome=update.round.lookup,
+                duration_s=update.round.phases.total,
+                phases_s=update.round.phases.parts(),
+            )
+        yield self._delta(update)
+        if update.finish is not None:
+            yield self.finished(update.finish)
 
     def _delta(self, update: SequenceUpdate) -> Response:
         self._num_tokens += len(update.tokens)
