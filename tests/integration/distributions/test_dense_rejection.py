@@ -134,11 +134,14 @@ async def test_late_bodies_are_not_waited_for(target_for, speculator_for, monkey
         send(self, body, number, timeout_s)
 
     monkeypatch.setattr(group_module.GlooGroup, "send", slow)
-    tokens, stats = await target.generate(speculator, max_tokens=60)
-    assert len(tokens) == 60
-    assert stats.num_sample_and_match_rounds > 0
-    # One wait at its deadline, then none for a while; a busy host may stretch the one.
-    assert stats.seconds_waiting < 0.5
+    num_late = 0
+    async with asyncio.timeout(60):
+        while not num_late:  # on a busy host a short output may end before anything is drafted for it
+            tokens, stats = await target.generate(speculator, max_tokens=60)
+            assert len(tokens) == 60
+            # One wait at its deadline, then none for a while; a busy host may stretch the one.
+            assert stats.seconds_waiting < 0.5
+            num_late = stats.num_sample_and_match_rounds
     assert is_dense(await target.link())
 
 
