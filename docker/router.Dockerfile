@@ -7,7 +7,7 @@ RUN python -m venv /opt/specpool
 ENV PATH=/opt/specpool/bin:$PATH
 COPY pyproject.toml README.md LICENSE /source/
 COPY services /source/services
-RUN pip install --no-cache-dir "/source[router]"
+RUN pip install --no-cache-dir "/source[router,kubernetes]"
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 65532 --user-group --no-create-home --shell /usr/sbin/nologin specpool

@@ -45,7 +45,7 @@ def runtime_directory() -> Path:
 
 
 def endpoint_file() -> Path:
-    """Holds the endpoint of the router that the last `specpool up` started."""
+    """Holds the endpoints of the routers that `specpool up` started, a line each, the latest last."""
     return runtime_directory() / "endpoint"
 
 

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from specpool.client import Completion
+from specpool.config.settings import grpc_collector
 from specpool.config.sources import flag_name, variable_name
-from specpool.errors import SpecPoolError
+from specpool.discovery.kubernetes import KubernetesDiscovery
+from specpool.errors import ConfigError, SpecPoolError
 from specpool.v1 import router_pb2, target_pb2, types_pb2
 from specpool_tools.cli import formats, service
 from specpool_tools.cli.demo import summary
@@ -42,7 +44,19 @@ def specpool(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("generate", "x", "--mode", "fast"), 2, "'fast' is not one of 'ssd', 'sd', 'off'"),
         (("generate",), 2, "Missing argument"),
         (("generate", "x", "--endpoint", "h:1", "--max-tokens", "-1"), 2, "max_tokens cannot be -1"),
-        (("generate", "x", "--endpoint", "h:1", "--logit-bias", "a=b"), 2, "expected TOKEN_ID=BIAS"),
+        (("generate", "x", "--endpoint", "h:1", "--logit-bias", "a=b"), 2, "logit_bias must be TOKEN_ID=BIAS"),
+        (("generate", "x", "--endpoint", "h:1", "--logit-bias", "foo"), 2, "such as 50256=-100, got 'foo'"),
+        (("generate", "x", "--endpoint", "h:1", "--system", "s"), 2, "--system needs --chat"),
+        (
+            ("router", "--otlp-endpoint", "http://h:4318/v1/traces"),
+            2,
+            "otlp_endpoint must be HOST:PORT of OTLP over gRPC",
+        ),
+        (
+            ("up", "--target", "toy", "--otlp-endpoint", "h:4318"),
+            2,
+            "otlp_endpoint must be HOST:PORT of OTLP over gRPC",
+        ),
         (("up",), 2, "error: CONFIG_INVALID: target is required: give --target MODEL"),
         (
             ("up", "--target", "toy", "--draft", "toy", "--colocated", "true", "--device", "cpu"),
@@ -128,6 +142,47 @@ def test_the_endpoint_comes_from_flag_then_environment_then_the_last_up(monkeypa
     endpoint.forget_endpoint("127.0.0.1:3")
     with pytest.raises(SpecPoolError):
         endpoint.resolve_endpoint()
+
+
+def test_after_the_newer_of_two_systems_has_stopped_the_older_one_is_found() -> None:
+    for port in (1, 2, 3):
+        endpoint.remember_endpoint(f"127.0.0.1:{port}")
+    endpoint.forget_endpoint("127.0.0.1:2")
+    assert endpoint.resolve_endpoint() == "127.0.0.1:3"
+    endpoint.forget_endpoint("127.0.0.1:3")
+    assert endpoint.resolve_endpoint() == "127.0.0.1:1"
+    endpoint.forget_endpoint("127.0.0.1:1")
+    with pytest.raises(SpecPoolError, match="no endpoint"):
+        endpoint.resolve_endpoint()
+
+
+@pytest.mark.parametrize("arguments", [("demo",), ("bench",), ("target", "--model", "toy")])
+def test_a_router_alone_says_what_to_install_for_more(arguments: Sequence[str]) -> None:
+    program = "import sys; sys.modules['torch'] = None; from specpool_tools.cli.main import main; main()"
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert "error: MISSING_EXTRA: " in result.stderr
+    assert "pip install 'specpool[target]'" in result.stderr
+    assert result.stdout == "", "nothing was fetched or started"
+
+
+async def test_pods_are_not_watched_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(ConfigError, match=r"pip install 'specpool\[kubernetes\]'") as caught:
+        await KubernetesDiscovery("default", "app=target").start()
+    assert caught.value.reason == "MISSING_EXTRA"
+
+
+@pytest.mark.parametrize("collector", ["", "h:4317", "http://h:4317", "https://h:443/", "[::1]:4317"])
+def test_collectors_that_speak_grpc(collector: str) -> None:
+    assert grpc_collector(collector) == collector
+
+
+@pytest.mark.parametrize("collector", ["h:4318", "http://h:4317/v1/traces", "https://h/otlp", "h:x", "file:///tmp/x"])
+def test_collectors_that_do_not(collector: str) -> None:
+    with pytest.raises(ValueError, match="OTLP over gRPC"):
+        grpc_collector(collector)
 
 
 def test_only_given_parameters_are_sent() -> None:

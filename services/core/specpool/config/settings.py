@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,7 @@ from specpool.errors import ConfigError
 Share = Annotated[float, Field(gt=0, le=1)]
 """A part of a whole that is never nothing: more than 0, at most 1."""
 
+_OTLP_HTTP_PORT: Final = 4318
 _WORDS: Final = {
     "missing": "given",
     "greater_than": "more than {gt:g}",
@@ -60,6 +62,20 @@ class Settings(BaseModel):
         return None if is_optional and value.strip().lower() in ("", "none", "null") else value
 
 
+def grpc_collector(value: str) -> str:
+    """An OTLP endpoint, if it can be one for gRPC: the HTTP port or a path would lose every span without a word."""
+    url = urlsplit(value if "://" in value else f"http://{value}")
+    try:
+        is_http = url.port == _OTLP_HTTP_PORT or url.path not in ("", "/") or url.scheme not in ("http", "https")
+    except ValueError:  # no number
+        is_http = True
+    if value and is_http:
+        raise ValueError(
+            f"HOST:PORT of OTLP over gRPC (usually port 4317), without a path: HTTP ({_OTLP_HTTP_PORT}) is not spoken"
+        )
+    return value
+
+
 class ServiceSettings(Settings):
     """The settings that every service has."""
 
@@ -75,13 +91,15 @@ class ServiceSettings(Settings):
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port of the Prometheus endpoint; 0 takes any free one, unset is off."""
     otlp_endpoint: str = ""
-    """OTLP collector for traces; empty is off."""
+    """OTLP collector for traces, HOST:PORT or URL of its gRPC port (usually 4317); empty is off."""
     trace_sampling_ratio: float = Field(default=1.0, ge=0, le=1)
     """Share of traces started here that are recorded; a parent's decision wins."""
     drain_grace_s: NonNegativeFloat = 30.0
     """How long a graceful stop waits for what runs."""
     log_level: str = "info"
     """debug, info, warning or error."""
+
+    _otlp_is_grpc = field_validator("otlp_endpoint")(grpc_collector)
 
     @field_validator("id")
     @classmethod

@@ -158,7 +158,8 @@ def _default_api_client() -> Any:
         from kubernetes import client, config
     except ImportError as error:
         raise ConfigError(
-            "pods are to be watched, but the package kubernetes is not installed: pip install 'specpool[router]'",
+            "pods are to be watched, but the package kubernetes is not installed: pip install 'specpool[kubernetes]'",
+            reason="MISSING_EXTRA",
             metadata={"field": "kubernetes_namespace"},
         ) from error
     try:

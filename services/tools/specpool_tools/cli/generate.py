@@ -42,11 +42,17 @@ def sampling_params(options: GenerateOptions) -> types_pb2.SamplingParams:
             raise InvalidArgument(f"{name} cannot be {value}: {error}") from error
     try:
         params.stop_token_ids.extend(options.stop_token_ids)
-        for item in options.logit_bias:
-            token, _, bias = item.partition("=")
-            params.logit_bias[int(token)] = float(bias)
     except ValueError as error:
-        raise InvalidArgument(f"bad token id or bias (expected TOKEN_ID=BIAS): {error}") from error
+        raise InvalidArgument(f"bad stop token id: {error}", metadata={"field": "stop_token_ids"}) from error
+    for item in options.logit_bias:
+        token, _, bias = item.partition("=")
+        try:
+            params.logit_bias[int(token)] = float(bias)
+        except ValueError as error:
+            raise InvalidArgument(
+                f"logit_bias must be TOKEN_ID=BIAS, such as 50256=-100, got {item!r}",
+                metadata={"field": "logit_bias", "value": item, "accepted": "TOKEN_ID=BIAS"},
+            ) from error
     return params
 
 
@@ -74,6 +80,11 @@ def chat_messages(*messages: tuple[str, str]) -> inference_pb2.ChatPrompt:
 
 def run_generate(prompt: str, options: GenerateOptions, *, chat: bool, system: str, output: str, stats: bool) -> None:
     """Send one prompt; stream text, or print one JSON object at the end."""
+    if system and not chat:
+        raise InvalidArgument(
+            "--system needs --chat: a raw prompt has no system message",
+            metadata={"field": "system", "accepted": "together with --chat"},
+        )
     with valid_text():
         request = build_request(options)
         if chat:

@@ -62,10 +62,16 @@ async def _show(system: System, console: Console) -> None:
     said: dict[str, str] = {}
     while True:
         for child in system.children.values():
-            if child.last_line and said.get(child.spec.name) != child.last_line:
+            if is_news(child) and said.get(child.spec.name) != child.last_line:
                 said[child.spec.name] = child.last_line
                 print(f"{child.spec.name}: {child.last_line}", file=sys.stderr, flush=True)
         await asyncio.sleep(1.0)
+
+
+def is_news(child: Child) -> bool:
+    """Whether a line is for the user: the store's advice on the kernel is for servers with a disk; the log has it."""
+    is_advice = child.spec.name == "store" and " # WARNING " in child.last_line
+    return bool(child.last_line) and not is_advice
 
 
 def _why(child: Child) -> SpecPoolError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Final, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from specpool.config import Settings, Share
+from specpool.config.settings import grpc_collector
 from specpool.errors import ConfigError
 from specpool_engine.distributions.choices import TransportChoice
 from specpool_tools.local.awake import can_keep_awake
@@ -79,13 +80,15 @@ class UpConfig(Settings):
     tenants_file: str = ""
     """YAML file of tenants; empty: one tenant, without credentials."""
     otlp_endpoint: str = ""
-    """OTLP collector for traces of all processes; empty is off."""
+    """OTLP collector for traces of all processes, HOST:PORT or URL of its gRPC port (usually 4317); empty is off."""
     log_dir: str = ""
     """Folder of the processes' logs; empty for `logs` in the cache directory."""
     ready_file: str = ""
     """File that gets the router's endpoint once everything is up."""
     ready_timeout_s: PositiveFloat = 1800.0
     """Give up when not everything is up by then."""
+
+    _otlp_is_grpc = field_validator("otlp_endpoint")(grpc_collector)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
