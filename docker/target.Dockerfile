@@ -11,7 +11,7 @@ ENV PATH=/opt/specpool/bin:$PATH
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "torch>=2.11"
 COPY pyproject.toml README.md LICENSE /source/
 COPY services /source/services
-RUN pip install --no-cache-dir "/source[target]"
+RUN pip install --no-cache-dir "/source[target,kubernetes]"
 
 FROM ${PYTHON_IMAGE}
 # A C++ compiler for `compile: true`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -50,12 +51,12 @@ def specpool(*arguments: str) -> subprocess.CompletedProcess[str]:
         (
             ("router", "--otlp-endpoint", "http://h:4318/v1/traces"),
             2,
-            "otlp_endpoint must be HOST:PORT of OTLP over gRPC",
+            "otlp_endpoint must be HOST:PORT of OTLP",
         ),
         (
             ("up", "--target", "toy", "--otlp-endpoint", "h:4318"),
             2,
-            "otlp_endpoint must be HOST:PORT of OTLP over gRPC",
+            "otlp_endpoint must be HOST:PORT of OTLP",
         ),
         (("up",), 2, "error: CONFIG_INVALID: target is required: give --target MODEL"),
         (
@@ -126,6 +127,24 @@ def test_every_setting_is_a_documented_flag(role: str) -> None:
         assert field.description, f"{role}: {name} has no docstring"
         assert f"  {flag_name(name)} " in help_text
         assert f"[env: {variable_name(role, name)}]" in " ".join(help_text.split())
+
+
+@pytest.mark.parametrize(
+    ("role", "flag"),
+    [
+        ("target", "--weights plain|prepacked|streamed|int4"),
+        ("target", "--cpu-affinity INT,..."),
+        ("target", "--labels TEXT,..."),
+        ("target", "--metrics-port INT"),
+        ("target", "--compile true|false"),
+        ("up", "--distribution-transport auto|grpc|gloo|nccl"),
+    ],
+)
+def test_help_says_what_a_flag_takes(role: str, flag: str) -> None:
+    lines = specpool(role, "--help").stdout
+    assert f"  {flag}" in lines
+    assert not re.search(r"(?i)literal\[|tuple\[", lines)
+    assert max(map(len, lines.splitlines())) <= 80
 
 
 def test_the_endpoint_comes_from_flag_then_environment_then_the_last_up(monkeypatch: pytest.MonkeyPatch) -> None:

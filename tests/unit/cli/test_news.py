@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from specpool_tools.local.ready import is_news
+from specpool_tools.local.system import is_news
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_help_is_the_docstring_with_default_and_variable(capsys: pytest.CaptureF
         _flags("--help")
     assert caught.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "--max-lookahead int Most draft tokens per round. (default: 4) [env: SPECPOOL_TARGET_MAX_LOOKAHEAD]" in (
+    assert "--max-lookahead INT Most draft tokens per round. (default: 4) [env: SPECPOOL_TARGET_MAX_LOOKAHEAD]" in (
         help_text
     )
     assert "--model str Path or id. (required) [env: SPECPOOL_TARGET_MODEL]" in help_text

@@ -18,7 +18,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
@@ -53,10 +54,27 @@ def parse_flags(
 ) -> tuple[dict[str, Any], argparse.Namespace]:
     """The values by the names of fields, as they were written, and the options that `parser` had before."""
     source: CliSettingsSource[Parser] = CliSettingsSource(_sources(cls, section), root_parser=parser)
+    for action in parser._actions:
+        if action.dest in cls.model_fields:
+            action.metavar = accepted_words(cls.model_fields[action.dest].annotation)
     options = parser.parse_args(list(arguments))
     given = {name: value for name, value in vars(options).items() if name in cls.model_fields}
     source(parsed_args=given)
     return source(), options
+
+
+def accepted_words(kind: Any) -> str:
+    """What a flag takes, in a word for its help: the choices themselves, INT,... for a list with commas, TEXT."""
+    if get_origin(kind) is Literal:
+        return "|".join(str(choice) for choice in get_args(kind) if choice != "")
+    if get_origin(kind) is Annotated:
+        return accepted_words(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        return f"{accepted_words(get_args(kind)[0])},..."
+    if get_origin(kind) in (Union, UnionType):
+        words = (accepted_words(part) for part in get_args(kind) if part is not type(None))
+        return "|".join(word for word in words if word)
+    return {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}.get(kind, "VALUE")
 
 
 def load_config(

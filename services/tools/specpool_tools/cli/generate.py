@@ -1,11 +1,11 @@
-"""`specpool generate` and `specpool chat`: requests to a router. Never imports torch."""
+"""`specpool generate`, and how it and `specpool chat` make their requests. Never imports torch."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from specpool.client import Client, Completion, valid_text
 from specpool.errors import InvalidArgument
@@ -93,7 +93,8 @@ def run_generate(prompt: str, options: GenerateOptions, *, chat: bool, system: s
             request.chat.messages.add(role="user", content=prompt)
         else:
             request.text = prompt
-    completion = asyncio.run(_stream(request, options, echo=output == "text"))
+    completion = Completion()
+    asyncio.run(stream_into(completion, request, options, echo=output == "text"))
     if output == "json":
         from specpool_tools.cli.formats import completion_document
 
@@ -102,54 +103,33 @@ def run_generate(prompt: str, options: GenerateOptions, *, chat: bool, system: s
     if not completion.text.endswith("\n"):
         print()
     if stats:
-        print(describe_stats(completion), file=sys.stderr)
+        print(describe_stats(completion, mode=options.mode), file=sys.stderr)
 
 
-async def _stream(request: inference_pb2.GenerateRequest, options: GenerateOptions, *, echo: bool) -> Completion:
-    completion = Completion()
+async def stream_into(
+    completion: Completion, request: inference_pb2.GenerateRequest, options: GenerateOptions, *, echo: bool
+) -> None:
+    """Stream an answer into `completion`, which has what had come if this is cancelled; `echo` prints the text."""
     async with Client(options.endpoint, api_key=options.api_key) as client:
         async for event in client.stream(request):
             completion.add(event)
             if echo and event.HasField("delta"):
                 print(event.delta.text, end="", flush=True)
-    return completion
 
 
-def describe_stats(completion: Completion) -> str:
-    """The statistics of a completion in one line, for people."""
+def describe_stats(completion: Completion, *, mode: str) -> str:
+    """The statistics of a completion in `mode`, one line for people."""
     stats, num_tokens = completion.stats, len(completion.token_ids)
     decode_s = stats.seconds - stats.seconds_to_first_token
     speed = (num_tokens - 1) / decode_s if decode_s > 0 else 0.0
     line = f"{num_tokens} tokens, {speed:.1f} tokens/s, {stats.num_rounds} rounds"
-    if stats.num_rounds:
-        line += f", {stats.num_accepted_tokens / stats.num_rounds:.2f} draft tokens accepted a round"
+    if mode == "off" or not stats.num_rounds:
+        return line
+    if not stats.num_draft_tokens:
+        return f"{line}, nothing drafted: speculation pauses while plain decoding is faster, or has no speculator"
+    line += f", {stats.num_accepted_tokens / stats.num_rounds:.2f} draft tokens accepted a round"
     lookups = stats.num_hits + stats.num_partial + stats.num_misses
     if lookups:
         rate = (stats.num_hits + stats.num_partial) / lookups
         line += f", hit rate {rate:.0%} ({stats.num_hits} full, {stats.num_partial} partial)"
     return line
-
-
-def run_chat(options: GenerateOptions, *, system: str) -> None:
-    """Read lines and answer them until end of input."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    console.print(f"[dim]chat with {options.endpoint}; empty line or Ctrl-D ends it[/dim]")
-    messages = [("system", system)] if system else []
-    while line := _ask():
-        messages.append(("user", line))
-        with valid_text():
-            request = build_request(replace(options))
-            request.chat.CopyFrom(chat_messages(*messages))
-        completion = asyncio.run(_stream(request, options, echo=True))
-        print()
-        console.print(f"[dim]{describe_stats(completion)}[/dim]")
-        messages.append(("assistant", completion.text))
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""

@@ -27,7 +27,7 @@ from specpool_tools.planning.profile import Profile
 from specpool_tools.planning.scenario import MODES, Figures, Scenario
 from specpool_tools.planning.simulations import Simulations
 
-_SHARES = ("hit", "full", "rows/step", "speculator busy")
+_SHARES = ("hit", "full", "rows", "busy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,14 +174,14 @@ def _print(plan: Plan, options: PlanOptions, console: Console) -> None:
     table = Table(title="one target, one speculator")
     for heading in (
         "mode",
-        "tok/s per sequence",
+        "tok/s each",
         "±",
         "vs off",
         "tok/round",
         "hit",
         "full",
-        "rows/step",
-        "speculator busy",
+        "rows",
+        "busy",
     ):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
     for mode, f in modes.items():
@@ -191,18 +191,21 @@ def _print(plan: Plan, options: PlanOptions, console: Console) -> None:
     table = Table(title="mode ssd, targets on one speculator")
     for heading in (
         "targets",
-        "tok/s per sequence",
+        "tok/s each",
         "±",
-        "of one alone",
+        "of alone",
         "hit",
         "full",
-        "rows/step",
-        "speculator busy",
+        "rows",
+        "busy",
     ):
         table.add_column(heading, justify="right")
     for p in plan.points:
         table.add_row(str(p.num_targets), *_speed(p.figures), f"{p.share:.2f}", *_shares(p.figures))
     console.print(table)
+    console.print(
+        "tok/s each: of one sequence; rows: of a draft step;\nbusy: share of time in which the speculator computes"
+    )
     if options.num_targets:
         console.print(_describe(plan.pool, plan.slo_tokens_per_s, options.num_targets, modes))
 

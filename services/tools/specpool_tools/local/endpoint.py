@@ -14,7 +14,7 @@ ENDPOINT_ENV = "SPECPOOL_ENDPOINT"
 
 
 def resolve_endpoint(explicit: str = "") -> str:
-    """`--endpoint`, else $SPECPOOL_ENDPOINT, else the router of the last `specpool up` of this user that was not stopped."""
+    """`--endpoint`, else $SPECPOOL_ENDPOINT, else the router of this user's last `specpool up` that was not stopped."""
     if endpoint := explicit or os.environ.get(ENDPOINT_ENV, ""):
         return endpoint
     if endpoints := _endpoints():

@@ -18,7 +18,7 @@ from specpool.rpc.client import channel
 from specpool.v1 import router_pb2, target_pb2, target_pb2_grpc, types_pb2
 from specpool_tools.local.processes import Processes
 from specpool_tools.local.supervisor import Child
-from specpool_tools.local.system import System
+from specpool_tools.local.system import System, is_news
 from specpool_tools.local.up_config import UpConfig
 
 _POLL_S = 0.2
@@ -66,12 +66,6 @@ async def _show(system: System, console: Console) -> None:
                 said[child.spec.name] = child.last_line
                 print(f"{child.spec.name}: {child.last_line}", file=sys.stderr, flush=True)
         await asyncio.sleep(1.0)
-
-
-def is_news(child: Child) -> bool:
-    """Whether a line is for the user: the store's advice on the kernel is for servers with a disk; the log has it."""
-    is_advice = child.spec.name == "store" and " # WARNING " in child.last_line
-    return bool(child.last_line) and not is_advice
 
 
 def _why(child: Child) -> SpecPoolError:

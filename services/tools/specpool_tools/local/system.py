@@ -55,6 +55,12 @@ class System:
         """A table with the state of every process, for people."""
         table = Table("process", "pid", "endpoint", "starts", "last words")
         for child in self.children.values():
-            words = child.last_line[-70:]
+            words = child.last_line[-70:] if is_news(child) else ""
             table.add_row(child.spec.name, str(child.pid or "-"), child.spec.endpoint, str(child.num_starts), words)
         return table
+
+
+def is_news(child: Child) -> bool:
+    """Whether a line is for the user: the store's advice on the kernel is for servers with a disk; the log has it."""
+    is_advice = child.spec.name == "store" and " # WARNING " in child.last_line
+    return bool(child.last_line) and not is_advice

@@ -102,7 +102,7 @@ def plan(
             as_json=output is Output.JSON,
             plot=plot,
         )
-        run_plan(options, Console(width=None if sys.stdout.isatty() else 150))
+        run_plan(options, Console(width=None if sys.stdout.isatty() else 80))
 
 
 @app.command()

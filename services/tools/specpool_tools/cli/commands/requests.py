@@ -36,7 +36,7 @@ def generate(
     endpoint: Endpoint = "",
     model: Annotated[str, typer.Option(help="Name of a served model.")] = "",
     chat: Annotated[bool, typer.Option("--chat", help="Apply the target's chat template.")] = False,
-    system: Annotated[str, typer.Option(help="System message, with --chat.")] = "",
+    system: Annotated[str, typer.Option(help="System message; needs --chat.")] = "",
     api_key: ApiKey = "",
 ) -> None:
     """Generate a completion of PROMPT."""
@@ -84,7 +84,8 @@ def chat(
 ) -> None:
     """Chat with the served model."""
     with handled():
-        from specpool_tools.cli.generate import GenerateOptions, run_chat
+        from specpool_tools.cli.chat import run_chat
+        from specpool_tools.cli.generate import GenerateOptions
         from specpool_tools.local.endpoint import resolve_endpoint
 
         options = GenerateOptions(
@@ -100,7 +101,7 @@ def chat(
 
 @app.command()
 def status(
-    output: Annotated[Output, typer.Option(help="Tables, or one JSON object.")] = Output.TEXT,
+    output: Annotated[Output, typer.Option(help="Lines, or one JSON object.")] = Output.TEXT,
     endpoint: Endpoint = "",
     api_key: ApiKey = "",
 ) -> None:
