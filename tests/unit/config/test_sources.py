@@ -209,4 +209,4 @@ def test_help_is_the_docstring_with_default_and_variable(capsys: pytest.CaptureF
     assert "--max-lookahead INT Most draft tokens per round. (default: 4) [env: SPECPOOL_TARGET_MAX_LOOKAHEAD]" in (
         help_text
     )
-    assert "--model str Path or id. (required) [env: SPECPOOL_TARGET_MODEL]" in help_text
+    assert "--model TEXT Path or id. (required) [env: SPECPOOL_TARGET_MODEL]" in help_text
