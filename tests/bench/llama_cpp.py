@@ -21,6 +21,7 @@ from pathlib import Path
 
 from specpool.errors import Internal
 from specpool.paths import cache_directory
+from specpool_engine.modeling.files import GGUF_NAME
 from specpool_tools.models.catalogue import find_entry
 
 VERSION = "0.3.36"
@@ -71,7 +72,9 @@ def build() -> None:
 
 
 def convert(model: str, weights: str) -> Path:
-    """A fetched model as GGUF. `weights`: bf16, or a format of llama-quantize such as Q4_K_M."""
+    """A fetched model as GGUF. `weights`: bf16, a format of llama-quantize such as Q4_K_M, or "file", as it came."""
+    if weights == "file":
+        return find_entry(model).directory / GGUF_NAME
     path = home() / f"{find_entry(model).name}.{weights}.gguf"
     if path.is_file():
         return path

@@ -240,9 +240,11 @@ def systems(pair: Pair, lookaheads: Sequence[int], up: Sequence[str], *, with_ll
     if can_use_int4() and has_compiler():
         four_bits = (*up, "--weights", "int4", "--dtype", "float32")
         chosen.append(SpecPool(pair, name="SpecPool, int4", ways=ways, up=four_bits, precision="4 bit"))
+        as_it_is = (*up, "--weights", "gguf", "--dtype", "float32", "--draft-weights", "gguf")
+        chosen.append(SpecPool(pair, name="SpecPool, GGUF", ways=ways, up=as_it_is, precision="the file's"))
     if with_llama:
         llama_cpp.build()
-        for weights, precision in (("bf16", "16 bit"), ("Q4_K_M", "4 bit")):
+        for weights, precision in (("bf16", "16 bit"), ("Q4_K_M", "4 bit"), ("file", "GGUF")):
             for with_draft in (False, True):
                 chosen.append(LlamaCpp(pair, weights=weights, precision=precision, with_draft=with_draft))
     return chosen

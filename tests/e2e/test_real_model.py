@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
+from specpool.native import has_compiler
+from specpool_engine.modeling.cpu.linear import can_use_int4
+
 PROMPT = "The three laws of thermodynamics are"
 
 
 @pytest.mark.models
 @pytest.mark.timeout(600)
-def test_greedy_ssd_equals_plain_decoding(start_system: Callable[..., Any], smollm2_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["plain", "gguf"])
+def test_greedy_ssd_equals_plain_decoding(start_system: Callable[..., Any], smollm2_path: Path, weights: str) -> None:
+    if weights == "gguf" and not (can_use_int4() and has_compiler() and (smollm2_path / "weights.gguf").is_file()):
+        pytest.skip("needs AVX2, a C++ compiler, and the model's GGUF file")
+    packed = ("--weights", weights, "--draft-weights", weights, "--attention-backend", "native")
     system = start_system(
+        *(packed if weights == "gguf" else ()),
         *("--target", str(smollm2_path), "--draft", f"{smollm2_path}#layers=20"),
         *("--dtype", "float32", "--lookahead", "3", "--session-store", "memory://"),
     )

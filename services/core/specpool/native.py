@@ -24,8 +24,8 @@ def has_compiler() -> bool:
 
 
 @functools.cache
-def load_library(source: Path) -> ctypes.CDLL:
-    """The library compiled from a C++ file.
+def load_library(source: Path, defines: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
+    """The library compiled from a C++ file with constants of the preprocessor.
 
     Raises `ConfigError` COMPILER_MISSING where there is no C++ compiler, COMPILER_FAILED with its last lines.
     """
@@ -36,11 +36,12 @@ def load_library(source: Path) -> ctypes.CDLL:
         )
     # -march=native makes the code this CPU's own: another CPU on a shared cache must not find it.
     headers = (header.read_text() for header in sorted(source.parent.glob("*.h")))
-    identity = "\n".join((source.read_text(), *headers, compiler, *_FLAGS, _cpu()))
+    flags = (*_FLAGS, *(f"-D{name}={value}" for name, value in defines))
+    identity = "\n".join((source.read_text(), *headers, compiler, *flags, _cpu()))
     path = cache_directory() / "compiled" / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         with replacing(path) as partial:
-            _compile([compiler, *_FLAGS, str(source), "-o", str(partial)])
+            _compile([compiler, *flags, str(source), "-o", str(partial)])
     return ctypes.CDLL(str(path))
 
 

@@ -23,7 +23,7 @@ class SpeculatorConfig(EngineConfig):
     sm_share: Share = 1.0
     """Share of the GPU's multiprocessors that draft steps use, by a green context: leaves the others to a target on the
     same GPU, where both are clients of CUDA's multi-process service."""
-    weights: Literal["plain", "prepacked", "streamed", "int8", "int4"] = "plain"
+    weights: Literal["plain", "prepacked", "streamed", "int8", "int4", "gguf"] = "plain"
     """How linear layers hold their weights."""
     draft_vocab_size: NonNegativeInt = 0
     """Draft only the first so many tokens, in byte-pair vocabularies the frequent ones, and the special tokens; 0: all.

@@ -17,7 +17,7 @@ class TargetConfig(EngineConfig):
 
     role: ClassVar = "target"
 
-    weights: Literal["plain", "prepacked", "streamed", "int4"] = "plain"
+    weights: Literal["plain", "prepacked", "streamed", "int4", "gguf"] = "plain"
     """How linear layers hold their weights."""
     max_batch_size: PositiveInt = 32
     """Sequences in the batch at once; more wait."""

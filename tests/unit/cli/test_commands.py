@@ -132,7 +132,7 @@ def test_every_setting_is_a_documented_flag(role: str) -> None:
 @pytest.mark.parametrize(
     ("role", "flag"),
     [
-        ("target", "--weights plain|prepacked|streamed|int4"),
+        ("target", "--weights plain|prepacked|streamed|int4|gguf"),
         ("target", "--cpu-affinity INT,..."),
         ("target", "--labels TEXT,..."),
         ("target", "--metrics-port INT"),

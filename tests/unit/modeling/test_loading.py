@@ -78,7 +78,7 @@ def test_bad_options_name_the_accepted_ones(directory: Path) -> None:
         load_model(str(directory), dtype="int3")
     with pytest.raises(InvalidArgument, match="unknown device 'tpu9'"):
         load_model(str(directory), device="tpu9")
-    with pytest.raises(InvalidArgument, match=r"'int5' cannot be used: accepted: plain, .*, int8, int4"):
+    with pytest.raises(InvalidArgument, match=r"'int5' cannot be used: accepted: plain, .*, int8, int4, gguf"):
         load_model(str(directory), weights="int5")
     with pytest.raises(InvalidArgument, match="kv_cache_bytes 10 is less than one block"):
         load_model(str(directory), kv_cache_bytes=10)

@@ -25,7 +25,7 @@ from specpool_engine.modeling.cpu.linear import (
     convert_linears,
     streamed,
 )
-from specpool_engine.modeling.cpu.linear.int4 import round_to_4_bits
+from specpool_engine.modeling.cpu.linear.int4 import INT4, round_to_4_bits
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.load_model import load_model
 from specpool_engine.modeling.model import TransformersModel
@@ -33,7 +33,7 @@ from specpool_engine.modeling.paged_kv import SequenceKV
 from specpool_engine.modeling.vocabulary import keep_frequent_tokens
 
 VOCAB_SIZE = 61
-INT4_SOURCE = str(Path(native.__file__).parent / "int4_linear.cpp")
+KERNEL_SOURCE = str(Path(native.__file__).parent / "quantised_linear.cpp")
 
 needs_streaming = pytest.mark.skipif(
     not can_stream(torch.bfloat16) or not has_compiler(), reason="needs AVX-512 bf16 and a C++ compiler"
@@ -124,10 +124,12 @@ def test_int4_products_are_exact_within_groups_by_all_instructions(flags: tuple[
     x[0] = 127.0
     x[1] = -127.0
     x[2:, ::32] = 127.0
-    library = tmp_path / "int4_linear.so"
-    compiling._compile([str(compiling._compiler()), *compiling._FLAGS, *flags, INT4_SOURCE, "-o", str(library)])
+    library = tmp_path / "kernel.so"
+    defines = [f"-D{name}={value}" for name, value in INT4.defines]
+    command = [str(compiling._compiler()), *compiling._FLAGS, *flags, *defines, KERNEL_SOURCE, "-o", str(library)]
+    compiling._compile(command)
     packed = Int4Linear(layer)
-    kernel = ctypes.CDLL(str(library)).specpool_int4_linear
+    kernel = ctypes.CDLL(str(library)).specpool_quantised_linear
     kernel.argtypes, kernel.restype = packed._kernel.argtypes, None
     packed._kernel = kernel
     for num_rows in range(1, 9):

@@ -490,7 +490,7 @@ class ModelInfo(_message.Message):
     max_prompt_chars: _builtins.int
     """Characters (Unicode code points) of the longest prompt that the context could hold. 0: unknown."""
     weights: _builtins.str
-    """Format of the weights: plain, prepacked, streamed, int8, int4; empty for a model without weights."""
+    """Format of the weights: plain, prepacked, streamed, int8, int4, gguf; empty for a model without weights."""
     cuda_graphs: _builtins.str
     """CUDA graphs: on, or off and why, for people to read."""
     def __init__(

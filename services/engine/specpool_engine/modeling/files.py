@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from specpool.errors import ModelNotFound
+from specpool.errors import InvalidArgument, ModelNotFound
 from specpool.paths import cache_directory, making_directory
 from specpool_engine.modeling.spec import ACCEPTED_FORMS
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); total 0 means unknown."""
 
+GGUF_NAME = "weights.gguf"
+"""Name, in a model's directory, of the GGUF file that it was made of."""
 _HASH_CHUNK_BYTES = 1 << 24
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -38,6 +40,19 @@ def resolve_model_directory(source: str, on_progress: Progress = no_progress) ->
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith("/"):
         raise _not_found(source, f"there is no directory {path}")
     return _hub_snapshot(source, on_progress)
+
+
+def find_gguf(source: str, directory: Path) -> Path:
+    """The GGUF file that a model was made of; raises `InvalidArgument` where there is none."""
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        path = directory / GGUF_NAME
+    if not path.is_file():
+        raise InvalidArgument(
+            f"weights format 'gguf' needs a model from a GGUF file: {source!r} is none, and there is no {path}",
+            metadata={"field": "weights", "value": "gguf", "model": source},
+        )
+    return path
 
 
 def _not_found(source: str, why: str) -> ModelNotFound:

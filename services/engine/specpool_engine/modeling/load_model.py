@@ -12,9 +12,10 @@ from specpool_engine.modeling.attention import get_backend
 from specpool_engine.modeling.checkpoint import read_config, read_model
 from specpool_engine.modeling.compiled_model import compile_decoder
 from specpool_engine.modeling.cpu.linear import check_weight_format, convert_linears
+from specpool_engine.modeling.cpu.linear.gguf import convert_from_gguf
 from specpool_engine.modeling.cuda_graphs import capture_graphs, wants_graphs
 from specpool_engine.modeling.device_sharing import limit_memory
-from specpool_engine.modeling.files import Progress, no_progress, resolve_model_directory
+from specpool_engine.modeling.files import Progress, find_gguf, no_progress, resolve_model_directory
 from specpool_engine.modeling.interface import CausalModel
 from specpool_engine.modeling.kv_budget import KVBudget
 from specpool_engine.modeling.model import KVGeometry, TransformersModel
@@ -100,7 +101,10 @@ def load_model(
     on_progress("load", 1, 1)
     if num_frequent_tokens:
         keep_frequent_tokens(model, num_frequent_tokens, other_tokens)
-    convert_linears(model, weights, on_progress)
+    if weights == "gguf":
+        convert_from_gguf(model, find_gguf(spec.source, directory), on_progress)
+    else:
+        convert_linears(model, weights, on_progress)
     on_progress("allocate", 0, 1)
     bytes_per_token = KVGeometry.of(model.config.get_text_config()).bytes_per_token(torch_dtype)
     pool = BlockPool(budget.blocks(bytes_per_token, torch_device), block_size)

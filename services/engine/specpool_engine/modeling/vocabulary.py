@@ -30,11 +30,12 @@ class FrequentTokensHead(nn.Module):
             dtype=torch.long,
             device=head.weight.device,
         )
-        kept = torch.cat([torch.arange(num_first, device=head.weight.device), self._others])
-        self.kept = nn.Linear(head.in_features, len(kept), bias=head.bias is not None, device="meta")
-        self.kept.weight = nn.Parameter(head.weight.detach()[kept], requires_grad=False)
+        self.tokens = torch.cat([torch.arange(num_first, device=head.weight.device), self._others])
+        """The kept tokens [N], in the order of the rows of `kept`."""
+        self.kept = nn.Linear(head.in_features, len(self.tokens), bias=head.bias is not None, device="meta")
+        self.kept.weight = nn.Parameter(head.weight.detach()[self.tokens], requires_grad=False)
         if head.bias is not None:
-            self.kept.bias = nn.Parameter(head.bias.detach()[kept], requires_grad=False)
+            self.kept.bias = nn.Parameter(head.bias.detach()[self.tokens], requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., I] -> [..., V]
         """Logits over the whole vocabulary: -inf for tokens that were left out."""

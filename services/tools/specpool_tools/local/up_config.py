@@ -48,9 +48,10 @@ class UpConfig(Settings):
     draft_sm_share: Share = 1.0
     """`colocated`: share of the GPU's multiprocessors that draft steps use; below 1 it needs green contexts and MPS."""
     weights: str = ""
-    """Weight format of the targets: plain, prepacked, streamed or int4, which changes the text a little."""
+    """Weight format of the targets: plain, prepacked, streamed, int4, which changes the text a little, or
+    gguf: a GGUF file as it is."""
     draft_weights: str = ""
-    """Weight format of the draft: plain, prepacked, streamed, int8 or int4."""
+    """Weight format of the draft: plain, prepacked, streamed, int8, int4 or gguf."""
     attention_backend: str = ""
     """Attention of the targets: sdpa, native, flex or flash; empty for the services' default."""
     draft_attention_backend: str = ""

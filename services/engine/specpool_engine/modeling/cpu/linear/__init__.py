@@ -6,6 +6,7 @@ Formats:
     streamed   same numbers in bfloat16 for a kernel of our own, which reads them as one stream; for AVX-512 bf16
     int8       weights quantised per output channel, inputs per token; for drafts: it changes the model's output
     int4       weights quantised in groups of 32, for a kernel of our own and AVX-512 VNNI or AVX2; for drafts likewise
+    gguf       weights as a GGUF file has them, for the same kernel, see `gguf`
 
 In all but the first, layers of one parent that read the same input become one product.
 """
@@ -32,6 +33,7 @@ WEIGHT_FORMATS: Mapping[str, Callable[[Any], nn.Module] | None] = {
     "streamed": StreamedLinear,
     "int8": Int8Linear,
     "int4": Int4Linear,
+    "gguf": None,
 }
 
 
@@ -45,7 +47,7 @@ def check_weight_format(name: str, *, dtype: torch.dtype, device: torch.device) 
         raise _refused(name, f"it is for the CPU only, and the device is {device}")
     if name == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise _refused(name, "this build of torch has no FBGEMM")
-    if name == "int4" and not can_use_int4():
+    if name in ("int4", "gguf") and not can_use_int4():
         raise _refused(name, "it needs a CPU with AVX2 or AVX-512 VNNI instructions")
     if name == "streamed" and not can_stream(dtype):
         raise _refused(name, f"it needs bfloat16, not {dtype}, and a CPU with AVX-512 bf16 instructions")
@@ -59,7 +61,7 @@ def can_stream(dtype: torch.dtype) -> bool:
 
 
 def can_use_int4() -> bool:
-    """Whether this CPU can run `int4`; it also needs a compiler, see `specpool_engine.modeling.cpu.native`."""
+    """Whether this CPU can run `int4` and `gguf`, given a compiler: see `specpool_engine.modeling.cpu.native`."""
     return torch.cpu._is_avx2_supported()
 
 
