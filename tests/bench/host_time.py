@@ -10,8 +10,8 @@ what it reaches is what the policy could do. `share` is the speed at true times 
 `direct` is at true times, too, with requests that go to the targets themselves.
 
 Points are TARGETSxSEQUENCES: so many targets on one speculator, with so many sequences each. `--before` measures
-another tree's services at true times in turn with this one's. Processor time is in milliseconds per round of a
-sequence, of all processes of a kind together. The JSON file is written after
+another tree's services at true times in turn with this one's, batch by batch, while the others are idle. Processor
+time is in milliseconds per round of a sequence, of all processes of a kind together. The JSON file is written after
 every point, and a stretched point that the file of `--stretched-from` has is not measured again.
 """
 
@@ -21,8 +21,9 @@ import argparse
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,7 @@ from scaling_report import Point, Row, row_of
 from specpool.client import Client
 from specpool.paths import write_atomically
 from specpool_tools.bench.options import MODES
-from specpool_tools.bench.requests import Setting
+from specpool_tools.bench.requests import Measurement, Setting
 from specpool_tools.bench.system import running_system
 from specpool_tools.models.prompts import Prompt
 
@@ -89,53 +90,80 @@ def prompts_for(count: int) -> list[Prompt]:
 
 
 def measure_points(arguments: argparse.Namespace, known: Sequence[HostRow]) -> Iterator[HostRow]:
-    """All points; the runs of one number of targets follow one another."""
-    runs = [Run(name=STRETCHED, stretch=arguments.stretch), Run(name=NOW)]
+    """All points; the pools of one number of targets stay up for all of them."""
+    runs = [Run(name=NOW)]
     if arguments.before:
-        runs.insert(1, Run(name=BEFORE, tree=arguments.before.resolve()))
-    if arguments.direct:
-        runs.append(Run(name=DIRECT))
+        runs.insert(0, Run(name=BEFORE, tree=arguments.before.resolve()))
     done = {(row.num_targets, row.batch_size, row.mode): row for row in known}
     for num_targets in dict.fromkeys(targets for targets, _ in arguments.points):
         sizes = [size for targets, size in arguments.points if targets == num_targets]
-        for run in runs:
-            wanted = [Point(mode=m, num_targets=num_targets, batch_size=s) for s in sizes for m in arguments.modes]
-            if run.name == STRETCHED:
-                keys = [(p.num_targets, p.batch_size, p.mode) for p in wanted]
-                yield from (done[key] for key in keys if key in done)
-                wanted = [point for point, key in zip(wanted, keys, strict=True) if key not in done]
-            if not wanted:
-                continue
-            with run.system(num_targets, max(sizes), arguments) as endpoint:
+        points = [Point(mode=m, num_targets=num_targets, batch_size=s) for s in sizes for m in arguments.modes]
+        keys = [(point.num_targets, point.batch_size, point.mode) for point in points]
+        yield from (done[key] for key in keys if key in done)
+        missing = [point for point, key in zip(points, keys, strict=True) if key not in done]
+        for together, wanted in (([Run(name=STRETCHED, stretch=arguments.stretch)], missing), (runs, points)):
+            with ExitStack() as stack:
+                pools = [
+                    (run, stack.enter_context(run.system(num_targets, max(sizes), arguments)))
+                    for run in together
+                    if wanted
+                ]
+                if arguments.direct and together is runs:
+                    pools.append((Run(name=DIRECT), pools[-1][1]))
                 for point in wanted:
-                    yield asyncio.run(measure_point(endpoint, point, run, arguments))
+                    yield from asyncio.run(measure_point(point, pools, arguments))
 
 
-async def measure_point(endpoint: str, point: Point, run: Run, arguments: argparse.Namespace) -> HostRow:
-    """A warm-up with other seeds, then the batch as often as asked for; plain decoding is always the same: once."""
+async def measure_point(point: Point, pools: Sequence[tuple[Run, str]], arguments: argparse.Namespace) -> list[HostRow]:
+    """A warm-up with other seeds, then the batch as often as asked for; plain decoding is always the same: twice.
+
+    The pools take turns, batch by batch, and the order turns, too: what else runs on the machine hits all alike.
+    """
     prompts = prompts_for(point.num_targets * point.batch_size)
     setting = Setting(mode=point.mode, temperature=1.0, lookahead=LOOKAHEAD)
-    repeats = 1 if point.mode == "off" else arguments.repeats
-    samples: list[tuple[float, float]] = []
-    async with await client_of(endpoint, run) as client:
-        await run_batch(client, setting, prompts, max_tokens=arguments.max_tokens, first_seed=0)
-        watcher = asyncio.create_task(watch_speculator(client, samples))
-        before = processor_seconds()
-        batches = [
-            await run_batch(client, setting, prompts, max_tokens=arguments.max_tokens, first_seed=n * len(prompts))
-            for n in range(1, repeats + 1)
-        ]
-        used = processor_seconds()
-        used.subtract(before)
-        watcher.cancel()
-    found = [m for batch in batches for m in batch]
-    num_rounds, num_tokens = sum(m.stats.num_rounds for m in found), sum(len(m.token_ids) for m in found)
-    return HostRow(
-        **asdict(row_of(point, batches, samples, stretch=run.stretch)),
-        run=run.name,
-        processor_ms={kind: used[kind] * 1e3 / num_rounds for kind in (*ROLES, CLIENT)},
-        router_ms_per_token=used["router"] * 1e3 / num_tokens,
-    )
+    repeats = min(2, arguments.repeats) if point.mode == "off" else arguments.repeats
+    measured = [_Measured(run=run) for run, _ in pools]
+    async with AsyncExitStack() as stack:
+        for each, (run, endpoint) in zip(measured, pools, strict=True):
+            each.client = await stack.enter_async_context(await client_of(endpoint, run))
+            await run_batch(each.client, setting, prompts, max_tokens=arguments.max_tokens, first_seed=0)
+        for n in range(1, repeats + 1):
+            for each in measured if n % 2 else reversed(measured):
+                assert each.client is not None
+                watcher = asyncio.create_task(watch_speculator(each.client, each.samples))
+                before = processor_seconds()
+                seed = n * len(prompts)
+                each.batches.append(
+                    await run_batch(each.client, setting, prompts, max_tokens=arguments.max_tokens, first_seed=seed)
+                )
+                used = processor_seconds()
+                used.subtract(before)
+                each.used.update(used)
+                watcher.cancel()
+    return [each.row(point) for each in measured]
+
+
+@dataclass(kw_only=True)
+class _Measured:
+    """What was seen of one pool at one point."""
+
+    run: Run
+    client: Client | None = None
+    batches: list[list[Measurement]] = field(default_factory=list)
+    samples: list[tuple[float, float]] = field(default_factory=list)
+    used: Counter[str] = field(default_factory=Counter)
+    """Processor time in seconds by kind of process, during this pool's batches."""
+
+    def row(self, point: Point) -> HostRow:
+        """The point, measured."""
+        found = [m for batch in self.batches for m in batch]
+        num_rounds, num_tokens = sum(m.stats.num_rounds for m in found), sum(len(m.token_ids) for m in found)
+        return HostRow(
+            **asdict(row_of(point, self.batches, self.samples, stretch=self.run.stretch)),
+            run=self.run.name,
+            processor_ms={kind: self.used[kind] * 1e3 / num_rounds for kind in (*ROLES, CLIENT)},
+            router_ms_per_token=self.used["router"] * 1e3 / num_tokens,
+        )
 
 
 async def client_of(endpoint: str, run: Run) -> Client:

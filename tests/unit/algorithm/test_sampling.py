@@ -19,7 +19,6 @@ NAN = float("nan")
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"temperature": -1}, "temperature must be between 0 and 100, got -1"),
         ({"temperature": NAN}, "temperature must be between 0 and 100, got nan"),
-        ({"temperature": 1e-9}, "temperature must be 0 (greedy) or at least 0.001, got 1e-09"),
         ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, got 0.0"),
         ({"top_p": NAN}, "top_p must be a number above 0 and at most 1, got nan"),
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
@@ -60,6 +59,15 @@ def test_nothing_set_costs_nothing() -> None:
     assert process_logits(LOGITS, SamplingParams(temperature=0, top_p=0.5, top_k=1)) is LOGITS
     assert not SamplingParams(temperature=0.5).changes_logits
     assert SamplingParams(top_p=0.5).changes_logits
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-6, 9.99e-4])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_k=2)
+    params.validate(vocab_size=4)
+    assert params == SamplingParams(temperature=0, top_k=2)
+    assert params.is_greedy
+    assert not SamplingParams(temperature=1e-3).is_greedy
 
 
 def test_temperature_divides() -> None:

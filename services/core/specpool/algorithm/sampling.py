@@ -17,7 +17,7 @@ from torch import Tensor
 from specpool.errors import InvalidArgument
 
 _NO_BIAS: Final[Mapping[int, float]] = MappingProxyType({})
-_MIN_TEMPERATURE: Final = 1e-3  # below, logits / temperature leaves float32's precision; 0 means greedy
+_MIN_TEMPERATURE: Final = 1e-3  # below, logits / temperature leaves float32's precision
 _NUM_TOP_P_CANDIDATES: Final = 1024  # a full sort of the vocabulary is needed only where the nucleus is wider
 MAX_LOGPROBS: Final = 20
 
@@ -27,7 +27,7 @@ class SamplingParams:
     """How one request is sampled and when it stops."""
 
     temperature: float = 1.0
-    """Scores are divided by it before sampling; 0 is greedy."""
+    """Scores are divided by it before sampling; 0 is greedy, and so is what lies below 0.001: it becomes 0."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
     top_k: int = 0
@@ -55,6 +55,11 @@ class SamplingParams:
     num_logprobs: int | None = None
     """Return the log-probability of each token and of this many most likely ones; None returns none."""
 
+    def __post_init__(self) -> None:
+        """Some clients write 1e-6 for greedy."""
+        if 0 < self.temperature < _MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
+
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken."""
@@ -74,8 +79,6 @@ class SamplingParams:
     def validate(self, vocab_size: int) -> None:
         """Raise InvalidArgument, naming field, value and what is accepted, at the first bad value."""
         _require_range("temperature", self.temperature, 0, 100)
-        if 0 < self.temperature < _MIN_TEMPERATURE:
-            raise _invalid("temperature", self.temperature, f"0 (greedy) or at least {_MIN_TEMPERATURE}")
         if not 0 < self.top_p <= 1:
             raise _invalid("top_p", self.top_p, "a number above 0 and at most 1")
         _require_at_least("top_k", self.top_k, 0)

@@ -152,7 +152,7 @@ class SamplingParams(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """>= 0; 0 is greedy. Default 0."""
+    """>= 0; 0 is greedy, and so is what lies below 0.001. Default 0."""
     top_p: _builtins.float
     """(0, 1]. Default 1."""
     top_k: _builtins.int

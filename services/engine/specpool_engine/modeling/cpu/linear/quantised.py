@@ -117,8 +117,7 @@ def _laid_out(chunk: Blocks, form: BlockFormat) -> Tensor:  # [blocks of outputs
     num_supers = chunk.values.shape[1] // form.multiple
 
     def blocks(tensor: Tensor, *inner: int) -> Tensor:  # [O, n] -> [blocks, S, *inner, 32]
-        by_output = F.pad(tensor, (0, 0, 0, missing)).view(-1, _BLOCK, num_supers, *inner)
-        return by_output.movedim(1, 3 if inner else 2) if len(inner) < 2 else by_output.movedim(1, -1)
+        return F.pad(tensor, (0, 0, 0, missing)).view(-1, _BLOCK, num_supers, *inner).movedim(1, -1)
 
     def as_bytes(tensor: Tensor) -> Tensor:
         return tensor.contiguous().view(torch.uint8)
