@@ -32,7 +32,17 @@ from direct_client import DirectClient
 from process_times import CLIENT, ROLES, processor_seconds
 from rich.console import Console
 from rich.table import Table
-from scaling import DRAFT_ROW_MS, DRAFT_STEP_MS, NOISE, VERIFY_MS, VERIFY_ROW_MS, model, run_batch, watch_speculator
+from scaling import (
+    DRAFT_ROW_MS,
+    DRAFT_STEP_MS,
+    NOISE,
+    VERIFY_MS,
+    VERIFY_ROW_MS,
+    model,
+    run_batch,
+    speculator_steps,
+    watch_speculator,
+)
 from scaling_report import Point, Row, row_of
 
 from specpool.client import Client
@@ -140,6 +150,8 @@ async def measure_point(point: Point, pools: Sequence[tuple[Run, str]], argument
                 used.subtract(before)
                 each.used.update(used)
                 watcher.cancel()
+                if not each.samples:  # too short a batch
+                    each.samples += await speculator_steps(each.client)
     return [each.row(point) for each in measured]
 
 

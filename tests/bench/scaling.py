@@ -147,8 +147,13 @@ async def watch_speculator(client: Client, samples: list[tuple[float, float]]) -
     """Rows per step and milliseconds per step, twice a second."""
     while True:
         await asyncio.sleep(0.5)
-        status = await client.cluster_status()
-        samples += [(s.status.load.rows_per_step, s.status.load.step_ms) for s in status.speculators]
+        samples += await speculator_steps(client)
+
+
+async def speculator_steps(client: Client) -> list[tuple[float, float]]:
+    """Rows per step and milliseconds per step of every speculator, averages of the last ones."""
+    status = await client.cluster_status()
+    return [(s.status.load.rows_per_step, s.status.load.step_ms) for s in status.speculators]
 
 
 def make_parser() -> argparse.ArgumentParser:
