@@ -162,6 +162,20 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, write: Callable[[
         loaded(tmp_path, weights="gguf")
 
 
+@pytest.mark.parametrize("size", [0, 3, 30, 200, 3000, 100_000])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, size: int) -> None:
+    file = write_model(tmp_path) / "weights.gguf"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(InvalidArgument, match=r"'gguf' cannot be used with .*weights\.gguf: it cannot be read: "):
+        loaded(tmp_path, weights="gguf")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (write_model(tmp_path) / "weights.gguf").write_bytes(b"not a model" * 1000)
+    with pytest.raises(InvalidArgument, match="it cannot be read"):
+        loaded(tmp_path, weights="gguf")
+
+
 @pytest.mark.models
 def test_a_fetched_file_gives_the_models_logits(smollm2_path: Path) -> None:
     if not (smollm2_path / "weights.gguf").is_file():

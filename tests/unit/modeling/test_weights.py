@@ -14,10 +14,8 @@ from specpool.errors import ConfigError, InvalidArgument
 from specpool.native import has_compiler
 from specpool_engine.modeling.cpu import native
 from specpool_engine.modeling.cpu.linear import (
-    FusedLinear,
     Int4Linear,
     Int8Linear,
-    LinearPart,
     PrepackedLinear,
     StreamedLinear,
     can_stream,
@@ -25,6 +23,7 @@ from specpool_engine.modeling.cpu.linear import (
     convert_linears,
     streamed,
 )
+from specpool_engine.modeling.cpu.linear.fused import FusedLinear, LinearPart
 from specpool_engine.modeling.cpu.linear.int4 import INT4, round_to_4_bits
 from specpool_engine.modeling.interface import Segment
 from specpool_engine.modeling.load_model import load_model

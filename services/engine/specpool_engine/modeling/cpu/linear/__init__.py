@@ -13,14 +13,14 @@ In all but the first, layers of one parent that read the same input become one p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from specpool.errors import InvalidArgument
-from specpool_engine.modeling.cpu.linear.fused import FusedLinear, LinearPart, concatenated, linear_groups
+from specpool_engine.modeling.cpu.linear.fused import linear_groups, replace_group
 from specpool_engine.modeling.cpu.linear.int4 import Int4Linear
 from specpool_engine.modeling.cpu.linear.int8 import Int8Linear
 from specpool_engine.modeling.cpu.linear.prepacked import PrepackedLinear
@@ -76,20 +76,10 @@ def convert_linears(model: nn.Module, name: str, on_progress: Progress = no_prog
     groups = list(linear_groups(model))
     try:
         for done, (parent, names) in enumerate(groups, start=1):
-            _convert_group(parent, names, convert)
+            replace_group(parent, names, convert)
             on_progress("pack weights", done, len(groups))
     finally:
         torch.backends.quantized.engine = previous_engine
-
-
-def _convert_group(parent: nn.Module, names: Sequence[str], convert: Callable[[Any], nn.Module]) -> None:
-    layers: list[Any] = [parent.get_submodule(name) for name in names]
-    if len(layers) == 1:
-        setattr(parent, names[0], convert(layers[0]))
-        return
-    fused = FusedLinear(convert(concatenated(layers)), [layer.out_features for layer in layers])
-    for index, name in enumerate(names):
-        setattr(parent, name, LinearPart(fused, index))
 
 
 def _can_prepack(dtype: torch.dtype) -> bool:

@@ -3,7 +3,8 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,17 @@ def linear_groups(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]
                 yield parent, group
                 names = [name for name in names if name not in group]
         yield from ((parent, (name,)) for name in names)
+
+
+def replace_group(parent: nn.Module, names: Sequence[str], convert: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace layers of `parent` over one input by what `convert` makes of all of them as one layer."""
+    layers: list[Any] = [parent.get_submodule(name) for name in names]
+    if len(layers) == 1:
+        setattr(parent, names[0], convert(layers[0]))
+        return
+    fused = FusedLinear(convert(concatenated(layers)), [layer.out_features for layer in layers])
+    for index, name in enumerate(names):
+        setattr(parent, name, LinearPart(fused, index))
 
 
 def concatenated(layers: Sequence[nn.Linear]) -> nn.Linear:

@@ -5,7 +5,7 @@ Where a model was only published quantised, rounding its weights a second time w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from specpool.errors import InvalidArgument
-from specpool_engine.modeling.cpu.linear.fused import FusedLinear, LinearPart, concatenated, linear_groups
+from specpool_engine.modeling.cpu.linear.fused import linear_groups, replace_group
 from specpool_engine.modeling.cpu.linear.gguf_blocks import FORMATS, read_blocks
 from specpool_engine.modeling.cpu.linear.quantised import CHUNK, QuantisedLinear
 from specpool_engine.modeling.files import Progress, no_progress
@@ -27,17 +27,20 @@ class GgufFile:
     """The tensors of a file by the names that `transformers` gives them."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `InvalidArgument` for an architecture that is unknown."""
+        """Raises `InvalidArgument` for a file that cannot be read and an architecture that is unknown."""
         import gguf
 
         self.path = path
-        reader = gguf.GGUFReader(path)
+        try:
+            reader = gguf.GGUFReader(path)
+            architecture = str(reader.fields["general.architecture"].contents())
+            num_layers = int(reader.fields[f"{architecture}.block_count"].contents())
+        except (ValueError, KeyError, IndexError, OSError) as error:
+            raise self.refused(f"it cannot be read: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        architecture = str(reader.fields["general.architecture"].contents())
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         if architecture not in known:
             raise self.refused(f"its architecture {architecture!r} is unknown")
-        num_layers = int(reader.fields[f"{architecture}.block_count"].contents())
         self._names = gguf.get_tensor_name_map(known[architecture], num_layers)
 
     def tensor(self, name: str) -> Any:
@@ -126,17 +129,10 @@ def convert_from_gguf(model: Any, path: Path, on_progress: Progress = no_progres
 
 def _replace(parent: nn.Module, rows: Mapping[str, _Rows]) -> None:
     """Layers of one type over one input become one product."""
-    layers: Sequence[Any] = [parent.get_submodule(child) for child in rows]
     kind = next(iter(rows.values())).kind
     raw = torch.cat([chunk for each in rows.values() for chunk in each.chunks()])
-    joined = layers[0] if len(layers) == 1 else concatenated(layers)
-    product = QuantisedLinear(joined, FORMATS[kind], (read_blocks(kind, chunk) for chunk in torch.split(raw, CHUNK)))
-    if len(layers) == 1:
-        setattr(parent, next(iter(rows)), product)
-        return
-    fused = FusedLinear(product, [layer.out_features for layer in layers])
-    for index, child in enumerate(rows):
-        setattr(parent, child, LinearPart(fused, index))
+    blocks = (read_blocks(kind, chunk) for chunk in torch.split(raw, CHUNK))
+    replace_group(parent, list(rows), lambda joined: QuantisedLinear(joined, FORMATS[kind], blocks))
 
 
 def _fill_embedding(model: Any, file: GgufFile) -> None:
